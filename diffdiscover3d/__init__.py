@@ -1,0 +1,52 @@
+"""Unsupervised discovery of nested structures in 3D volumes with diffusion features.
+
+Names are imported when they are first used, so `import diffdiscover3d` is immediate.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "UNet3DModel": "models.unet_3d",
+    "UNET_PRESETS": "models.unet_3d",
+    "StructureDiscoveryModel": "models.structure_discovery",
+    "load_authors_checkpoint": "models.authors_checkpoint",
+    "DiffusionFeaturePipeline": "pipelines.diffusion_feature",
+    "VolumeGenerationPipeline": "pipelines.generation",
+    "region_consistency": "losses",
+    "photometric_invariance": "losses",
+    "load_volumes": "data.loading",
+    "read_nifti": "data.nifti",
+    "synthesize": "data.synthetic",
+    "segment": "segmentation",
+    "evaluate": "evaluation",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from diffdiscover3d.data.loading import load_volumes
+    from diffdiscover3d.data.nifti import read_nifti
+    from diffdiscover3d.data.synthetic import synthesize
+    from diffdiscover3d.evaluation import evaluate
+    from diffdiscover3d.losses import photometric_invariance, region_consistency
+    from diffdiscover3d.models.authors_checkpoint import load_authors_checkpoint
+    from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+    from diffdiscover3d.models.unet_3d import UNET_PRESETS, UNet3DModel
+    from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
+    from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline
+    from diffdiscover3d.segmentation import segment
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,83 @@
+"""A folder, glob or text list of NIfTI files as a dataset."""
+
+import glob
+from pathlib import Path
+
+import torch
+
+from diffdiscover3d.data.nifti import SUFFIXES, read_nifti
+from diffdiscover3d.data.transforms import min_max_normalize
+from diffdiscover3d.errors import InputError
+
+_CACHE_BYTES = 4 * 2**30  # volumes are kept in memory up to this much, over all of a dataset
+
+
+def list_volumes(source: str | Path) -> list[Path]:
+    """The NIfTI files a user means, sorted.
+
+    Args:
+        source: a folder (searched with its subfolders), a glob pattern, a text file with one path a line (relative
+            to that file; empty lines and lines from # on are ignored), or one NIfTI file.
+
+    Raises:
+        InputError: if there are none, or a listed file does not exist.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = [p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES)]
+        found = [p for p in found if not p.name.startswith(".") and not _is_label_map(p)]
+    elif path.is_file() and path.name.endswith(SUFFIXES):
+        found = [path]
+    elif path.is_file():
+        found = _read_list(path)
+    else:
+        found = [Path(p) for p in glob.glob(str(source), recursive=True) if p.endswith(SUFFIXES)]
+    if not found:
+        raise InputError(f"{source}: no .nii or .nii.gz files; give a folder, a glob, a text list or a file.")
+    return sorted(found)
+
+
+def _is_label_map(path: Path) -> bool:
+    """Label maps this package wrote beside scans are no scans."""
+    return path.name.removesuffix(".gz").removesuffix(".nii").endswith("_dseg")
+
+
+def _read_list(path: Path) -> list[Path]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: neither a NIfTI file nor a text list of them ({error}).") from error
+    names = [line.split("#")[0].strip() for line in lines]
+    found = [path.parent / name for name in names if name]
+    missing = [p for p in found if not p.is_file()]
+    if missing:
+        raise InputError(f"{path}: lists {len(missing)} file(s) that do not exist, first {missing[0]}.")
+    return found
+
+
+class VolumeFolder:
+    """NIfTI volumes in canonical orientation, min-max normalised, as a sequence.
+
+    Items are `{"volume": (1, H, W, D) float32 in [0, 1], "name": str}`. Volumes stay in memory once read, up to
+    4 GiB in all.
+
+    Raises:
+        InputError: when made, if there are no volumes; on access, if one cannot be read.
+    """
+
+    def __init__(self, source: str | Path):
+        self.paths = list_volumes(source)
+        self._cache: dict[int, torch.Tensor] = {}
+        self._cached_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict:
+        volume = self._cache.get(index)
+        if volume is None:
+            volume = min_max_normalize(torch.from_numpy(read_nifti(self.paths[index]).data)[None])
+            if self._cached_bytes + volume.nbytes <= _CACHE_BYTES:
+                self._cache[index] = volume
+                self._cached_bytes += volume.nbytes
+        return {"volume": volume, "name": self.paths[index].name}

@@ -1,0 +1,69 @@
+"""One way to get volumes for training and evaluation, by name or from files."""
+
+from collections.abc import Sequence
+
+import torch
+
+from diffdiscover3d.data import synthetic
+from diffdiscover3d.data.folder import VolumeFolder
+from diffdiscover3d.data.transforms import min_max_normalize
+from diffdiscover3d.errors import InputError
+
+SYNTHETIC_NAMES = tuple(f"synthetic-{variant}" for variant in synthetic.VARIANTS)
+
+
+class SyntheticVolumes:
+    """The published number of synthetic cells of a split, as a sequence.
+
+    Items are `{"volume": (1, 50, 50, 50) float32 in [0, 1], "labels": (3, 50, 50, 50) uint8, "name": str}`.
+    """
+
+    def __init__(self, variant: str, split: str):
+        if split not in synthetic.SPLITS:
+            raise ValueError(f"`split` must be one of {tuple(synthetic.SPLITS)}, got {split!r}.")
+        self.variant, self.split = variant, split
+        self._cache: dict[int, dict] = {}
+
+    def __len__(self) -> int:
+        return synthetic.SPLITS[self.split]
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if index not in self._cache:
+            sample = synthetic.synthesize(self.variant, self.split, index)
+            self._cache[index] = {
+                "volume": min_max_normalize(torch.from_numpy(sample.volume)[None]),
+                "labels": torch.from_numpy(sample.labels),
+                "name": f"{self.variant}-{self.split}-{index:03d}",
+            }
+        return self._cache[index]
+
+
+def load_volumes(name_or_path: str, split: str = "train") -> Sequence[dict]:
+    """Load a dataset of volumes.
+
+    Args:
+        name_or_path: "synthetic-regular", "synthetic-irregular", or a folder, glob pattern, text list or file of
+            NIfTI volumes.
+        split: "train", "validation" or "test" of a named dataset. Files have no splits: all are returned.
+
+    Returns:
+        A sequence of dicts with "volume", (1, H, W, D) float32 in [0, 1], "name", and for synthetic data "labels".
+
+    Raises:
+        InputError: if there is no such dataset and no such files.
+        ValueError: if the split does not exist.
+    """
+    if name_or_path in SYNTHETIC_NAMES:
+        return SyntheticVolumes(name_or_path.removeprefix("synthetic-"), split)
+    try:
+        return VolumeFolder(name_or_path)
+    except InputError as error:
+        raise InputError(f"{error} Named datasets: {', '.join(SYNTHETIC_NAMES)}.") from error
+
+
+def common_grid(volumes: Sequence[dict]) -> tuple[int, int, int] | None:
+    """The shape all volumes share, or `None` if they differ."""
+    shapes = {tuple(volumes[i]["volume"].shape[1:]) for i in range(len(volumes))}
+    return shapes.pop() if len(shapes) == 1 else None

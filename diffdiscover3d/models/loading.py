@@ -1,0 +1,40 @@
+"""Strict loading: a model whose file lacks a weight, or holds an unknown one, is an error and not a warning."""
+
+import torch
+
+from diffdiscover3d.errors import ModelError
+
+
+def cast_weights(model: torch.nn.Module, dtype: str) -> None:
+    """Turn all floating-point weights into a type given by name, before they are saved."""
+    torch.nn.Module.to(model, getattr(torch, dtype))  # diffusers' own `to` warns about modules it would spare
+
+
+class StrictLoadingMixin:
+    """Put before `ModelMixin`: `from_pretrained` raises [`ModelError`] on missing, unknown or misshapen weights."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("torch_dtype", torch.float32)  # files may be stored in half precision; computing is not
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        problems = {kind: keys for kind, keys in info.items() if keys and kind != "error_msgs"}
+        if problems or info.get("error_msgs"):
+            details = "; ".join(f"{kind}: {sorted(map(str, keys))[:3]}" for kind, keys in problems.items())
+            raise ModelError(
+                f"the weights in {pretrained_model_name_or_path!r} do not fit {cls.__name__} ({details}); "
+                "they were written by another version or are damaged."
+            )
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
+        """Build from a configuration; unlike the base class, an unknown key is an error and not a warning."""
+        known = cls._get_init_keys(cls) - {"self"}
+        unknown = sorted(k for k in (config or {}) if not k.startswith("_") and k not in known)
+        if unknown:
+            raise ModelError(
+                f"the configuration of {cls.__name__} has unknown keys {unknown}; "
+                "it was written for another class or by a newer version of this package."
+            )
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)

@@ -1,0 +1,263 @@
+"""The diffusion model: a ladder-like 3D UNet whose decoder stages are the features of the method (Fig. 1)."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+
+from diffdiscover3d.models.blocks import ATTENTIONS, FullAttention, ResidualBlock, TimeEmbedding
+from diffdiscover3d.models.loading import StrictLoadingMixin
+
+
+@dataclass
+class UNet3DOutput(BaseOutput):
+    """Output of [`UNet3DModel`].
+
+    Attributes:
+        sample: (B, C, H, W, D) prediction of the clean volume in [-1, 1]; `None` if it was not asked for.
+        features: one (B, c, h, w, d) map per decoder stage asked for, in the order asked for.
+        extent: the grid (in voxels of the input) that the features span with corners aligned. It equals the
+            input's grid, or exceeds it at the far ends where the input was padded to the stride.
+    """
+
+    # accelerate rebuilds outputs as `type(output)(dict)` under mixed precision: the others must default to None
+    sample: torch.Tensor | None
+    features: tuple[torch.Tensor, ...] | None = None
+    extent: tuple[int, int, int] | None = None
+
+
+class _Level(nn.Module):
+    """Residual blocks, then attention: one rung of the ladder, going down or up."""
+
+    def __init__(self, in_channels, out_channels, time_channels, attention, blocks, heads, head_dim, norm_groups):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * blocks
+        self.blocks = nn.ModuleList(
+            ResidualBlock(a, b, time_channels, norm_groups) for a, b in itertools.pairwise(widths)
+        )
+        self.attention = ATTENTIONS[attention](out_channels, heads, head_dim) if attention else nn.Identity()
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, time)
+        return self.attention(x)
+
+
+class UNet3DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
+    """3D UNet that predicts a clean volume from a noisy one and returns its decoder features.
+
+    Decoder stage 1 is the coarsest (for four levels: 1/8 of the internal grid), the last stage the finest (1/2).
+    With the defaults of `UNET_PRESETS["paper"]` it is the network released with the paper, layer by layer.
+
+    Args:
+        in_channels, out_channels: image channels.
+        width: channels of the finest level; even and at least 4.
+        channel_multipliers: channels of each level, finest first, as multiples of `width`.
+        blocks_per_level: residual blocks of each level, in the encoder and in the decoder.
+        attention: one of `None`, "linear", "full" for each level, finest first.
+        attention_heads, attention_head_dim: heads of every attention and channels of each head.
+        norm_groups: groups of GroupNorm; divides the channels of every level.
+        sample_size: internal grid, an int or three. Inputs are resized to it and the prediction back (trilinear),
+            as the authors do. `None`: inputs are padded to a multiple of `stride` instead.
+        resize_before_noise: tells pipelines and trainings to bring clean volumes to `sample_size` before they add
+            noise, so that no noise is resampled. `False` is the authors' order: noise first.
+
+    Raises:
+        ValueError: if a level's channels are not a multiple of `norm_groups`, if `attention` does not name every
+            level, or if `sample_size` is no multiple of the stride.
+
+    Example:
+        >>> import torch
+        >>> unet = UNet3DModel(width=8, channel_multipliers=(1, 2), attention=(None, None), norm_groups=4)
+        >>> out = unet(torch.zeros(1, 1, 9, 12, 7), torch.tensor([25]), stages=(1,))
+        >>> out.sample.shape, out.features[0].shape
+        (torch.Size([1, 1, 9, 12, 7]), torch.Size([1, 8, 5, 6, 4]))
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        width: int = 64,
+        channel_multipliers: Sequence[int] = (1, 2, 4, 8),
+        blocks_per_level: int = 2,
+        attention: Sequence[str | None] = (None, None, None, None),
+        attention_heads: int = 4,
+        attention_head_dim: int = 32,
+        norm_groups: int = 8,
+        sample_size: int | Sequence[int] | None = None,
+        resize_before_noise: bool = False,
+    ):
+        super().__init__()
+        channels = [width * m for m in channel_multipliers]
+        self.stride = 2 ** (len(channels) - 1)
+        self.num_stages = len(channels) - 1
+        _check_config(width, channels, attention, norm_groups, sample_size, resize_before_noise, self.stride)
+        self.gradient_checkpointing = False
+
+        time_channels = 4 * width
+        level = (blocks_per_level, attention_heads, attention_head_dim, norm_groups)
+        entry = width // 3 * 2
+        self.time_embedding = TimeEmbedding(width)
+        self.conv_in = nn.Conv3d(in_channels, entry, 7, padding=3)
+
+        self.down_levels, self.downsamples = nn.ModuleList(), nn.ModuleList()
+        for i, (a, b) in enumerate(zip([entry, *channels[:-1]], channels, strict=True)):
+            self.down_levels.append(_Level(a, b, time_channels, attention[i], *level))
+            if i < self.num_stages:
+                self.downsamples.append(nn.Conv3d(b, b, 4, stride=2, padding=1))
+
+        self.mid_block1 = ResidualBlock(channels[-1], channels[-1], time_channels, norm_groups)
+        self.mid_attention = FullAttention(channels[-1], attention_heads, attention_head_dim)
+        self.mid_block2 = ResidualBlock(channels[-1], channels[-1], time_channels, norm_groups)
+
+        self.up_levels, self.upsamples = nn.ModuleList(), nn.ModuleList()
+        for i in range(self.num_stages, 0, -1):  # the skip of level i, whose channels are channels[i]
+            self.up_levels.append(_Level(2 * channels[i], channels[i - 1], time_channels, attention[i - 1], *level))
+            self.upsamples.append(nn.ConvTranspose3d(channels[i - 1], channels[i - 1], 4, stride=2, padding=1))
+
+        self.final_block = ResidualBlock(channels[0], width, None, norm_groups)
+        self.conv_out = nn.Conv3d(width, out_channels, 1)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | int,
+        stages: Sequence[int] = (),
+        return_sample: bool = True,
+    ) -> UNet3DOutput:
+        """Predict the clean volume, and return the features of the decoder stages asked for.
+
+        Args:
+            sample: (B, C, H, W, D) noisy volumes, in [-1, 1] before the noise; any H, W, D.
+            timestep: (B,) or a scalar, in [0, T).
+            stages: decoder stages whose feature maps are wanted, 1 (coarsest) to `num_stages` (finest).
+            return_sample: `False` skips the prediction: the network then stops after the deepest stage asked for.
+
+        Raises:
+            ValueError: if `sample` is not 5-D, a stage does not exist, or nothing is asked for.
+        """
+        if sample.ndim != 5:
+            raise ValueError(f"`sample` must be (batch, channel, H, W, D), got shape {tuple(sample.shape)}.")
+        wrong = [s for s in stages if not 1 <= s <= self.num_stages]
+        if wrong:
+            raise ValueError(f"`stages` must lie in 1..{self.num_stages}, got {wrong}.")
+        if not stages and not return_sample:
+            raise ValueError("nothing is asked for: name `stages` or set `return_sample=True`.")
+
+        timestep = torch.as_tensor(timestep, device=sample.device)
+        time = self.time_embedding(timestep.expand(sample.shape[0]))
+        x, extent = self._to_internal_grid(sample)
+
+        x = self.conv_in(x)
+        skips = []
+        for i, level in enumerate(self.down_levels):
+            x = self._run(level, x, time)
+            skips.append(x)
+            if i < self.num_stages:
+                x = self.downsamples[i](x)
+        x = self._run(self.mid_block1, x, time)
+        x = self.mid_attention(x)
+        x = self._run(self.mid_block2, x, time)
+
+        features = {}
+        for stage, (level, upsample) in enumerate(zip(self.up_levels, self.upsamples, strict=True), start=1):
+            x = self._run(level, torch.cat([x, skips.pop()], dim=1), time)
+            features[stage] = x
+            if not return_sample and stage == max(stages):
+                break
+            x = upsample(x)
+
+        prediction = None
+        if return_sample:
+            prediction = self._to_input_grid(self.conv_out(self._run(self.final_block, x)), sample.shape[2:])
+        return UNet3DOutput(sample=prediction, features=tuple(features[s] for s in stages), extent=extent)
+
+    def stage_channels(self, stage: int) -> int:
+        """Channels of a decoder stage's feature map."""
+        return self.config.width * self.config.channel_multipliers[self.num_stages - stage]
+
+    @property
+    def noise_grid(self) -> tuple[int, int, int] | None:
+        """Grid to which clean volumes are brought before noise is added; `None` leaves them on their own."""
+        return as_grid(self.config.sample_size) if self.config.resize_before_noise else None
+
+    def _run(self, module: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(module, *args)
+        return module(*args)
+
+    def _to_internal_grid(self, sample: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        grid = tuple(sample.shape[2:])
+        if self.config.sample_size is not None:
+            return _resize(sample, as_grid(self.config.sample_size)), grid
+        padded = tuple(-(-n // self.stride) * self.stride for n in grid)
+        if padded != grid:
+            (h, w, d), (ph, pw, pd) = grid, padded
+            sample = F.pad(sample, (0, pd - d, 0, pw - w, 0, ph - h), mode="replicate")
+        return sample, padded
+
+    def _to_input_grid(self, sample: torch.Tensor, grid: torch.Size) -> torch.Tensor:
+        if self.config.sample_size is not None:
+            return _resize(sample, tuple(grid))
+        h, w, d = grid
+        return sample[:, :, :h, :w, :d]
+
+
+def as_grid(size: int | Sequence[int]) -> tuple[int, int, int]:
+    """An int or a sequence of three as a grid of three."""
+    return (size,) * 3 if isinstance(size, int) else tuple(size)
+
+
+def _resize(sample: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+    if tuple(sample.shape[2:]) == grid:
+        return sample
+    return F.interpolate(sample, size=grid, mode="trilinear", align_corners=False)
+
+
+def _check_config(width, channels, attention, norm_groups, sample_size, resize_before_noise, stride) -> None:
+    if width < 4 or width % 2:
+        raise ValueError(f"`width` must be even and at least 4, got {width}.")
+    uneven = [c for c in channels if c % norm_groups]
+    if uneven:
+        raise ValueError(f"every level's channels must be a multiple of `norm_groups`={norm_groups}, got {uneven}.")
+    if len(attention) != len(channels):
+        raise ValueError(f"`attention` must name each of the {len(channels)} levels, got {len(attention)} entries.")
+    unknown = [a for a in attention if a is not None and a not in ATTENTIONS]
+    if unknown:
+        raise ValueError(f"`attention` entries must be None or one of {sorted(ATTENTIONS)}, got {unknown}.")
+    if sample_size is None and resize_before_noise:
+        raise ValueError("`resize_before_noise` needs a `sample_size` to resize to.")
+    if sample_size is not None:
+        sizes = as_grid(sample_size)
+        for size in sizes:
+            if size < stride or size % stride:
+                better = max(1, -(-size // stride)) * stride
+                raise ValueError(f"`sample_size` must be a multiple of {stride}, got {size}; try {better}.")
+
+
+# `paper` is the released network of the authors; `small` trains on two CPU cores in about an hour.
+UNET_PRESETS: dict[str, dict] = {
+    "paper": {
+        "width": 64,
+        "channel_multipliers": (1, 2, 4, 8),
+        "attention": ("linear", "linear", "linear", "linear"),
+        "sample_size": 64,
+    },
+    "small": {
+        "width": 16,
+        "channel_multipliers": (1, 2, 4, 4),
+        "attention": (None, None, None, None),
+        "sample_size": 48,
+        "resize_before_noise": True,
+    },
+}

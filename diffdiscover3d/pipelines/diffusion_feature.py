@@ -1,0 +1,164 @@
+"""Features of a pretrained diffusion model (Fig. 1 of the paper)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers.utils import BaseOutput
+
+from diffdiscover3d.data.nifti import as_volume_tensor
+from diffdiscover3d.data.transforms import min_max_normalize, resize_volume
+from diffdiscover3d.models.unet_3d import UNet3DModel
+from diffdiscover3d.pipelines.hub_support import HubPipelineMixin, register_library
+
+register_library()
+
+
+@dataclass
+class DiffusionFeatureOutput(BaseOutput):
+    """Output of [`DiffusionFeaturePipeline`].
+
+    Attributes:
+        features: one (B, c, h, w, d) float32 map per stage asked for; on the volume's grid if upsampled.
+        stages: the stages, in the same order.
+        extent: the grid of voxels the features span with corners aligned: the volume's, or beyond its far ends
+            where the UNet padded it.
+        denoised: (B, 1, H, W, D) the clean volume predicted at this timestep, in [0, 1]; `None` if not asked for.
+    """
+
+    features: tuple[torch.Tensor, ...]
+    stages: tuple[int, ...]
+    extent: tuple[int, int, int]
+    denoised: torch.Tensor | None = None
+
+
+class DiffusionFeaturePipeline(HubPipelineMixin, DiffusionPipeline):
+    """Noise a volume to a timestep (Eq. 2), run the UNet, return its decoder features.
+
+    Args:
+        unet: the pretrained diffusion model.
+        scheduler: the noise schedule it was trained with.
+
+    Example:
+        >>> import torch
+        >>> from diffusers import DDPMScheduler
+        >>> unet = UNet3DModel(width=8, channel_multipliers=(1, 2), attention=(None, None), norm_groups=4)
+        >>> pipe = DiffusionFeaturePipeline(unet, DDPMScheduler(250, prediction_type="sample"))
+        >>> out = pipe(torch.rand(16, 12, 8), timestep=25, stages=(1,), generator=torch.Generator().manual_seed(0))
+        >>> out.features[0].shape
+        torch.Size([1, 8, 8, 6, 4])
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(self, unet: UNet3DModel, scheduler: DDPMScheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        volume,
+        timestep: int = 25,
+        stages: Sequence[int] = (1, 2, 3),
+        generator: torch.Generator | None = None,
+        num_noise: int = 1,
+        upsample: bool = False,
+        denoised: bool = False,
+        chunk_channels: int = 32,
+    ) -> DiffusionFeatureOutput:
+        """Extract features.
+
+        Args:
+            volume: a path or nibabel image (brought to canonical orientation), or an array or tensor of shape
+                (H, W, D), (B, H, W, D) or (B, 1, H, W, D). Any intensities: each volume is min-max normalised.
+            timestep: noise step t in [0, T); the paper uses 25 of 250.
+            stages: decoder stages, 1 is the coarsest.
+            generator: of the noise; a CPU generator gives the same noise on every device.
+            num_noise: draws of noise over which the features are averaged.
+            upsample: bring the features to the volume's grid (trilinear, corners aligned), `chunk_channels` at a
+                time, in host memory.
+            denoised: also return the prediction of the clean volume, averaged likewise; the UNet then runs whole.
+
+        Raises:
+            InputError: if the volume cannot be read, has no contrast, or holds NaN or Inf.
+            ValueError: for a timestep, stage or number of draws out of range.
+        """
+        steps = self.scheduler.config.num_train_timesteps
+        if not 0 <= timestep < steps:
+            raise ValueError(f"`timestep` must lie in 0..{steps - 1}, got {timestep}.")
+        if num_noise < 1:
+            raise ValueError(f"`num_noise` must be at least 1, got {num_noise}.")
+        volume = min_max_normalize(as_volume_tensor(volume).to(self.device))
+        noise_shape = (num_noise, *volume.shape[:2], *(self.unet.noise_grid or volume.shape[2:]))
+        device = generator.device if generator is not None else torch.device("cpu")
+        noise = torch.randn(noise_shape, generator=generator, device=device).to(self.device)
+        output = self.extract(volume, noise, timestep, stages, denoised)
+        if upsample:
+            grid = tuple(volume.shape[2:])
+            features = tuple(upsample_features(f, grid, output.extent, chunk_channels) for f in output.features)
+            output = DiffusionFeatureOutput(features, output.stages, grid, output.denoised)
+        return output
+
+    @torch.no_grad()
+    def extract(
+        self,
+        volume: torch.Tensor,
+        noise: torch.Tensor,
+        timestep: int,
+        stages: Sequence[int],
+        denoised: bool = False,
+    ) -> DiffusionFeatureOutput:
+        """The same for normalised (B, 1, H, W, D) volumes in [0, 1] and given noise.
+
+        Args:
+            noise: (draws, B, 1, h, w, d) standard normal, on `unet.noise_grid` or, if that is `None`, on the
+                volume's grid.
+        """
+        grid = tuple(volume.shape[2:])
+        clean = 2 * volume - 1
+        if self.unet.noise_grid is not None:
+            clean = resize_volume(clean, self.unet.noise_grid)
+        steps = torch.full((volume.shape[0],), timestep, device=volume.device)
+        sums, denoised_sum, extent = None, 0, grid
+        for draw in noise:
+            noisy = self.scheduler.add_noise(clean, draw, steps)  # in float32: bfloat16 loses the early steps
+            out = self.unet(noisy.to(self.unet.dtype), steps, stages=stages, return_sample=denoised)
+            features = [f.float() for f in out.features]
+            sums = features if sums is None else [a + b for a, b in zip(sums, features, strict=True)]
+            if denoised:
+                denoised_sum = denoised_sum + out.sample.float()
+            if self.unet.noise_grid is None:
+                extent = out.extent
+        features = tuple(f / len(noise) for f in sums)
+        prediction = None
+        if denoised:
+            prediction = ((denoised_sum / len(noise)).clamp(-1, 1) + 1) / 2
+            prediction = F.interpolate(prediction, size=grid, mode="trilinear", align_corners=False)
+        return DiffusionFeatureOutput(features, tuple(stages), extent, prediction)
+
+
+def make_scheduler(num_train_timesteps: int) -> DDPMScheduler:
+    """The paper's noise schedule: cosine, prediction of the clean volume."""
+    return DDPMScheduler(
+        num_train_timesteps=num_train_timesteps, beta_schedule="squaredcos_cap_v2", prediction_type="sample"
+    )
+
+
+def upsample_features(
+    features: torch.Tensor, grid: Sequence[int], extent: Sequence[int] | None = None, chunk_channels: int = 32
+) -> torch.Tensor:
+    """Bring (B, C, h, w, d) features that span `extent` to the voxel grid `grid`, corners of the extent aligned.
+
+    Returns:
+        (B, C, *grid) float32 in host memory, filled `chunk_channels` at a time.
+    """
+    extent = tuple(extent or grid)
+    out = torch.empty(*features.shape[:2], *grid, dtype=torch.float32)
+    for first in range(0, features.shape[1], chunk_channels):
+        chunk = features[:, first : first + chunk_channels].float()
+        chunk = F.interpolate(chunk, size=extent, mode="trilinear", align_corners=True)
+        out[:, first : first + chunk_channels] = chunk[..., : grid[0], : grid[1], : grid[2]].cpu()
+    return out

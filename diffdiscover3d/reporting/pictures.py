@@ -1,0 +1,97 @@
+"""Pictures of volumes: three orthogonal slices through the centre, with or without parts over them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from diffdiscover3d.files import atomic_file
+from diffdiscover3d.reporting.colours import part_rgb
+
+_PLANES = ("sagittal", "coronal", "axial")
+
+
+def save_slices(
+    path: str | Path,
+    volumes: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray | None] | None = None,
+    *,
+    spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
+    titles: Sequence[str] | None = None,
+    num_parts: int | None = None,
+) -> None:
+    """Write a PNG with a row per volume and its three middle slices; with labels, each beside its overlay.
+
+    Args:
+        path: the PNG to write.
+        volumes: (H, W, D) arrays in RAS+ orientation, or (3, H, W, D) ones in [0, 1] shown as red, green, blue.
+        labels: (H, W, D) part numbers for each volume.
+        spacing_mm: of the voxels, so that anisotropic ones are drawn in proportion.
+        titles: one for each row.
+        num_parts: length of the legend (default: the largest part number seen).
+    """
+    labels = [None] * len(volumes) if labels is None else labels
+    overlaid = any(x is not None for x in labels)
+    columns = 6 if overlaid else 3
+    figure = Figure(figsize=(2.4 * columns, 2.6 * len(volumes) + 0.5), layout="constrained", facecolor="black")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(volumes), columns, squeeze=False)
+    for row, (volume, parts) in enumerate(zip(volumes, labels, strict=True)):
+        for plane in range(3):
+            grey = _slice(volume, plane)
+            aspect = _aspect(spacing_mm, plane)
+            _show(axes[row, plane], grey, aspect)
+            if overlaid:
+                _show(axes[row, 3 + plane], _overlay(grey, _slice(parts, plane)), aspect)
+            if row == 0:
+                for first in range(0, columns, 3):
+                    axes[0, first + plane].set_title(_PLANES[plane], color="white", fontsize=9)
+        if titles:
+            axes[row, 0].set_ylabel(titles[row], color="white", fontsize=9)
+    if overlaid:
+        count = num_parts or 1 + max(int(x.max()) for x in labels if x is not None)
+        handles = [Patch(color=part_rgb(k), label=f"part {k}") for k in range(count)]
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=min(count, 8), labelcolor="white", frameon=False
+        )
+    with atomic_file(path, suffix=".png") as temporary:
+        figure.savefig(temporary, dpi=100, format="png", metadata={"Software": "diffdiscover3d"})
+
+
+def _slice(volume: np.ndarray, plane: int) -> np.ndarray:
+    """The middle slice across one axis, turned so that superior (or anterior) is up; channels go last."""
+    axis = volume.ndim - 3 + plane
+    cut = np.take(volume, volume.shape[axis] // 2, axis=axis)
+    if cut.ndim == 3:
+        cut = np.moveaxis(cut, 0, -1)
+    return np.rot90(cut)
+
+
+def _aspect(spacing_mm: Sequence[float], plane: int) -> float:
+    across, up = [s for axis, s in enumerate(spacing_mm) if axis != plane]
+    return up / across
+
+
+def _to_grey(cut: np.ndarray) -> np.ndarray:
+    """Intensities to [0, 1] between the 0.5th and 99.5th percentile: one hot voxel must not blacken the rest."""
+    if cut.ndim == 3:
+        return np.clip(cut, 0, 1)
+    low, high = np.percentile(cut, (0.5, 99.5))
+    grey = np.clip((cut - low) / max(high - low, 1e-9), 0, 1)
+    return np.repeat(grey[..., None], 3, axis=-1)
+
+
+def _overlay(grey: np.ndarray, parts: np.ndarray, opacity: float = 0.5) -> np.ndarray:
+    colours = np.array([part_rgb(k) for k in range(int(parts.max()) + 1)])
+    return (1 - opacity) * _to_grey(grey) + opacity * colours[parts.astype(int)]
+
+
+def _show(axis, cut: np.ndarray, aspect: float) -> None:
+    axis.imshow(_to_grey(cut), aspect=aspect, interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for side in axis.spines.values():
+        side.set_visible(False)

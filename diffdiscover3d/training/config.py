@@ -1,0 +1,227 @@
+"""Options of the two trainings: frozen dataclasses, checked when they are made, read from presets, files and flags."""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffdiscover3d.errors import InputError
+
+SCHEDULES = ("constant", "one_cycle")
+PRECISIONS = ("no", "bf16", "fp16")
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+def option(default, help: str, choices: tuple | None = None):
+    """A dataclass field that is also a command-line option."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What both trainings share. Every field is an option of `python -m diffdiscover3d.train`."""
+
+    dataset: str = option("synthetic-regular", "a named dataset, or a folder, glob or text list of NIfTI volumes")
+    output_dir: str = option("outputs", "folder for the trained model, checkpoints, pictures and logs")
+    max_steps: int = option(50_000, "optimiser steps")
+    batch_size: int = option(4, "volumes per optimiser step, over all processes and accumulation steps together")
+    gradient_accumulation_steps: int = option(1, "micro-batches summed into one optimiser step")
+    learning_rate: float = option(1e-4, "Adam's learning rate; the peak of a one_cycle schedule")
+    lr_schedule: str = option("constant", "how the rate changes over the steps", SCHEDULES)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 switches clipping off")
+    mixed_precision: str = option("no", "precision of the forward pass", PRECISIONS)
+    volume_size: tuple[int, ...] | None = option(None, "resample every volume to this grid (one or three integers)")
+    flips: bool = option(True, "mirror volumes at random along their three axes")
+    num_workers: int = option(0, "processes that load volumes, for each training process")
+    seed: int = option(0, "seed of the weights, the order of the data, the noise and the augmentation")
+    log_every: int = option(50, "steps between log lines")
+    checkpoint_every: int = option(500, "steps between checkpoints")
+    keep_checkpoints: int = option(2, "newest checkpoints kept")
+    preview_every: int = option(500, "steps between pictures; 0 writes none")
+    resume: str | None = option(None, "`latest`, or the folder of a checkpoint, to go on from")
+    report_to: str | None = option(None, "experiment tracker", TRACKERS)
+    save_dtype: str = option("float32", "type in which the final weights are stored", SAVE_DTYPES)
+
+    def __post_init__(self):
+        if isinstance(self.volume_size, int):
+            object.__setattr__(self, "volume_size", (self.volume_size,) * 3)
+        elif self.volume_size is not None:
+            size = tuple(self.volume_size)
+            object.__setattr__(self, "volume_size", size * 3 if len(size) == 1 else size)
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("keep_checkpoints", "num_workers", "preview_every", "max_grad_norm", "seed"):
+            least = 1 if name == "keep_checkpoints" else 0
+            _require(getattr(self, name) >= least, name, f"at least {least}", getattr(self, name))
+        _require(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
+        _require(self.lr_schedule in SCHEDULES, "lr_schedule", f"one of {SCHEDULES}", self.lr_schedule)
+        _require(self.mixed_precision in PRECISIONS, "mixed_precision", f"one of {PRECISIONS}", self.mixed_precision)
+        _require(self.report_to in (None, *TRACKERS), "report_to", f"one of {TRACKERS} or none", self.report_to)
+        _require(self.save_dtype in SAVE_DTYPES, "save_dtype", f"one of {SAVE_DTYPES}", self.save_dtype)
+        size = self.volume_size
+        _require(size is None or (len(size) == 3 and min(size) > 1), "volume_size", "one or three integers > 1", size)
+
+
+@dataclass(frozen=True)
+class DiffusionConfig(TrainingConfig):
+    """Stage 1: the denoiser. The defaults are the paper's."""
+
+    num_train_timesteps: int = option(250, "length T of the noise schedule")
+    ema_decay: float = option(0.9999, "decay of the moving average of the weights, which is what is saved")
+    width: int | None = option(None, "channels of the UNet's finest level (default: the preset's)")
+    sample_size: int | None = option(None, "internal grid of the UNet (default: the preset's)")
+    pad: bool = option(False, "pad volumes to the stride instead of resizing them to the internal grid")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    preset: str = option("paper", "the UNet and these options' defaults", ("paper", "small"))
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.num_train_timesteps >= 2, "num_train_timesteps", "at least 2", self.num_train_timesteps)
+        _require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
+
+
+@dataclass(frozen=True)
+class DiscoveryConfig(TrainingConfig):
+    """Stage 2: the segmentation network. The defaults are the paper's; Eq. 4 to 8 name the terms."""
+
+    max_steps: int = option(2_000, "optimiser steps (the paper: 100 epochs of 80 volumes in batches of 4)")
+    learning_rate: float = option(3e-4, "Adam's learning rate; the peak of a one_cycle schedule")
+    teacher: str = option("", "folder or Hub id of the diffusion model, or the name of an embedded one")
+    num_parts: int = option(2, "number K of parts to discover")
+    stages: tuple[int, ...] = option((1,), "decoder stages whose features must be consistent, 1 is the coarsest")
+    timestep: int = option(25, "noise step t at which the teacher sees the volumes")
+    num_noise: int = option(1, "noise draws over which the teacher's features are averaged")
+    lambda_feature: float = option(1.0, "weight of the feature consistency, Eq. 6")
+    lambda_visual: float = option(1.0, "weight of the visual consistency, Eq. 7")
+    lambda_invariance: float = option(1.0, "weight of the photometric invariance, Eq. 8")
+    lambda_denoised: float = option(
+        0.0, "weight of the consistency of the teacher's clean prediction (not in the paper)"
+    )
+    denoised_timestep: int = option(60, "noise step of that clean prediction")
+    gamma_range: tuple[float, ...] = option((0.9, 1.1), "range of the exponent of the photometric change")
+    relative_consistency: bool = option(False, "divide each consistency by its representation's total variance")
+    norm: str = option("batch", "normalisation of the segmentation network", ("batch", "instance"))
+    dropout: float = option(0.2, "dropout of the segmentation network")
+    selection: str = option("confidence", "which epoch is kept: the most confident or the last", ("confidence", "last"))
+    preset: str = option("paper", "these options' defaults", ("paper", "small"))
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "stages", tuple(self.stages))
+        object.__setattr__(self, "gamma_range", tuple(self.gamma_range))
+        _require(self.num_parts >= 2, "num_parts", "at least 2", self.num_parts)
+        _require(len(self.stages) >= 1 and min(self.stages) >= 1, "stages", "one or more of 1, 2, ...", self.stages)
+        _require(self.timestep >= 0, "timestep", "at least 0", self.timestep)
+        _require(self.num_noise >= 1, "num_noise", "at least 1", self.num_noise)
+        for name in ("lambda_feature", "lambda_visual", "lambda_invariance", "lambda_denoised"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require(self.selection in ("confidence", "last"), "selection", "confidence or last", self.selection)
+        gamma = self.gamma_range
+        _require(
+            len(gamma) == 2 and 0 < gamma[0] <= gamma[1],
+            "gamma_range",
+            "two positive numbers in ascending order",
+            gamma,
+        )
+
+
+# What a preset changes in the defaults above. `small` is measured on two CPU cores.
+PRESETS: dict[type, dict[str, dict]] = {
+    DiffusionConfig: {
+        "paper": {},
+        "small": {
+            "max_steps": 2_500,
+            "learning_rate": 8e-4,
+            "lr_schedule": "one_cycle",
+            "mixed_precision": "bf16",
+            "ema_decay": 0.995,
+        },
+    },
+    DiscoveryConfig: {
+        "paper": {},
+        "small": {
+            "max_steps": 400,
+            "learning_rate": 1e-3,
+            "lr_schedule": "one_cycle",
+            "mixed_precision": "bf16",
+            "relative_consistency": True,
+        },
+    },
+}
+
+
+def make_config(kind: type, *, file: str | Path | None = None, **options):
+    """A config of `kind` from its preset, then a JSON or YAML file, then `options`; each overrides the one before.
+
+    Raises:
+        InputError: if the file is missing, is not a mapping, or names an unknown option.
+        ValueError: if an option's value breaks its rule.
+    """
+    from_file = read_options(kind, file) if file else {}
+    chosen = {**from_file, **options}
+    preset = chosen.get("preset", kind.preset)
+    if preset not in PRESETS[kind]:
+        raise ValueError(f"`preset` must be one of {tuple(PRESETS[kind])}, got {preset!r}.")
+    return kind(**{**PRESETS[kind][preset], **chosen})
+
+
+def read_options(kind: type, file: str | Path) -> dict:
+    """Read a mapping of option names to values from a JSON or YAML file; dashes and underscores are the same."""
+    path = Path(file)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            values = yaml.safe_load(text)
+        else:
+            values = json.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot read the config file ({error}).") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); a YAML file must end in .yaml or .yml.") from error
+    except Exception as error:  # yaml's error class is only known where yaml was needed
+        raise InputError(f"{path}: not valid YAML ({str(error).splitlines()[0]}).") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a config file must map option names to values, got {type(values).__name__}.")
+    values = {str(key).replace("-", "_"): value for key, value in values.items()}
+    known = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise InputError(f"{path}: unknown options {unknown}; known are {sorted(known)}.")
+    return values
+
+
+def add_options(parser, kind: type) -> None:
+    """Add one option per field of `kind` to an `argparse` parser; options not given stay out of the result."""
+    import argparse
+
+    hints = typing.get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        flag, hint, help_text = "--" + f.name.replace("_", "-"), hints[f.name], f.metadata["help"]
+        arguments = {"dest": f.name, "default": argparse.SUPPRESS}
+        inner = [a for a in typing.get_args(hint) if a is not type(None)]
+        if isinstance(hint, types.UnionType):
+            hint = inner[0]
+        shown = "none" if f.default in (None, "") else f.default
+        arguments["help"] = f"{help_text} (default: {shown})"
+        if hint is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(hint) is tuple:
+            arguments |= {"type": typing.get_args(hint)[0], "nargs": "+"}
+        else:
+            arguments |= {"type": hint, "choices": f.metadata["choices"]}
+        parser.add_argument(flag, **arguments)
+
+
+def as_dict(config: TrainingConfig) -> dict:
+    """The options as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _require(holds: bool, name: str, rule: str, value) -> None:
+    if not holds:
+        raise ValueError(f"`{name}` must be {rule}, got {value!r}.")

@@ -1,0 +1,97 @@
+"""Stage 1: pretrain the diffusion model to predict clean volumes from noisy ones (section 2 of the paper)."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler
+from diffusers.training_utils import EMAModel
+
+from diffdiscover3d.models.loading import cast_weights
+from diffdiscover3d.models.unet_3d import UNET_PRESETS, UNet3DModel
+from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
+from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline
+from diffdiscover3d.reporting.pictures import save_slices
+from diffdiscover3d.training.config import DiffusionConfig
+
+
+def make_unet(config: DiffusionConfig) -> UNet3DModel:
+    """The UNet a config describes: its preset, with the width and grid asked for."""
+    options = dict(UNET_PRESETS[config.preset])
+    if config.width is not None:
+        options["width"] = config.width
+    if config.sample_size is not None:
+        options["sample_size"] = config.sample_size
+    if config.pad:
+        options |= {"sample_size": None, "resize_before_noise": False}
+    return UNet3DModel(**options)
+
+
+class DiffusionTraining:
+    """The denoiser, its noise and its L1 loss."""
+
+    name = "diffusion"
+
+    def __init__(self, config: DiffusionConfig, common_grid: tuple[int, int, int] | None):
+        """Args:
+        common_grid: the shape all volumes share, `None` if they differ; they are then resampled to the UNet's grid.
+        """
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.model = make_unet(config)
+        if config.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        self.scheduler = make_scheduler(config.num_train_timesteps)
+        self.ema = EMAModel(self.model.parameters(), decay=config.ema_decay)
+        self.volume_grid = config.volume_size or self.model.noise_grid
+        if self.volume_grid is None and common_grid is None:
+            size = self.model.config.sample_size
+            if size is None:
+                raise ValueError("the volumes differ in shape: give --volume-size to bring them to one grid.")
+            self.volume_grid = (size,) * 3
+        self.sample_grid = self.volume_grid or common_grid
+
+    def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        return {
+            "timestep": torch.randint(self.config.num_train_timesteps, (), generator=generator),
+            "noise": torch.randn(volume.shape, generator=generator),
+        }
+
+    def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        clean = 2 * batch["volume"] - 1
+        noisy = self.scheduler.add_noise(clean, batch["noise"], batch["timestep"])  # Eq. 2, in float32
+        predicted = model(noisy, batch["timestep"]).sample
+        return {"loss": F.l1_loss(predicted.float(), clean)}
+
+    def after_step(self, step: int) -> dict[str, float]:
+        self.ema.to(next(self.model.parameters()).device)
+        self.ema.step(self.model.parameters())
+        return {}
+
+    def preview(self, step: int, folder: Path) -> None:
+        self.ema.store(self.model.parameters())
+        self.ema.copy_to(self.model.parameters())
+        pipeline = VolumeGenerationPipeline(self.model, DDIMScheduler.from_config(self.scheduler.config))
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        samples = pipeline(self.sample_grid, batch_size=3, num_inference_steps=20, generator=generator).volumes
+        self.ema.restore(self.model.parameters())
+        self.model.train()
+        save_slices(folder / f"samples-{step:08d}.png", [s.cpu().numpy() for s in samples[:, 0]])
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        state = self.ema.state_dict()
+        shadow = {str(i): p for i, p in enumerate(state["shadow_params"])}
+        return {"ema": {**shadow, "step": torch.tensor(state["optimization_step"])}}
+
+    def load_state(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+        ema = dict(tensors["ema"])
+        step = int(ema.pop("step"))
+        shadow = [ema[str(i)] for i in range(len(ema))]
+        self.ema.load_state_dict({**self.ema.state_dict(), "optimization_step": step, "shadow_params": shadow})
+
+    def save(self, folder: Path) -> None:
+        """Write the averaged weights as a pipeline folder."""
+        self.ema.copy_to(self.model.parameters())
+        cast_weights(self.model, self.config.save_dtype)
+        DiffusionFeaturePipeline(self.model.eval(), self.scheduler).save_pretrained(folder)

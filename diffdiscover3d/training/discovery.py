@@ -1,0 +1,141 @@
+"""Stage 2: train the segmentation network on the three label-free losses (section 3 of the paper)."""
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from diffdiscover3d.data.loading import common_grid
+from diffdiscover3d.data.transforms import resize_volume
+from diffdiscover3d.losses import photometric_invariance, region_consistency
+from diffdiscover3d.models.loading import cast_weights
+from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
+from diffdiscover3d.reporting.pictures import save_slices
+from diffdiscover3d.training.config import DiscoveryConfig
+
+logger = logging.getLogger("diffdiscover3d")
+_SELECTION_VOLUMES = 32  # at most so many volumes decide which epoch is kept
+
+
+class DiscoveryTraining:
+    """The segmentation network, its frozen teacher and its losses.
+
+    Args:
+        teacher: the pretrained diffusion model.
+        volumes: those to train on; where their shapes differ they are resampled to the median shape.
+        selection_volumes: those whose mean confidence decides which epoch is kept; no labels are used.
+    """
+
+    name = "discovery"
+
+    def __init__(
+        self,
+        config: DiscoveryConfig,
+        teacher: DiffusionFeaturePipeline,
+        volumes: Sequence[dict],
+        selection_volumes: Sequence[dict],
+        accelerator: Accelerator,
+    ):
+        torch.manual_seed(config.seed)
+        self.config, self.accelerator = config, accelerator
+        self.model = StructureDiscoveryModel(config.num_parts, dropout=config.dropout, norm=config.norm)
+        self.teacher = teacher.to(accelerator.device)
+        self.teacher.unet.eval().requires_grad_(False).to(memory_format=torch.channels_last_3d)
+        shared = common_grid(volumes)
+        self.volume_grid = config.volume_size or (None if shared else median_grid(volumes))
+        if shared is None and config.volume_size is None:
+            logger.info("volumes differ in shape: all are resampled to %s (--volume-size changes it)", self.volume_grid)
+        self.noise_grid = teacher.unet.noise_grid or self.volume_grid or shared
+        self.selection_volumes = selection_volumes
+        self.epoch_steps = math.ceil(len(volumes) / config.batch_size)
+        self.best: dict[str, torch.Tensor] | None = None
+        self.best_confidence = 0.0
+
+    def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        low, high = self.config.gamma_range
+        draws = self.config.num_noise + (self.config.lambda_denoised > 0)
+        return {
+            "gamma": low + (high - low) * torch.rand((), generator=generator),
+            "noise": torch.randn((draws, 1, *self.noise_grid), generator=generator),
+        }
+
+    def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        config, volume = self.config, batch["volume"]
+        gamma = batch["gamma"][:, None, None, None, None]
+        noise = batch["noise"].movedim(1, 0)  # (draws, B, 1, h, w, d)
+
+        masks = model(volume).logits.float().softmax(dim=1)
+        masks_changed = model(volume**gamma).logits.float().softmax(dim=1)
+        with self.accelerator.autocast():
+            phi = self.teacher.extract(volume, noise[: config.num_noise], config.timestep, config.stages)
+
+        relative = config.relative_consistency
+        terms = {
+            "feature": config.lambda_feature * region_consistency(masks, phi.features, phi.extent, relative),  # Eq. 6
+            "visual": config.lambda_visual * region_consistency(masks, volume, relative=relative),  # Eq. 7
+            "invariance": config.lambda_invariance * photometric_invariance(masks, masks_changed),  # Eq. 8
+        }
+        if config.lambda_denoised > 0:  # not in the paper: Eq. 7 on the teacher's own idea of the clean volume
+            with self.accelerator.autocast():
+                clean = self.teacher.extract(volume, noise[-1:], config.denoised_timestep, (), denoised=True).denoised
+            terms["denoised"] = config.lambda_denoised * region_consistency(masks, clean, relative=relative)
+        return {"loss": sum(terms.values()), **terms}  # Eq. 4
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """At the end of an epoch: the mean confidence, and the weights if they are the most confident so far."""
+        if not self.accelerator.is_main_process or (step % self.epoch_steps and step != self.config.max_steps):
+            return {}
+        confidence = self.mean_confidence()
+        if self.best is None or confidence > self.best_confidence or self.config.selection == "last":
+            self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+            self.best_confidence = confidence
+        return {"confidence": confidence}
+
+    @torch.no_grad()
+    def mean_confidence(self) -> float:
+        """Mean over the voxels of the selection volumes of the probability of their part."""
+        confidences = [self._segment(v).probabilities.amax(dim=1).mean() for v in self._selection()]
+        return float(torch.stack(confidences).mean())
+
+    def preview(self, step: int, folder: Path) -> None:
+        volumes = [v for _, v in zip(range(3), self._selection(), strict=False)]
+        labels = [self._segment(v).labels[0].cpu().numpy() for v in volumes]
+        pictures = [v[0].cpu().numpy() for v in volumes]
+        save_slices(folder / f"parts-{step:08d}.png", pictures, labels, num_parts=self.config.num_parts)
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        if self.best is None:
+            return {}
+        return {"best": {**self.best, "confidence": torch.tensor(self.best_confidence, dtype=torch.float64)}}
+
+    def load_state(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+        if "best" in tensors:
+            best = dict(tensors["best"])
+            self.best_confidence = float(best.pop("confidence"))
+            self.best = best
+
+    def save(self, folder: Path) -> None:
+        """Write the kept network, its parts renumbered so that the largest over the selection volumes comes first."""
+        self.model.load_state_dict(self.best)
+        sizes = sum(self._segment(v).probabilities.mean(dim=(0, 2, 3, 4)) for v in self._selection())
+        self.model.order_parts(sizes)
+        cast_weights(self.model, self.config.save_dtype)
+        self.model.save_pretrained(folder)
+
+    def _selection(self):
+        for i in range(min(len(self.selection_volumes), _SELECTION_VOLUMES)):
+            volume = self.selection_volumes[i]["volume"]
+            yield volume if self.volume_grid is None else resize_volume(volume[None], self.volume_grid)[0]
+
+    def _segment(self, volume: torch.Tensor):
+        return self.model.segment(volume[None])
+
+
+def median_grid(volumes: Sequence[dict]) -> tuple[int, int, int]:
+    """The median of the volumes' shapes along each axis."""
+    shapes = torch.tensor([list(volumes[i]["volume"].shape[1:]) for i in range(len(volumes))])
+    return tuple(int(n) for n in shapes.median(dim=0).values)

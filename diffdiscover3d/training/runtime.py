@@ -1,0 +1,267 @@
+"""The training loop both stages share: processes, steps, checkpoints, logs and pictures."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from diffdiscover3d.errors import ModelError
+from diffdiscover3d.files import write_json
+from diffdiscover3d.training import checkpoints
+from diffdiscover3d.training.config import TrainingConfig, as_dict
+from diffdiscover3d.training.sampling import StepBatches, TrainingVolumes, draw_generator
+
+logger = logging.getLogger("diffdiscover3d")
+MAX_BAD_STEPS = 5  # steps in a row whose gradient is not finite before the training gives up
+
+
+class Task(Protocol):
+    """What a training adds to the loop: [`DiffusionTraining`] and [`DiscoveryTraining`]."""
+
+    name: str
+    model: torch.nn.Module
+    volume_grid: tuple[int, int, int] | None  # volumes are resampled to it; None leaves them
+
+    def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Everything random about one volume, drawn on the CPU; must not depend on any other state."""
+
+    def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Scalar losses of a batch; the one called "loss" is minimised."""
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Called on every process after each step; returns further figures to log."""
+
+    def preview(self, step: int, folder: Path) -> None:
+        """Write pictures; called on the main process."""
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Tensors beyond model and optimiser that a checkpoint must hold."""
+
+    def load_state(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Put them back."""
+
+    def save(self, folder: Path) -> None:
+        """Write the final model; called on the main process."""
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """The accelerator of a config; it follows `accelerate launch` where that started the process."""
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=config.report_to,
+        project_dir=config.output_dir,
+        step_scheduler_with_optimizer=False,
+    )
+
+
+def learning_rate_at(config: TrainingConfig, step: int) -> float:
+    """The rate of a step (from 0): constant, or one cycle of 10 % linear warm-up and a cosine down to 1/1000."""
+    if config.lr_schedule == "constant":
+        return config.learning_rate
+    warmup = max(1, config.max_steps // 10)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.max_steps - warmup)
+    return config.learning_rate * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def train(task: Task, config: TrainingConfig, volumes: Sequence, accelerator: Accelerator) -> Path:
+    """Train `task.model` for `config.max_steps` steps and save it into `config.output_dir`.
+
+    Returns:
+        The output folder: the model, `train_config.json`, `log.jsonl`, `checkpoints/` and `previews/`.
+
+    Raises:
+        ModelError: if the loss stops being finite, or the checkpoint to resume from cannot be used.
+        ValueError: if the batch cannot be shared by the processes.
+    """
+    output = Path(config.output_dir)
+    optimizer = torch.optim.Adam(task.model.parameters(), lr=config.learning_rate)
+    start = _resume(task, config, optimizer, output)
+    if accelerator.is_main_process:
+        _begin_log(output, config, start)
+    if config.report_to:
+        accelerator.init_trackers(f"diffdiscover3d-{task.name}", config=_tracker_config(config))
+
+    task.model.to(memory_format=torch.channels_last_3d)
+    model, optimizer = accelerator.prepare(task.model, optimizer)
+    model.train()
+    loader = _make_loader(task, config, volumes, accelerator, start)
+    batches = iter(loader)
+    bar = tqdm(
+        total=config.max_steps,
+        initial=start,
+        desc=task.name,
+        unit="step",
+        disable=None if accelerator.is_main_process else True,
+    )
+    bad_steps, clock = 0, time.perf_counter()
+    for step in range(start, config.max_steps):
+        figures, finite = _take_step(task, model, optimizer, batches, config, accelerator, step)
+        bad_steps = 0 if finite else bad_steps + 1
+        if bad_steps >= MAX_BAD_STEPS:
+            raise ModelError(
+                f"the loss is not finite since step {step + 1 - bad_steps}; the checkpoints in {output} are from "
+                "before. Lower --learning-rate, or use --mixed-precision no."
+            )
+        figures |= task.after_step(step + 1)
+        done = step + 1
+        bar.update()
+        bar.set_postfix({k: f"{v:.4f}" for k, v in figures.items()})
+        if done % config.log_every == 0 or done == config.max_steps:
+            if accelerator.is_main_process:
+                speed = (time.perf_counter() - clock) / (config.log_every if done % config.log_every == 0 else 1)
+                _log(output, done, config, figures, speed)
+            accelerator.log(figures, step=done)
+            clock = time.perf_counter()
+        if done % config.checkpoint_every == 0 or done == config.max_steps:
+            _save_checkpoint(task, config, optimizer, accelerator, output, done)
+        wants_preview = config.preview_every and (done % config.preview_every == 0 or done == config.max_steps)
+        if wants_preview and accelerator.is_main_process:
+            task.preview(done, output / "previews")
+    bar.close()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        task.save(output)
+        write_json(output / "train_config.json", _public_config(config))
+    accelerator.end_training()
+    return output
+
+
+def _take_step(task, model, optimizer, batches, config, accelerator, step) -> tuple[dict[str, float], bool]:
+    """One optimiser step over all micro-batches; its mean losses over all processes, and whether it was finite."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(config, step)
+    # dropout draws from the global generator; one seed per step and process makes a resumed step the same step
+    torch.manual_seed(draw_generator(config.seed, step, -1 - accelerator.process_index & 0xFFFF).initial_seed())
+    sums: dict[str, torch.Tensor] = {}
+    finite = True
+    for _ in range(config.gradient_accumulation_steps):
+        batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(batches).items()}
+        with accelerator.accumulate(model):
+            losses = task.losses(model, batch)
+            accelerator.backward(losses["loss"])
+            if accelerator.sync_gradients:
+                limit = config.max_grad_norm or float("inf")
+                norm = accelerator.clip_grad_norm_(model.parameters(), limit)
+                # a float16 scaler skips overflowing steps by itself and tries a lower scale
+                finite = bool(torch.isfinite(norm)) or config.mixed_precision == "fp16"
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0) + value.detach().float() / config.gradient_accumulation_steps
+    means = accelerator.reduce(torch.stack(list(sums.values())), reduction="mean").tolist()
+    return dict(zip(sums, means, strict=True)), finite
+
+
+def _make_loader(task, config, volumes, accelerator, start) -> DataLoader:
+    batches = StepBatches(
+        len(volumes),
+        config.batch_size,
+        config.gradient_accumulation_steps,
+        accelerator.process_index,
+        accelerator.num_processes,
+        config.seed,
+        start,
+        config.max_steps,
+    )
+    data = TrainingVolumes(volumes, task.draw, config.seed, config.flips, task.volume_grid)
+    return DataLoader(
+        data,
+        batch_sampler=batches,
+        num_workers=config.num_workers,
+        persistent_workers=config.num_workers > 0,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def _save_checkpoint(task, config, optimizer, accelerator, output, step) -> None:
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
+    tensors = {
+        "model": task.model.state_dict(),
+        "optimizer": checkpoints.pack_optimizer(optimizer.optimizer),
+        **task.state(),
+    }
+    state = {"config": as_dict(config)}
+    if accelerator.scaler is not None:
+        state["scaler"] = accelerator.scaler.state_dict()
+    checkpoints.save_checkpoint(output / "checkpoints", step, tensors, state)
+    checkpoints.prune_checkpoints(output / "checkpoints", config.keep_checkpoints)
+
+
+def _resume(task, config, optimizer, output) -> int:
+    """Load the checkpoint asked for, if any, into task and optimiser; return the step to start from."""
+    existing = checkpoints.list_checkpoints(output / "checkpoints")
+    if config.resume is None:
+        if existing:
+            raise ModelError(
+                f"{output} already holds a training up to {existing[-1].name}; go on with --resume latest, "
+                "or choose another --output-dir."
+            )
+        return 0
+    found = checkpoints.find_checkpoint(output / "checkpoints", config.resume, logger.warning)
+    if found is None:
+        return 0
+    tensors, state = found
+    _check_same_training(config, state.get("config", {}))
+    try:
+        task.model.load_state_dict(tensors["model"])
+        checkpoints.unpack_optimizer(optimizer, tensors["optimizer"])
+        task.load_state(tensors)
+    except (KeyError, RuntimeError) as error:
+        raise ModelError(f"the checkpoint does not fit this model ({str(error)[:200]}).") from error
+    logger.info("resumed after step %d", state["step"])
+    return state["step"]
+
+
+# what may differ between a training and its continuation
+_FREE_OPTIONS = {
+    "output_dir", "resume", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints", "preview_every",
+    "report_to", "gradient_accumulation_steps", "dataset", "teacher",
+}  # fmt: skip
+
+
+def _check_same_training(config: TrainingConfig, saved: dict) -> None:
+    now = as_dict(config)
+    changed = {k: (v, now[k]) for k, v in saved.items() if k in now and k not in _FREE_OPTIONS and now[k] != v}
+    if changed:
+        listed = ", ".join(f"{k} was {old!r} and is {new!r}" for k, (old, new) in sorted(changed.items()))
+        raise ModelError(f"the checkpoint is of another training ({listed}); use the same options to resume it.")
+
+
+def _begin_log(output: Path, config: TrainingConfig, start: int) -> None:
+    """Write the options down, and drop log lines of steps that a resumed training takes again."""
+    write_json(output / "train_config.json", _public_config(config))
+    log = output / "log.jsonl"
+    if log.exists():
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= start]
+        log.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _public_config(config: TrainingConfig) -> dict:
+    """The options without this machine's paths of output and resume."""
+    return {k: v for k, v in as_dict(config).items() if k not in ("output_dir", "resume")}
+
+
+def _log(output: Path, step: int, config: TrainingConfig, figures: dict[str, float], seconds: float) -> None:
+    row = {"step": step, "lr": learning_rate_at(config, step - 1), **figures}
+    with open(output / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    shown = " ".join(f"{k}={v:.4f}" for k, v in figures.items())
+    logger.info("step %d/%d %s (%.2f s a step)", step, config.max_steps, shown, seconds)
+
+
+def _tracker_config(config: TrainingConfig) -> dict:
+    return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in as_dict(config).items()}
