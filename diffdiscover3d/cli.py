@@ -74,7 +74,7 @@ def segment(
     errors: list[DiffDiscoverError] = []
 
     def failed(error: DiffDiscoverError) -> None:
-        if len(inputs) == 1 and not Path(inputs[0]).is_dir():
+        if _debug:
             raise error
         errors.append(error)
         _print_error(error)

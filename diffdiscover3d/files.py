@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffdiscover3d.errors import OutputError
+from diffdiscover3d.errors import DiffDiscoverError, OutputError
 
 
 @contextlib.contextmanager
@@ -35,14 +35,12 @@ def atomic_file(target: str | Path, suffix: str = "") -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         # mkstemp makes private files; the result gets the permissions any new file would get
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, target)
         _sync(target.parent)
+    except DiffDiscoverError:  # some are OSErrors and say already what went wrong
+        raise
     except OSError as error:
-        if isinstance(error, OutputError):
-            raise
         raise _output_error(target, error) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -62,9 +60,11 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         for path in temporary.rglob("*"):
             _sync(path)
         _sync(temporary)
-        temporary.chmod(0o755)
+        temporary.chmod(0o777 & ~_umask())
         os.rename(temporary, target)
         _sync(target.parent)
+    except DiffDiscoverError:
+        raise
     except OSError as error:
         raise _output_error(target, error) from error
     finally:
@@ -81,6 +81,12 @@ def sha256(path: str | Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _umask() -> int:
+    umask = os.umask(0)  # there is no way to read it without setting it
+    os.umask(umask)
+    return umask
 
 
 def _sync(path: Path) -> None:

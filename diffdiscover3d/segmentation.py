@@ -12,7 +12,7 @@ import torch
 from diffdiscover3d import __version__
 from diffdiscover3d.data.folder import list_volumes
 from diffdiscover3d.data.nifti import SUFFIXES, read_nifti, write_like
-from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, OutputError
+from diffdiscover3d.errors import DiffDiscoverError, MemoryLimitError, ModelError, NetworkError, OutputError
 from diffdiscover3d.files import sha256, write_json
 from diffdiscover3d.hub import DEFAULT_MODEL, discovery_source, embedded_models, load_discovery
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
@@ -88,6 +88,7 @@ def segment(
     network: StructureDiscoveryModel | None = None
     results = []
     for path, (label_path, sidecar_path, preview_path) in jobs:
+        written: list[Path] = []
         try:
             clock = time.perf_counter()
             # the scan is read whole before a model is loaded: a bad file is answered at once
@@ -97,8 +98,9 @@ def segment(
                 level = DEFAULT_LEVEL if level is None and model in embedded_models() else level
                 network = load_discovery(model, level, revision).to(device)
             clock = time.perf_counter()
-            labels = _label(network, scan, progress)
+            labels = _label(network, path, scan, progress)
             write_like(label_path, labels, scan, labels=True)
+            written.append(label_path)
             fractions = np.bincount(labels.ravel(), minlength=network.config.num_parts) / labels.size
             if preview_path:
                 save_slices(
@@ -108,6 +110,7 @@ def segment(
                     spacing_mm=scan.spacing_mm,
                     num_parts=network.config.num_parts,
                 )
+                written.append(preview_path)
             seconds = reading + time.perf_counter() - clock
             provenance = {
                 "diffdiscover3d": __version__,
@@ -126,12 +129,13 @@ def segment(
                 "peak_memory_mib": peak_memory_mib(),
             }
             write_json(sidecar_path, provenance)
-        except DiffDiscoverError as error:
-            # a label map without its sidecar would pass for a result
-            for leftover in (label_path, preview_path):
-                if leftover and not overwrite:
-                    leftover.unlink(missing_ok=True)
-            if on_error is None or isinstance(error, ModelError):
+        except BaseException as error:
+            # a label map without its sidecar would pass for a result; older results not yet replaced stay
+            for leftover in written:
+                leftover.unlink(missing_ok=True)
+            # without a model no other input can be segmented either
+            stops = not isinstance(error, DiffDiscoverError) or isinstance(error, ModelError | NetworkError)
+            if on_error is None or stops:
                 raise
             on_error(error)
             continue
@@ -191,6 +195,7 @@ def _output_paths(path: Path, output: str | Path | None, preview: bool) -> tuple
 def _check_outputs(jobs, overwrite: bool) -> None:
     """Find what would stop the writing before the work starts."""
     seen: dict[Path, Path] = {}
+    inputs = {path.resolve(): path for path, _ in jobs}
     for path, targets in jobs:
         label_path = targets[0]
         if label_path in seen:
@@ -199,6 +204,8 @@ def _check_outputs(jobs, overwrite: bool) -> None:
         for target in filter(None, targets):
             if target.exists() and path.exists() and target.samefile(path):
                 raise OutputError(f"{target}: is the input itself; choose another --output folder.")
+            if target.resolve() in inputs:
+                raise OutputError(f"{target}: is one of the inputs; choose another --output folder.")
             if target.exists() and not overwrite:
                 raise OutputError(f"{target}: exists already; --overwrite replaces it.")
     for folder in {targets[0].parent for _, targets in jobs}:
@@ -224,12 +231,16 @@ def _check_folder(folder: Path) -> None:
         raise OutputError(f"{existing}: the disk is full; free some space or choose another --output folder.")
 
 
-def _label(network: StructureDiscoveryModel, scan, progress: bool) -> np.ndarray:
+def _label(network: StructureDiscoveryModel, path: Path, scan, progress: bool) -> np.ndarray:
     try:
         found = network.segment(torch.from_numpy(scan.data), scan.spacing_mm, progress)
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"a volume of shape {scan.data.shape} does not fit into the device's memory; use --device cpu."
+    except (MemoryError, RuntimeError) as error:
+        # on the CPU torch raises a bare RuntimeError when memory runs out
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise MemoryLimitError(
+            f"{path}: a volume of shape {scan.data.shape} does not fit into the memory of {network.device}; "
+            "resample it, or use --device cpu or a larger machine."
         ) from error
     return found.labels[0].cpu().numpy()
 

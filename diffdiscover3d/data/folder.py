@@ -1,6 +1,7 @@
 """A folder, glob or text list of NIfTI files as a dataset."""
 
 import glob
+import os
 from pathlib import Path
 
 import torch
@@ -49,9 +50,13 @@ def _read_list(path: Path) -> list[Path]:
         raise InputError(f"{path}: neither a NIfTI file nor a text list of them ({error}).") from error
     names = [line.split("#")[0].strip() for line in lines]
     found = [path.parent / name for name in names if name]
-    missing = [p for p in found if not p.is_file()]
+    # unlike Path.is_file, os.path answers for names too long to be one: the file may be no list at all
+    missing = [p for p in found if not os.path.isfile(p)]
     if missing:
-        raise InputError(f"{path}: lists {len(missing)} file(s) that do not exist, first {missing[0]}.")
+        raise InputError(
+            f"{path}: lists {len(missing)} file(s) that do not exist, first {str(missing[0])[:200]}; "
+            "mend the list, or give a NIfTI file."
+        )
     return found
 
 

@@ -145,6 +145,8 @@ def as_volume_tensor(volume) -> torch.Tensor:
     if isinstance(volume, str | os.PathLike):
         volume = read_nifti(volume)
     if isinstance(volume, nib.spatialimages.SpatialImage):
+        if volume.get_data_dtype().kind == "c":  # asking nibabel for float32 would drop the imaginary part
+            raise InputError("the image must hold real numbers, got complex ones; take their magnitude.")
         image = nib.as_closest_canonical(volume)
         volume = np.asarray(image.dataobj, dtype=np.float32)
         volume = (
@@ -156,7 +158,9 @@ def as_volume_tensor(volume) -> torch.Tensor:
             )
     if isinstance(volume, NiftiVolume):
         volume = volume.data
-    tensor = torch.as_tensor(np.ascontiguousarray(volume) if isinstance(volume, np.ndarray) else volume)
+    if isinstance(volume, np.ndarray):  # torch takes neither negative strides nor the other byte order
+        volume = np.ascontiguousarray(volume, dtype=volume.dtype.newbyteorder("="))
+    tensor = torch.as_tensor(volume)
     if tensor.is_complex():
         raise InputError("the volume must hold real numbers, got complex ones; take their magnitude.")
     if tensor.ndim == 3:
@@ -309,7 +313,8 @@ def _read_data(path: Path, image_class, header, notes: list[str]) -> np.ndarray:
         raise InputError(f"{path}: truncated, {len(payload):,} of {length:,} bytes of data; copy it again.")
     data = np.frombuffer(payload, dtype=dtype).reshape(shape, order="F")
     if scaling and scaling != (1.0, 0.0):
-        data = data * scaling[0] + scaling[1]  # in float64, whatever the stored type
+        # NumPy scalars, not Python ones: float32 data is then scaled in float64 too, as nibabel does
+        data = data * np.float64(scaling[0]) + np.float64(scaling[1])
     return data
 
 

@@ -1,7 +1,7 @@
 """Synthetic cells: nested spheres and cuboids under pink noise, after the recipe of Hsu et al. (NeurIPS 2021).
 
-Every volume is a pure function of (variant, split, index) and this file, whose state `GENERATOR_VERSION` counts. The irregular variant is ours: its
-recipe was never published.
+Every volume is a pure function of (variant, split, index) and of this file, whose state `GENERATOR_VERSION` counts.
+The irregular variant is ours: its recipe was never published.
 """
 
 from dataclasses import dataclass

@@ -92,9 +92,11 @@ class DiffusionFeaturePipeline(HubPipelineMixin, DiffusionPipeline):
         if num_noise < 1:
             raise ValueError(f"`num_noise` must be at least 1, got {num_noise}.")
         volume = min_max_normalize(as_volume_tensor(volume).to(self.device))
-        noise_shape = (num_noise, *volume.shape[:2], *(self.unet.noise_grid or volume.shape[2:]))
+        shape = (*volume.shape[:2], *(self.unet.noise_grid or volume.shape[2:]))
         device = generator.device if generator is not None else torch.device("cpu")
-        noise = torch.randn(noise_shape, generator=generator, device=device).to(self.device)
+        # one call a draw: more draws then begin with the same ones
+        draws = [torch.randn(shape, generator=generator, device=device) for _ in range(num_noise)]
+        noise = torch.stack(draws).to(self.device)
         output = self.extract(volume, noise, timestep, stages, denoised)
         if upsample:
             grid = tuple(volume.shape[2:])

@@ -110,7 +110,7 @@ def train(task: Task, config: TrainingConfig, volumes: Sequence, accelerator: Ac
         bad_steps = 0 if finite else bad_steps + 1
         if bad_steps >= MAX_BAD_STEPS:
             raise ModelError(
-                f"the loss is not finite since step {step + 1 - bad_steps}; the checkpoints in {output} are from "
+                f"the loss is not finite since step {step + 2 - bad_steps}; the checkpoints in {output} are from "
                 "before. Lower --learning-rate, or use --mixed-precision no."
             )
         figures |= task.after_step(step + 1)

@@ -1,0 +1,33 @@
+"""What several test files share."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def make_nifti():
+    """Write an array as NIfTI: `make_nifti(path, array, affine, mod=...)`; `mod` may change the header first."""
+
+    def make(path, array, affine=None, mod=None, kind=nib.Nifti1Image):
+        image = kind(array, np.diag([2.0, 2.0, 3.0, 1.0]) if affine is None else affine)
+        if mod:
+            mod(image.header)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(image, path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_discovery(tmp_path_factory):
+    """Folder of an untrained, seeded discovery network of three parts."""
+    from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        StructureDiscoveryModel(num_parts=3).save_pretrained(folder)
+    return folder

@@ -1,0 +1,88 @@
+"""Checkpoints: whole or not at all, no pickle, damage noticed."""
+
+import json
+
+import pytest
+import torch
+
+from diffdiscover3d.errors import ModelError
+from diffdiscover3d.training.checkpoints import (
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    pack_optimizer,
+    prune_checkpoints,
+    save_checkpoint,
+    unpack_optimizer,
+)
+
+
+def save(folder, step):
+    return save_checkpoint(folder, step, {"model": {"w": torch.full((3,), float(step))}}, {"note": "x"})
+
+
+def test_round_trip(tmp_path):
+    path = save(tmp_path, 5)
+    tensors, state = load_checkpoint(path)
+    assert torch.equal(tensors["model"]["w"], torch.full((3,), 5.0)) and state["step"] == 5 and state["note"] == "x"
+    assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-00000005"]  # no temporary left
+
+
+def test_latest_whole_one_is_found(tmp_path):
+    for step in (5, 10, 15):
+        save(tmp_path, step)
+    with open(tmp_path / "checkpoint-00000015" / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x99")
+    (tmp_path / "checkpoint-00000010" / "state.json").write_text('{"step": 10, "fil')
+    (tmp_path / ".checkpoint-00000020.tmp").mkdir()  # what a killed process leaves behind
+    warnings = []
+    _tensors, state = find_checkpoint(tmp_path, "latest", warnings.append)
+    assert state["step"] == 5 and len(warnings) == 2 and "checkpoint-00000015" in warnings[0]
+    with pytest.raises(ModelError, match="sha256"):
+        find_checkpoint(tmp_path, str(tmp_path / "checkpoint-00000015"), warnings.append)
+
+
+def test_nothing_to_resume_and_nothing_whole(tmp_path):
+    assert find_checkpoint(tmp_path / "absent", "latest", print) is None
+    save(tmp_path, 1)
+    (tmp_path / "checkpoint-00000001" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="every checkpoint is damaged"):
+        find_checkpoint(tmp_path, "latest", lambda _: None)
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffdiscover3d.training.checkpoints.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pruning_keeps_the_newest(tmp_path):
+    for step in (1, 20, 3):
+        save(tmp_path, step)
+    prune_checkpoints(tmp_path, keep=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-00000003", "checkpoint-00000020"]
+
+
+def test_optimizer_goes_on_as_if_uninterrupted():
+    def run(steps, state=None):
+        torch.manual_seed(0)
+        w = torch.nn.Parameter(torch.randn(4, 3))
+        optimizer = torch.optim.Adam([w], lr=0.1)
+        if state:
+            w.data.copy_(state["w"])
+            unpack_optimizer(optimizer, state["optimizer"])
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (w**2).sum().backward()
+            optimizer.step()
+        return {"w": w.detach().clone(), "optimizer": pack_optimizer(optimizer)}
+
+    assert torch.equal(run(7)["w"], run(3, run(4))["w"])
+    packed = run(2)["optimizer"]
+    assert json.dumps(sorted(packed)) == '["0.exp_avg", "0.exp_avg_sq", "0.step"]'

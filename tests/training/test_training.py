@@ -1,0 +1,251 @@
+"""Both trainings for real, on a folder of small scans: saving, resuming, sharing a batch."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffdiscover3d.errors import ModelError
+from diffdiscover3d.hub import load_discovery, load_teacher
+from diffdiscover3d.train import main, run
+from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
+from diffdiscover3d.training.diffusion import DiffusionTraining
+from diffdiscover3d.training.runtime import learning_rate_at, make_accelerator, train
+
+GRID = (10, 8, 12)
+DIFFUSION = {"preset": "small", "width": 8, "sample_size": 8, "mixed_precision": "no", "batch_size": 4, "log_every": 1}
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scans")
+    rng = np.random.default_rng(0)
+    x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in GRID], indexing="ij")
+    for i in range(6):
+        ball = ((x**2 + y**2 + z**2) < rng.uniform(0.3, 0.8)) * rng.uniform(1, 2)
+        data = (ball + rng.normal(0, 0.1, GRID)).astype(np.float32)
+        nib.save(nib.Nifti1Image(data, np.diag([1, 2, 1.5, 1])), folder / f"scan{i}.nii.gz")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(scans, tmp_path_factory):
+    output = tmp_path_factory.mktemp("teacher")
+    run(make_config(DiffusionConfig, **DIFFUSION, dataset=str(scans), output_dir=str(output), max_steps=3))
+    return output
+
+
+def diffusion(scans, output, **options):
+    return make_config(DiffusionConfig, **{**DIFFUSION, "dataset": str(scans), "output_dir": str(output), **options})
+
+
+def discovery(scans, teacher, output, **options):
+    defaults = {
+        "preset": "small",
+        "mixed_precision": "no",
+        "batch_size": 2,
+        "num_parts": 3,
+        "stages": (1, 2),
+        "log_every": 1,
+    }
+    defaults |= {"teacher": str(teacher), "dataset": str(scans), "output_dir": str(output), "preview_every": 0}
+    return make_config(DiscoveryConfig, **{**defaults, **options})
+
+
+def weights(folder):
+    return load_file(next(folder.rglob("diffusion_pytorch_model.safetensors")))
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_near(a, b):
+    """Equal but for the order of sums, which Adam's first steps can turn into a step where a gradient is almost 0."""
+    for name in a:
+        # a bias right before a norm over single channels has no effect, and no gradient but rounding
+        if not name.endswith(("conv1.bias", "conv2.bias")):
+            assert (a[name] - b[name]).norm() <= 1e-3 * a[name].norm() + 1e-6, name
+
+
+def test_diffusion_learns_and_writes_everything(scans, tmp_path):
+    run(diffusion(scans, tmp_path, max_steps=40, learning_rate=3e-3, checkpoint_every=20, preview_every=20))
+    rows = log(tmp_path)
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    first, last = (np.mean([row["loss"] for row in part]) for part in (rows[:8], rows[-8:]))
+    assert last < 0.7 * first
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "checkpoint-00000020",
+        "checkpoint-00000040",
+    ]
+    assert (tmp_path / "previews" / "samples-00000020.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "train_config.json").read_text())["width"] == 8
+    pipe = load_teacher(str(tmp_path))
+    assert pipe(torch.rand(GRID), stages=(3,)).features[0].shape == (1, 8, 4, 4, 4)
+    # what is saved is the average of the weights, not their last state
+    last_weights = load_file(tmp_path / "checkpoints" / "checkpoint-00000040" / "model.safetensors")
+    assert any(not torch.equal(w, last_weights[k]) for k, w in weights(tmp_path).items())
+
+
+def test_diffusion_resumes_bit_equal(scans, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(diffusion(scans, whole, max_steps=6, preview_every=0))
+    config = diffusion(scans, parts, max_steps=6, preview_every=0, checkpoint_every=2, keep_checkpoints=3)
+    run(config)
+    # as if it had been killed after step 4: the later state is gone, the log runs ahead
+    for path in (parts / "checkpoints" / "checkpoint-00000006").iterdir():
+        path.unlink()
+    (parts / "checkpoints" / "checkpoint-00000006").rmdir()
+    run(diffusion(scans, parts, max_steps=6, preview_every=0, resume="latest"))
+    assert_same(weights(whole), weights(parts))
+    assert [{k: r[k] for k in ("step", "loss")} for r in log(whole)] == [
+        {k: r[k] for k in ("step", "loss")} for r in log(parts)
+    ]
+
+
+def test_accumulation_gives_the_same_training(scans, tmp_path):
+    run(diffusion(scans, tmp_path / "one", max_steps=3, preview_every=0))
+    run(diffusion(scans, tmp_path / "four", max_steps=3, preview_every=0, gradient_accumulation_steps=4))
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "four"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert_near(weights(tmp_path / "one"), weights(tmp_path / "four"))
+
+
+def test_checkpoints_are_protected(scans, tmp_path):
+    run(diffusion(scans, tmp_path, max_steps=2, preview_every=0))
+    with pytest.raises(ModelError, match="--resume latest"):
+        run(diffusion(scans, tmp_path, max_steps=2))
+    with pytest.raises(ModelError, match="learning_rate was"):
+        run(diffusion(scans, tmp_path, max_steps=2, learning_rate=0.5, resume="latest"))
+    with pytest.raises(ModelError, match="width was 8"):
+        run(diffusion(scans, tmp_path, max_steps=2, width=16, resume="latest"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(scans, tmp_path):
+    class Broken(DiffusionTraining):
+        def losses(self, model, batch):
+            losses = super().losses(model, batch)
+            return {"loss": losses["loss"] * (float("nan") if self.model.training and self.steps() >= 3 else 1)}
+
+        def steps(self):
+            return self.ema.optimization_step
+
+    config = diffusion(scans, tmp_path, max_steps=30, checkpoint_every=3, preview_every=0)
+    from diffdiscover3d.data.loading import load_volumes
+
+    with pytest.raises(ModelError, match="not finite since step 4"):
+        train(Broken(config, GRID), config, load_volumes(str(scans)), make_accelerator(config))
+    tensors = load_file(tmp_path / "checkpoints" / "checkpoint-00000003" / "model.safetensors")
+    assert all(torch.isfinite(w).all() for w in tensors.values())
+
+
+def test_discovery_learns_and_finds_parts(scans, teacher, tmp_path):
+    run(discovery(scans, teacher, tmp_path, max_steps=30, learning_rate=5e-3, preview_every=30))
+    rows = log(tmp_path)
+    assert {"loss", "feature", "visual", "invariance"} <= rows[0].keys()
+    assert rows[0]["loss"] == pytest.approx(sum(rows[0][k] for k in ("feature", "visual", "invariance")), rel=1e-5)
+    assert np.mean([r["loss"] for r in rows[-5:]]) < np.mean([r["loss"] for r in rows[:5]])
+    assert sum("confidence" in r for r in rows) == 10  # epochs of 3 steps
+    assert (tmp_path / "previews" / "parts-00000030.png").stat().st_size > 5000
+    model = load_discovery(str(tmp_path))
+    from diffdiscover3d.data.loading import load_volumes
+
+    probabilities = torch.stack([model.segment(v["volume"][None]).probabilities[0] for v in load_volumes(str(scans))])
+    sizes = probabilities.mean(dim=(0, 2, 3, 4))
+    assert sizes.tolist() == sorted(sizes.tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"lambda_denoised": 1.0, "num_noise": 2, "relative_consistency": False}])
+def test_discovery_resumes_bit_equal(scans, teacher, tmp_path, options):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(discovery(scans, teacher, whole, max_steps=7, **options))
+    run(discovery(scans, teacher, parts, max_steps=7, checkpoint_every=5, keep_checkpoints=3, **options))
+    last = parts / "checkpoints" / "checkpoint-00000007"
+    (last / "model.safetensors").write_bytes(b"torn")
+    run(discovery(scans, teacher, parts, max_steps=7, resume="latest", **options))
+    assert_same(weights(whole), weights(parts))  # dropout, batch statistics and the kept epoch included
+
+
+def test_scans_of_different_shapes_are_brought_to_one(scans, teacher, tmp_path):
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for i, shape in enumerate([(10, 8, 12), (14, 8, 10), (12, 9, 11)]):
+        data = np.random.default_rng(i).random(shape, dtype=np.float32)
+        nib.save(nib.Nifti1Image(data, np.eye(4)), mixed / f"{i}.nii.gz")
+    run(discovery(mixed, teacher, tmp_path / "f", max_steps=2, batch_size=3))
+    run(diffusion(mixed, tmp_path / "d", max_steps=2, preview_every=2))
+    with pytest.raises(ValueError, match="--volume-size"):
+        run(diffusion(mixed, tmp_path / "e", max_steps=2, pad=True, sample_size=None))
+    run(diffusion(mixed, tmp_path / "g", max_steps=2, pad=True, sample_size=None, volume_size=9, preview_every=0))
+    assert load_teacher(str(tmp_path / "g")).unet.config.sample_size is None
+
+
+def test_schedules():
+    constant = make_config(DiffusionConfig)
+    assert learning_rate_at(constant, 0) == learning_rate_at(constant, 49_999) == 1e-4
+    cycle = make_config(DiffusionConfig, preset="small", max_steps=100, learning_rate=1.0)
+    rates = [learning_rate_at(cycle, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and max(rates) == 1
+    assert rates[55] == pytest.approx(0.5005, abs=1e-6) and rates[-1] < 0.002
+    assert all(a >= b for a, b in itertools.pairwise(rates))
+
+
+def launch(arguments, processes, **environment):
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += [
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            str(processes),
+            "--num_machines",
+            "1",
+        ]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
+    command += ["diffdiscover3d.train", *map(str, arguments)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_two_processes_train_as_one(scans, tmp_path):
+    for processes in (1, 2):
+        options = {**DIFFUSION, "dataset": scans, "output_dir": tmp_path / str(processes), "max_steps": 5}
+        options |= {"preview_every": 0}
+        flags = [x for k, v in options.items() for x in ("--" + k.replace("_", "-"), v)]
+        done = launch(["diffusion", *flags], processes)
+        assert done.returncode == 0, done.stderr
+    one, two = log(tmp_path / "1"), log(tmp_path / "2")
+    assert len(one) == len(two) == 5  # one log, not one for each process
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert_near(weights(tmp_path / "1"), weights(tmp_path / "2"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["diffusion", "--dataset", "no-such-folder"], 3, "no-such-folder"),
+        (["diffusion", "--max-steps", "0"], 2, "max_steps"),
+        (["diffusion", "--config", "absent.yaml"], 3, "absent.yaml"),
+        (["discovery", "--teacher", "nowhere"], 5, "nowhere"),
+    ],
+)
+def test_errors_are_one_line_and_their_code(arguments, code, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == code
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert list(tmp_path.iterdir()) == []
