@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from diffdiscover3d.errors import DiffDiscoverError, OutputError
+from diffdiscover3d.errors import DiffDiscoverError, MemoryLimitError, OutputError
 
 app = typer.Typer(
     name="diffdiscover3d",
@@ -251,7 +251,7 @@ def convert_authors_checkpoint(
     print(output)
 
 
-def _print_error(error: Exception) -> None:
+def _print_error(error: Exception | str) -> None:
     print(f"error: {error}", file=sys.stderr)
 
 
@@ -264,6 +264,11 @@ def main() -> None:
             raise
         _print_error(error)
         sys.exit(getattr(error, "exit_code", 2))
+    except MemoryError:
+        if _debug:
+            raise
+        _print_error("out of memory; resample the volume or use a larger machine.")
+        sys.exit(MemoryLimitError.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

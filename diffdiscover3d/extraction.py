@@ -11,6 +11,7 @@ from diffdiscover3d.data.nifti import NiftiVolume, read_nifti, write_like, write
 from diffdiscover3d.data.synthetic import LEVEL_PARTS, SPLITS
 from diffdiscover3d.data.synthetic import synthesize as make_cells
 from diffdiscover3d.errors import OutputError
+from diffdiscover3d.files import check_folder
 from diffdiscover3d.hub import DEFAULT_MODEL, load_teacher
 from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline
 from diffdiscover3d.reporting.pictures import save_slices
@@ -114,18 +115,16 @@ def write_synthetic(
     """
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {tuple(SPLITS)}, got {split!r}.")
-    written = []
-    for index in range(SPLITS[split] if count is None else count):
-        name = f"synthetic-{variant}-{split}-{index:03d}"
-        target = Path(output) / f"{name}.nii.gz"
-        level_targets = {level: Path(output) / f"{name}_level-{level}_dseg.nii.gz" for level in LEVEL_PARTS}
-        _refuse_existing([target, *level_targets.values()], overwrite)
+    names = [f"synthetic-{variant}-{split}-{i:03d}" for i in range(SPLITS[split] if count is None else count)]
+    targets = [Path(output) / f"{name}.nii.gz" for name in names]
+    level_targets = [{x: Path(output) / f"{name}_level-{x}_dseg.nii.gz" for x in LEVEL_PARTS} for name in names]
+    _refuse_existing([*targets, *(path for paths in level_targets for path in paths.values())], overwrite)
+    for index, (target, paths) in enumerate(zip(targets, level_targets, strict=True)):
         sample = make_cells(variant, split, index)
         write_volume(target, sample.volume)
-        for level, level_target in level_targets.items():
-            write_volume(level_target, sample.labels[level - 1], labels=True)
-        written.append(target)
-    return written
+        for level, path in paths.items():
+            write_volume(path, sample.labels[level - 1], labels=True)
+    return targets
 
 
 def _on_grid(scan: NiftiVolume, grid: tuple[int, ...], extent: Sequence[int]) -> NiftiVolume:
@@ -140,6 +139,9 @@ def _on_grid(scan: NiftiVolume, grid: tuple[int, ...], extent: Sequence[int]) ->
 
 
 def _refuse_existing(targets: Sequence[Path], overwrite: bool) -> None:
+    """Find what would stop the writing before the work starts."""
+    for folder in {target.parent for target in targets}:
+        check_folder(folder)
     for target in targets:
         if target.exists() and not overwrite:
             raise OutputError(f"{target}: exists already; --overwrite replaces it.")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,25 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         raise _output_error(target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Make sure a file could be made in the folder, without making the folder yet."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise OutputError(f"{folder}: {existing} is no folder; choose another --output folder.")
+    probe = existing / f".diffdiscover3d-{time.time_ns()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"{existing}: cannot be written to ({error.strerror}); choose another --output folder."
+        ) from error
+    if shutil.disk_usage(existing).free < 2**20:
+        raise OutputError(f"{existing}: the disk is full; free some space or choose another --output folder.")
 
 
 def write_json(target: str | Path, value) -> None:

@@ -73,6 +73,8 @@ def discovery_source(name: str, level: int | None = None) -> str:
     """The folder or Hub id that `load_discovery` loads from."""
     embedded = embedded_models()
     if name not in embedded:
+        if level is not None:
+            raise ModelError(f"{name}: only embedded models have levels ({', '.join(embedded)}); leave the level out.")
         return name
     levels = embedded[name].levels
     level = min(levels) if level is None else level

@@ -1,6 +1,5 @@
 """Files in, label maps out, on each input's own grid."""
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from diffdiscover3d import __version__
 from diffdiscover3d.data.folder import list_volumes
 from diffdiscover3d.data.nifti import SUFFIXES, read_nifti, write_like
 from diffdiscover3d.errors import DiffDiscoverError, MemoryLimitError, ModelError, NetworkError, OutputError
-from diffdiscover3d.files import sha256, write_json
+from diffdiscover3d.files import check_folder, sha256, write_json
 from diffdiscover3d.hub import DEFAULT_MODEL, discovery_source, embedded_models, load_discovery
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.pictures import save_slices
@@ -81,71 +80,71 @@ def segment(
     """
     single = isinstance(inputs, str | Path)
     paths = [p for source in ([inputs] if single else inputs) for p in _expand(source)]
-    device = choose_device(device)
+    place = choose_device(device)
     jobs = [(path, _output_paths(path, output, preview)) for path in paths]
     _check_outputs(jobs, overwrite)
+    level = DEFAULT_LEVEL if level is None and model in embedded_models() else level
+    reading = {"volume": volume, "nan_to_zero": nan_to_zero, "ignore_affine": ignore_affine}
 
     network: StructureDiscoveryModel | None = None
     results = []
-    for path, (label_path, sidecar_path, preview_path) in jobs:
-        written: list[Path] = []
+    for path, targets in jobs:
         try:
-            clock = time.perf_counter()
             # the scan is read whole before a model is loaded: a bad file is answered at once
-            scan = read_nifti(path, volume=volume, nan_to_zero=nan_to_zero, ignore_affine=ignore_affine)
-            reading = time.perf_counter() - clock
-            if network is None:
-                level = DEFAULT_LEVEL if level is None and model in embedded_models() else level
-                network = load_discovery(model, level, revision).to(device)
             clock = time.perf_counter()
-            labels = _label(network, path, scan, progress)
-            write_like(label_path, labels, scan, labels=True)
-            written.append(label_path)
-            fractions = np.bincount(labels.ravel(), minlength=network.config.num_parts) / labels.size
-            if preview_path:
-                save_slices(
-                    preview_path,
-                    [scan.data],
-                    [labels],
-                    spacing_mm=scan.spacing_mm,
-                    num_parts=network.config.num_parts,
-                )
-                written.append(preview_path)
-            seconds = reading + time.perf_counter() - clock
+            scan = read_nifti(path, **reading)
+            read_seconds = time.perf_counter() - clock
+            if network is None:
+                network = load_discovery(model, level, revision).to(place)
             provenance = {
                 "diffdiscover3d": __version__,
-                "input": {"name": path.name, "sha256": sha256(path), "shape": list(labels.shape)},
                 "model": _describe_model(model, level, revision),
-                "arguments": {
-                    "device": str(device),
-                    "volume": volume,
-                    "nan_to_zero": nan_to_zero,
-                    "ignore_affine": ignore_affine,
-                },
-                "seed": None,
-                "parts": [{"index": k, "fraction": round(float(f), 6)} for k, f in enumerate(fractions)],
-                "notes": list(scan.notes),
-                "seconds": round(seconds, 3),
-                "peak_memory_mib": peak_memory_mib(),
+                "arguments": {"device": str(place), **reading},
+                "seed": None,  # nothing is drawn at random
             }
-            write_json(sidecar_path, provenance)
-        except BaseException as error:
-            # a label map without its sidecar would pass for a result; older results not yet replaced stay
-            for leftover in written:
-                leftover.unlink(missing_ok=True)
+            result = _segment_one(network, path, scan, targets, provenance, read_seconds, progress)
+        except DiffDiscoverError as error:
             # without a model no other input can be segmented either
-            stops = not isinstance(error, DiffDiscoverError) or isinstance(error, ModelError | NetworkError)
-            if on_error is None or stops:
+            if on_error is None or isinstance(error, ModelError | NetworkError):
                 raise
             on_error(error)
             continue
-        result = SegmentedFile(
-            path, label_path, sidecar_path, preview_path, tuple(map(float, fractions)), scan.notes, seconds
-        )
         results.append(result)
         if on_done:
             on_done(result)
     return results
+
+
+def _segment_one(network, path, scan, targets, provenance, read_seconds, progress) -> SegmentedFile:
+    """Label one scan and write its results; if anything fails, none of what was written stays."""
+    label_path, sidecar_path, preview_path = targets
+    num_parts = network.config.num_parts
+    written: list[Path] = []
+    clock = time.perf_counter()
+    try:
+        labels = _label(network, path, scan, progress)
+        write_like(label_path, labels, scan, labels=True)
+        written.append(label_path)
+        fractions = (np.bincount(labels.ravel(), minlength=num_parts) / labels.size).tolist()
+        if preview_path:
+            save_slices(preview_path, [scan.data], [labels], spacing_mm=scan.spacing_mm, num_parts=num_parts)
+            written.append(preview_path)
+        seconds = read_seconds + time.perf_counter() - clock
+        provenance = {
+            **provenance,
+            "input": {"name": path.name, "sha256": sha256(path), "shape": list(scan.header.get_data_shape())},
+            "parts": [{"index": k, "fraction": round(f, 6)} for k, f in enumerate(fractions)],
+            "notes": list(scan.notes),
+            "seconds": round(seconds, 3),
+            "peak_memory_mib": peak_memory_mib(),
+        }
+        write_json(sidecar_path, provenance)
+    except BaseException:
+        # a label map without its sidecar would pass for a result; older results not yet replaced stay
+        for leftover in written:
+            leftover.unlink(missing_ok=True)
+        raise
+    return SegmentedFile(path, label_path, sidecar_path, preview_path, tuple(fractions), scan.notes, seconds)
 
 
 def choose_device(name: str) -> torch.device:
@@ -202,6 +201,8 @@ def _check_outputs(jobs, overwrite: bool) -> None:
             raise OutputError(f"{path} and {seen[label_path]} would both write {label_path}; use two output folders.")
         seen[label_path] = path
         for target in filter(None, targets):
+            if len(target.name.encode()) > 255:
+                raise OutputError(f"{target}: the name is too long for a file; rename the input.")
             if target.exists() and path.exists() and target.samefile(path):
                 raise OutputError(f"{target}: is the input itself; choose another --output folder.")
             if target.resolve() in inputs:
@@ -209,26 +210,7 @@ def _check_outputs(jobs, overwrite: bool) -> None:
             if target.exists() and not overwrite:
                 raise OutputError(f"{target}: exists already; --overwrite replaces it.")
     for folder in {targets[0].parent for _, targets in jobs}:
-        _check_folder(folder)
-
-
-def _check_folder(folder: Path) -> None:
-    """Make sure a file could be made in the folder, without making the folder yet."""
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise OutputError(f"{folder}: {existing} is no folder; choose another --output folder.")
-    probe = existing / f".diffdiscover3d-{time.time_ns()}"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(
-            f"{existing}: cannot be written to ({error.strerror}); choose another --output folder."
-        ) from error
-    if shutil.disk_usage(existing).free < 2**20:
-        raise OutputError(f"{existing}: the disk is full; free some space or choose another --output folder.")
+        check_folder(folder)
 
 
 def _label(network: StructureDiscoveryModel, path: Path, scan, progress: bool) -> np.ndarray:

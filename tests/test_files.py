@@ -50,7 +50,7 @@ def test_file_replaces_in_one_step(tmp_path):
 def test_file_error_leaves_the_old_one(tmp_path, error):
     target = tmp_path / "a.bin"
     target.write_bytes(b"old")
-    with pytest.raises(error, match="^stop$"), atomic_file(target) as temporary:
+    with pytest.raises(error, match=r"^stop$"), atomic_file(target) as temporary:
         temporary.write_bytes(b"half")
         raise error("stop")
     assert content(tmp_path) == {"a.bin": b"old"}
@@ -58,10 +58,10 @@ def test_file_error_leaves_the_old_one(tmp_path, error):
 
 def test_disk_full_is_an_output_error(tmp_path):
     target = tmp_path / "a.bin"
-    with pytest.raises(OutputError, match=r"a\.bin: cannot be written \(No space left.*free some space"):
-        with atomic_file(target) as temporary:
-            temporary.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
+    message = r"a\.bin: cannot be written \(No space left.*free some space"
+    with pytest.raises(OutputError, match=message), atomic_file(target) as temporary:
+        temporary.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
     assert content(tmp_path) == {}
 
 
@@ -69,7 +69,7 @@ def test_unwritable_places_are_output_errors(tmp_path):
     (tmp_path / "file").write_bytes(b"x")
     (tmp_path / "folder" / "full").mkdir(parents=True)
     for target in (tmp_path / "file" / "a.bin", tmp_path / "file" / "b" / "a.bin", tmp_path / "folder"):
-        with pytest.raises(OutputError, match="cannot be written.*choose another folder"), atomic_file(target) as t:
+        with pytest.raises(OutputError, match=r"cannot be written.*choose another folder"), atomic_file(target) as t:
             t.write_bytes(b"x")
     for target in (tmp_path / "file" / "a", tmp_path / "folder"):
         with pytest.raises(OutputError, match="cannot be written"), atomic_folder(target) as t:
@@ -94,7 +94,7 @@ def test_folder_appears_whole(tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OutputError, NetworkError])
 def test_folder_error_leaves_nothing(tmp_path, error):
-    with pytest.raises(error, match="^stop$"), atomic_folder(tmp_path / "model") as temporary:
+    with pytest.raises(error, match=r"^stop$"), atomic_folder(tmp_path / "model") as temporary:
         (temporary / "half").write_bytes(b"h")
         raise error("stop")
     assert content(tmp_path) == {}

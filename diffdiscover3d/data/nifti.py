@@ -80,8 +80,11 @@ def read_nifti(
     data = _read_data(path, image_class, header, notes)
     data = _pick_volume(path, data, shape, volume, notes)
     data = _to_finite_float32(path, data, nan_to_zero, notes)
-    if data.min() == data.max():
-        raise InputError(f"{path}: no contrast, all voxels are {data.flat[0]:g}; give a scan with structure in it.")
+    low, high = float(data.min()), float(data.max())
+    if high - low > float(np.finfo(np.float32).max):  # normalising would divide by Inf
+        raise InputError(f"{path}: its values, {low:g} to {high:g}, are too far apart; rescale it.")
+    if low == high:
+        raise InputError(f"{path}: no contrast, all voxels are {low:g}; give a scan with structure in it.")
 
     orientation = io_orientation(affine)
     canonical_affine = affine @ inv_ornt_aff(orientation, data.shape)
@@ -294,8 +297,7 @@ def _read_affine(path: Path, header, ignore: bool, notes: list[str]) -> np.ndarr
 def _read_data(path: Path, image_class, header, notes: list[str]) -> np.ndarray:
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
     if not np.isfinite(slope) or slope == 0 or not np.isfinite(inter):
-        if not (np.isnan(slope) or (slope == 0 and inter == 0)):
-            notes.append(f"slope {slope:g} and intercept {inter:g} are no scaling: values are taken as stored")
+        notes.append(f"slope {slope:g} and intercept {inter:g} are no scaling: values are taken as stored")
         scaling = None
     else:
         scaling = (slope, inter)

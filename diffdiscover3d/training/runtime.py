@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,14 +54,30 @@ class Task(Protocol):
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The accelerator of a config; it follows `accelerate launch` where that started the process."""
-    return Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=config.report_to,
-        project_dir=config.output_dir,
-        step_scheduler_with_optimizer=False,
-    )
+    """The accelerator of a config; it follows `accelerate launch` where that started the process.
+
+    Raises:
+        ValueError: if the launcher started several processes that do not work together, or the tracker is not
+            installed.
+    """
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=config.report_to,
+            project_dir=config.output_dir,
+            step_scheduler_with_optimizer=False,
+        )
+    except ImportError as error:
+        raise ValueError(f"`report_to` is {config.report_to!r}, which cannot be used here: {error}") from error
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        # accelerate would train as many separate models, all of them into one folder
+        raise ValueError(
+            f"{started} processes were started but {accelerator.num_processes} work together; on a machine without "
+            "GPUs set ACCELERATE_USE_CPU=true."
+        )
+    return accelerator
 
 
 def learning_rate_at(config: TrainingConfig, step: int) -> float:

@@ -37,7 +37,7 @@ def test_min_max_does_not_change_its_input():
 def test_min_max_refuses_not_finite_voxels(value):
     volume = noise(2, 1, 4, 5, 6)
     volume[1, 0, 3, 4, 5] = value
-    with pytest.raises(InputError, match="NaN or Inf.*replace"):
+    with pytest.raises(InputError, match=r"NaN or Inf.*replace"):
         min_max_normalize(volume)
 
 

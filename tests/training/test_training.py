@@ -217,7 +217,7 @@ def launch(arguments, processes, **environment):
         command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
     command += ["diffdiscover3d.train", *map(str, arguments)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
 def test_two_processes_train_as_one(scans, tmp_path):
@@ -232,6 +232,23 @@ def test_two_processes_train_as_one(scans, tmp_path):
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     assert_near(weights(tmp_path / "1"), weights(tmp_path / "2"))
+
+
+def test_processes_that_do_not_work_together_are_refused(scans, tmp_path):
+    done = launch(
+        ["diffusion", "--dataset", scans, "--output-dir", tmp_path], 1, WORLD_SIZE="2", ACCELERATE_USE_CPU="false"
+    )
+    assert done.returncode == 2 and "ACCELERATE_USE_CPU" in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_trackers(scans, tmp_path, monkeypatch):
+    config = diffusion(scans, tmp_path, max_steps=2, preview_every=0, report_to="tensorboard")
+    run(config)
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert (
+        main(["diffusion", "--dataset", str(scans), "--report-to", "wandb", "--output-dir", str(tmp_path / "w")]) == 2
+    )
 
 
 @pytest.mark.parametrize(

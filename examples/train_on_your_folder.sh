@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Both training stages on a folder of .nii/.nii.gz scans, then the parts of all of them.
+#
+#   examples/train_on_your_folder.sh SCANS OUTPUT [options of both stages, such as --max-steps 200]
+#
+# With several GPUs: LAUNCH="accelerate launch --num_processes 8 -m" examples/train_on_your_folder.sh ...
+set -euo pipefail
+scans=$1 output=$2
+shift 2
+launch=${LAUNCH:-python -m}
+
+$launch diffdiscover3d.train diffusion --preset small --dataset "$scans" --output-dir "$output/diffusion" \
+    --resume latest "$@"
+$launch diffdiscover3d.train discovery --preset small --dataset "$scans" --output-dir "$output/discovery" \
+    --teacher "$output/diffusion" --num-parts 4 --stages 2 --resume latest "$@"
+diffdiscover3d segment "$scans" --model "$output/discovery" --output "$output/parts" --preview
