@@ -215,7 +215,7 @@ def _check_outputs(jobs, overwrite: bool) -> None:
 
 def _label(network: StructureDiscoveryModel, path: Path, scan, progress: bool) -> np.ndarray:
     try:
-        found = network.segment(torch.from_numpy(scan.data), scan.spacing_mm, progress)
+        found = network.segment(torch.from_numpy(scan.data), progress)
     except (MemoryError, RuntimeError) as error:
         # on the CPU torch raises a bare RuntimeError when memory runs out
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):

@@ -32,7 +32,7 @@ def run(config: TrainingConfig) -> str:
     """Train what the config describes; return the output folder."""
     # the heavy imports wait until the options are known to be right
     from diffdiscover3d.data.loading import SYNTHETIC_NAMES, common_grid, load_volumes
-    from diffdiscover3d.hub import load_teacher
+    from diffdiscover3d.hub import load_discovery, load_teacher
     from diffdiscover3d.training.runtime import make_accelerator, train
 
     accelerator = make_accelerator(config)
@@ -47,7 +47,8 @@ def run(config: TrainingConfig) -> str:
 
         named = config.dataset in SYNTHETIC_NAMES
         selection = load_volumes(config.dataset, "validation") if named else volumes
-        task = DiscoveryTraining(config, load_teacher(config.teacher), volumes, selection, accelerator)
+        start = load_discovery(config.init_from) if config.init_from else None
+        task = DiscoveryTraining(config, load_teacher(config.teacher), volumes, selection, accelerator, start)
     return str(train(task, config, volumes, accelerator))
 
 

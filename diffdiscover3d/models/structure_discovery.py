@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
-from diffdiscover3d.data.transforms import min_max_normalize, pad_to_multiple, resize_volume
+from diffdiscover3d.data.transforms import min_max_normalize, pad_to_multiple
 from diffdiscover3d.models.loading import StrictLoadingMixin
 
 
@@ -41,9 +40,6 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         channels, strides: of the MONAI U-Net, as the authors chose them.
         dropout: probability.
         norm: "batch" (the authors' choice) or "instance".
-        working_size: `segment` resamples volumes whose longest side has more voxels than this so that it has just as
-            many, all axes to one spacing, and brings the probabilities back. `None`: every volume at its own
-            resolution. Meant for networks trained on volumes that show a whole object.
         window_size: longest side of a volume that is segmented at once; beyond, a window of this size slides over it.
 
     Raises:
@@ -58,7 +54,6 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         strides: Sequence[int] = (1, 2, 1, 2, 1, 2),
         dropout: float = 0.2,
         norm: str = "batch",
-        working_size: int | None = None,
         window_size: int = 192,
     ):
         super().__init__()
@@ -86,17 +81,11 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         return StructureDiscoveryOutput(logits=self._logits(min_max_normalize(volume)))
 
     @torch.no_grad()
-    def segment(
-        self,
-        volume: torch.Tensor,
-        spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
-        progress: bool = False,
-    ) -> Segmentation:
+    def segment(self, volume: torch.Tensor, progress: bool = False) -> Segmentation:
         """Divide volumes of any size into parts.
 
         Args:
             volume: (B, 1, H, W, D), (B, H, W, D) or (H, W, D); any intensities.
-            spacing_mm: edge lengths of a voxel; used where `working_size` resamples.
             progress: show a bar while a window slides.
 
         Raises:
@@ -106,12 +95,8 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
             volume = volume[None] if volume.ndim == 3 else volume[:, None]
         was_training = self.training
         self.eval()
-        grid = tuple(volume.shape[2:])
         normalized = min_max_normalize(volume.to(self.device, torch.float32))
-        working = self._working_grid(grid, spacing_mm)
-        probabilities = self._probabilities(resize_volume(normalized, working), progress)
-        if working != grid:
-            probabilities = F.interpolate(probabilities, size=grid, mode="trilinear")
+        probabilities = self._probabilities(normalized, progress)
         self.train(was_training)
         dtype = torch.uint8 if self.config.num_parts <= 256 else torch.int32
         return Segmentation(labels=probabilities.argmax(dim=1).to(dtype), probabilities=probabilities)
@@ -145,11 +130,3 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
             mode="gaussian",
             progress=progress,
         )
-
-    def _working_grid(self, grid: tuple[int, ...], spacing_mm: Sequence[float]) -> tuple[int, ...]:
-        size = self.config.working_size
-        if size is None or max(grid) <= size:
-            return grid
-        lengths = [n * s for n, s in zip(grid, spacing_mm, strict=True)]
-        voxel = max(lengths) / size
-        return tuple(max(2, min(n, round(length / voxel))) for n, length in zip(grid, lengths, strict=True))

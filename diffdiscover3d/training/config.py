@@ -90,6 +90,7 @@ class DiscoveryConfig(TrainingConfig):
     max_steps: int = option(2_000, "optimiser steps (the paper: 100 epochs of 80 volumes in batches of 4)")
     learning_rate: float = option(3e-4, "Adam's learning rate; the peak of a one_cycle schedule")
     teacher: str = option("", "folder or Hub id of the diffusion model, or the name of an embedded one")
+    init_from: str | None = option(None, "folder or Hub id of a discovery network whose weights to start from")
     num_parts: int = option(2, "number K of parts to discover")
     stages: tuple[int, ...] = option((1,), "decoder stages whose features must be consistent, 1 is the coarsest")
     timestep: int = option(25, "noise step t at which the teacher sees the volumes")
@@ -102,6 +103,9 @@ class DiscoveryConfig(TrainingConfig):
     )
     denoised_timestep: int = option(60, "noise step of that clean prediction")
     gamma_range: tuple[float, ...] = option((0.9, 1.1), "range of the exponent of the photometric change")
+    invert_probability: float = option(
+        0.0, "probability that the photometric change also inverts the intensities (not in the paper)"
+    )
     relative_consistency: bool = option(False, "divide each consistency by its representation's total variance")
     norm: str = option("batch", "normalisation of the segmentation network", ("batch", "instance"))
     dropout: float = option(0.2, "dropout of the segmentation network")
@@ -119,6 +123,7 @@ class DiscoveryConfig(TrainingConfig):
         for name in ("lambda_feature", "lambda_visual", "lambda_invariance", "lambda_denoised"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _require(self.selection in ("confidence", "last"), "selection", "confidence or last", self.selection)
+        _require(0 <= self.invert_probability <= 1, "invert_probability", "in [0, 1]", self.invert_probability)
         gamma = self.gamma_range
         _require(
             len(gamma) == 2 and 0 < gamma[0] <= gamma[1],
@@ -143,11 +148,14 @@ PRESETS: dict[type, dict[str, dict]] = {
     DiscoveryConfig: {
         "paper": {},
         "small": {
-            "max_steps": 400,
+            "max_steps": 1_600,
+            "batch_size": 1,  # on a CPU twice the steps are worth more than twice the batch
             "learning_rate": 1e-3,
             "lr_schedule": "one_cycle",
             "mixed_precision": "bf16",
             "relative_consistency": True,
+            "lambda_denoised": 1.0,
+            "invert_probability": 0.5,
         },
     },
 }

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from diffdiscover3d.data.loading import common_grid
 from diffdiscover3d.data.transforms import resize_volume
+from diffdiscover3d.errors import ModelError
 from diffdiscover3d.losses import photometric_invariance, region_consistency
 from diffdiscover3d.models.loading import cast_weights
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
@@ -28,6 +29,10 @@ class DiscoveryTraining:
         teacher: the pretrained diffusion model.
         volumes: those to train on; where their shapes differ they are resampled to the median shape.
         selection_volumes: those whose mean confidence decides which epoch is kept; no labels are used.
+        start: a trained network to go on from; default: a new one.
+
+    Raises:
+        ModelError: if `start` has another number of parts.
     """
 
     name = "discovery"
@@ -39,10 +44,16 @@ class DiscoveryTraining:
         volumes: Sequence[dict],
         selection_volumes: Sequence[dict],
         accelerator: Accelerator,
+        start: StructureDiscoveryModel | None = None,
     ):
         torch.manual_seed(config.seed)
         self.config, self.accelerator = config, accelerator
-        self.model = StructureDiscoveryModel(config.num_parts, dropout=config.dropout, norm=config.norm)
+        self.model = start or StructureDiscoveryModel(config.num_parts, dropout=config.dropout, norm=config.norm)
+        if self.model.config.num_parts != config.num_parts:
+            raise ModelError(
+                f"`init_from` has {self.model.config.num_parts} parts and --num-parts is {config.num_parts}; "
+                "they must be equal."
+            )
         self.teacher = teacher.to(accelerator.device)
         self.teacher.unet.eval().requires_grad_(False).to(memory_format=torch.channels_last_3d)
         shared = common_grid(volumes)
@@ -60,16 +71,18 @@ class DiscoveryTraining:
         draws = self.config.num_noise + (self.config.lambda_denoised > 0)
         return {
             "gamma": low + (high - low) * torch.rand((), generator=generator),
+            "inverted": torch.rand((), generator=generator) < self.config.invert_probability,
             "noise": torch.randn((draws, 1, *self.noise_grid), generator=generator),
         }
 
     def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         config, volume = self.config, batch["volume"]
-        gamma = batch["gamma"][:, None, None, None, None]
+        gamma, inverted = (batch[name][:, None, None, None, None] for name in ("gamma", "inverted"))
         noise = batch["noise"].movedim(1, 0)  # (draws, B, 1, h, w, d)
 
+        changed = torch.where(inverted, 1 - volume**gamma, volume**gamma)
         masks = model(volume).logits.float().softmax(dim=1)
-        masks_changed = model(volume**gamma).logits.float().softmax(dim=1)
+        masks_changed = model(changed).logits.float().softmax(dim=1)
         with self.accelerator.autocast():
             phi = self.teacher.extract(volume, noise[: config.num_noise], config.timestep, config.stages)
 

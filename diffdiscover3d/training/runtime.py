@@ -246,7 +246,7 @@ def _resume(task, config, optimizer, output) -> int:
 # what may differ between a training and its continuation
 _FREE_OPTIONS = {
     "output_dir", "resume", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints", "preview_every",
-    "report_to", "gradient_accumulation_steps", "dataset", "teacher",
+    "report_to", "save_dtype", "init_from", "gradient_accumulation_steps", "dataset", "teacher",
 }  # fmt: skip
 
 

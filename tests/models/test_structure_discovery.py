@@ -54,18 +54,6 @@ def test_windows_agree_with_the_whole_far_from_their_seams():
 
 
 @torch.no_grad()
-def test_working_size_resamples_to_one_spacing():
-    model = make(working_size=16)
-    seen = []
-    model.network.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[2:])))
-    found = model.segment(torch.rand(40, 20, 10), spacing_mm=(1.0, 1.0, 4.0))
-    assert seen == [(16, 8, 16)]  # 40 x 20 x 40 mm; 16 x 8 x 10 voxels, the last axis is not made finer; padded
-    assert found.labels.shape == (1, 40, 20, 10)
-    torch.testing.assert_close(found.probabilities.sum(dim=1), torch.ones(1, 40, 20, 10))
-    assert model.segment(torch.rand(16, 12, 8)).labels.shape == (1, 16, 12, 8) and seen[-1] == (16, 16, 8)
-
-
-@torch.no_grad()
 def test_parts_are_renumbered_largest_first_and_stay_so(tmp_path):
     model, volume = make(num_parts=4), torch.rand(1, 1, 12, 10, 8)
     before = model(volume).logits

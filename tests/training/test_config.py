@@ -15,7 +15,7 @@ def test_defaults_are_the_papers():
     assert diffusion.num_train_timesteps == 250
     assert (discovery.learning_rate, discovery.timestep, discovery.gamma_range) == (3e-4, 25, (0.9, 1.1))
     assert discovery.lambda_feature == discovery.lambda_visual == discovery.lambda_invariance == 1
-    assert not discovery.relative_consistency and discovery.lambda_denoised == 0
+    assert not discovery.relative_consistency and discovery.lambda_denoised == discovery.invert_probability == 0
 
 
 def test_flags_go_before_the_file_and_the_file_before_the_preset(tmp_path):
@@ -67,6 +67,7 @@ def test_bad_files_are_named(tmp_path, name, text, message):
         (DiscoveryConfig, {"gamma_range": (1.1, 0.9)}),
         (DiscoveryConfig, {"lambda_visual": -1.0}),
         (DiscoveryConfig, {"num_noise": 0}),
+        (DiscoveryConfig, {"invert_probability": 1.5}),
     ],
 )
 def test_rules_name_option_and_value(kind, options):
