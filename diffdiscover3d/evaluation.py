@@ -39,8 +39,8 @@ def evaluate(
         versions and hardware, and the sha256 of the weights.
 
     Raises:
-        InputError: if the dataset has no labels.
-        ModelError: if the model cannot be loaded or fits no level.
+        InputError: if the dataset has no labels, or the model's number of parts is that of no level asked for.
+        ModelError: if the model cannot be loaded.
     """
     if dataset not in SYNTHETIC_NAMES:
         raise InputError(f"{dataset}: has no labels to score against; choose one of {', '.join(SYNTHETIC_NAMES)}.")

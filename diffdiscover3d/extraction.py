@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
 
 from diffdiscover3d.data.nifti import NiftiVolume, read_nifti, write_like, write_volume
 from diffdiscover3d.data.synthetic import LEVEL_PARTS, SPLITS
@@ -13,7 +12,7 @@ from diffdiscover3d.data.synthetic import synthesize as make_cells
 from diffdiscover3d.errors import OutputError
 from diffdiscover3d.files import check_folder
 from diffdiscover3d.hub import DEFAULT_MODEL, load_teacher
-from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline
+from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline, make_ddim_scheduler
 from diffdiscover3d.reporting.pictures import save_slices
 from diffdiscover3d.segmentation import choose_device, stem
 
@@ -86,7 +85,7 @@ def generate_volumes(
     teacher = load_teacher(model)
     scheduler = teacher.scheduler
     if sampler == "ddim":
-        scheduler = DDIMScheduler.from_config(scheduler.config)
+        scheduler = make_ddim_scheduler(scheduler)
         steps = min(50, scheduler.config.num_train_timesteps) if steps is None else steps
     pipeline = VolumeGenerationPipeline(teacher.unet, scheduler).to(choose_device(device))
     pipeline.set_progress_bar_config(disable=not progress)

@@ -91,15 +91,16 @@ def _load(kind, source: str, marker: str, **options):
     elif not _REPO_ID.fullmatch(source):
         known = ", ".join(embedded_models())
         raise ModelError(f"{source!r}: no such folder, and no Hub id (user/name); embedded models: {known}.")
+    if options.get("revision") and folder.is_dir():
+        raise ModelError(f"{source}: a folder has no revisions; --revision goes with a Hub id.")
     diffusers_logging.disable_progress_bar()  # two small files: a bar says nothing
     try:
         return kind.from_pretrained(source, **options)
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except Exception as error:  # diffusers, safetensors and the Hub's client raise many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if folder.is_dir():
-            raise ModelError(f"{source}: cannot be loaded as {kind.__name__}: {reason}") from error
-        raise NetworkError(f"{source}: cannot be fetched from the Hub: {reason}") from error
-    except Exception as error:  # safetensors raises its own class for a damaged file
-        raise ModelError(f"{source}: damaged weights ({error}).") from error
+        from_network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
+        if from_network and not folder.is_dir():
+            raise NetworkError(f"{source}: cannot be fetched from the Hub: {reason}") from error
+        raise ModelError(f"{source}: cannot be loaded as {kind.__name__}: {reason}") from error

@@ -26,8 +26,8 @@ def region_consistency(
 
     Args:
         masks: (B, K, H, W, D) soft parts, summing to 1 over K.
-        features: (B, C, h, w, d) on any coarser or equal grid, interpolated linearly with corners aligned; or several
-            of them, which count as their concatenation.
+        features: (B, C, h, w, d) on any grid, usually a coarser one, interpolated linearly with corners aligned; or
+            several of them, which count as their concatenation.
         extent: the grid of voxels the features span, where it exceeds that of the masks at the far ends (volumes
             padded by the UNet); default: the masks' own.
         relative: divide by the variance of the whole volume, so that the result is the share of variance the parts
@@ -37,8 +37,7 @@ def region_consistency(
         Scalar, averaged over the batch; float32, or float64 for float64 masks.
 
     Raises:
-        ValueError: if batch sizes differ, the features are finer than their extent, or the extent is smaller than
-            the masks' grid.
+        ValueError: if batch sizes differ, or the extent is smaller than the masks' grid.
     """
     if isinstance(features, torch.Tensor):
         features = (features,)
@@ -92,8 +91,7 @@ def _consistency(masks, sizes, features, extent, relative) -> torch.Tensor:
         raise ValueError(
             f"`features` must be (batch, channel, h, w, d) for {masks.shape[0]} volumes, got {tuple(features.shape)}."
         )
-    if any(c > e for c, e in zip(coarse, extent, strict=True)):
-        raise ValueError(f"`features` on the grid {tuple(coarse)} are finer than the voxels {tuple(extent)}.")
+    level = features.square().mean(dim=(2, 3, 4)).sum(dim=1)
     features = features - features.mean(dim=(2, 3, 4), keepdim=True)
     voxels = grid[0] * grid[1] * grid[2]
     if tuple(coarse) == tuple(grid) == extent:
@@ -111,7 +109,9 @@ def _consistency(masks, sizes, features, extent, relative) -> torch.Tensor:
         return unexplained / voxels
     mean = sums.detach().sum(dim=2) / voxels  # the masks sum to one: their sums add up to sum_u h_u
     variance = energy - voxels * mean.square().sum(dim=1)
-    return unexplained / variance.clamp(min=torch.finfo(variance.dtype).tiny)
+    # features without variance leave nothing to explain; what rounding makes of that must not be divided by
+    rounding = (4 * torch.finfo(variance.dtype).eps) ** 2 * voxels * level
+    return unexplained / torch.maximum(variance, rounding).clamp(min=torch.finfo(variance.dtype).tiny)
 
 
 def _apply_along_axes(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -224,7 +224,8 @@ def _label(network: StructureDiscoveryModel, path: Path, scan, progress: bool) -
             f"{path}: a volume of shape {scan.data.shape} does not fit into the memory of {network.device}; "
             "resample it, or use --device cpu or a larger machine."
         ) from error
-    return found.labels[0].cpu().numpy()
+    labels = found.labels[0].cpu().numpy()
+    return labels if labels.dtype == np.uint8 else labels.astype(np.uint16)
 
 
 def _describe_model(model: str, level: int | None, revision: str | None) -> dict:

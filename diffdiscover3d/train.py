@@ -2,9 +2,10 @@
 
 import argparse
 import logging
+import os
 import sys
 
-from diffdiscover3d.errors import DiffDiscoverError
+from diffdiscover3d.errors import DiffDiscoverError, MemoryLimitError, OutputError
 from diffdiscover3d.training.config import (
     DiffusionConfig,
     DiscoveryConfig,
@@ -45,11 +46,29 @@ def run(config: TrainingConfig) -> str:
     else:
         from diffdiscover3d.training.discovery import DiscoveryTraining
 
+        if not config.teacher:
+            raise ValueError(
+                "`teacher` is missing: give --teacher with a folder, a Hub id or an embedded model's name."
+            )
         named = config.dataset in SYNTHETIC_NAMES
         selection = load_volumes(config.dataset, "validation") if named else volumes
         start = load_discovery(config.init_from) if config.init_from else None
         task = DiscoveryTraining(config, load_teacher(config.teacher), volumes, selection, accelerator, start)
     return str(train(task, config, volumes, accelerator))
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of an error that is none of this package's own, too."""
+    if isinstance(error, DiffDiscoverError):
+        return error.exit_code
+    if isinstance(error, MemoryError | torch_out_of_memory()):
+        return MemoryLimitError.exit_code
+    return OutputError.exit_code if isinstance(error, OSError) else 2
+
+
+def torch_out_of_memory() -> type[BaseException]:
+    """torch's error for a full device, without importing torch for options that are wrong anyway."""
+    return sys.modules["torch"].OutOfMemoryError if "torch" in sys.modules else MemoryError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,12 +79,15 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("diffdiscover3d").setLevel(logging.INFO)
     try:
         config = make_config(_STAGES[stage], file=file, **options)
-        print(run(config))
-    except (DiffDiscoverError, ValueError) as error:
+        folder = run(config)
+        if os.environ.get("RANK", "0") == "0":
+            print(folder)
+    except (DiffDiscoverError, ValueError, OSError, MemoryError, torch_out_of_memory()) as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
+        # an error in a process that loads volumes arrives with that process's traceback: its last line says it
+        print(f"error: {str(error).strip().splitlines()[-1] if str(error) else type(error).__name__}", file=sys.stderr)
+        return exit_code(error)
     except KeyboardInterrupt:
         print("interrupted; the newest checkpoint is whole, --resume latest goes on.", file=sys.stderr)
         return 130

@@ -3,7 +3,7 @@
 #
 #   examples/train_on_your_folder.sh SCANS OUTPUT [options of both stages, such as --max-steps 200]
 #
-# With several GPUs: LAUNCH="accelerate launch --num_processes 8 -m" examples/train_on_your_folder.sh ...
+# With several GPUs: LAUNCH="accelerate launch --num_processes 8 -m" examples/train_on_your_folder.sh ... --batch-size 8
 set -euo pipefail
 scans=$1 output=$2
 shift 2

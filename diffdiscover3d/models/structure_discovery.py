@@ -8,6 +8,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
+from diffdiscover3d.data.nifti import as_volume_tensor
 from diffdiscover3d.data.transforms import min_max_normalize, pad_to_multiple
 from diffdiscover3d.models.loading import StrictLoadingMixin
 
@@ -24,7 +25,7 @@ class Segmentation(BaseOutput):
     """Output of [`StructureDiscoveryModel.segment`].
 
     Attributes:
-        labels: (B, H, W, D) uint8 (int32 past 255 parts), the most probable part of every voxel.
+        labels: (B, H, W, D) uint8 (int32 past 256 parts), the most probable part of every voxel.
         probabilities: (B, K, H, W, D) float32, summing to 1 over K.
     """
 
@@ -54,7 +55,7 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         strides: Sequence[int] = (1, 2, 1, 2, 1, 2),
         dropout: float = 0.2,
         norm: str = "batch",
-        window_size: int = 192,
+        window_size: int = 256,
     ):
         super().__init__()
         if num_parts < 2:
@@ -81,21 +82,21 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         return StructureDiscoveryOutput(logits=self._logits(min_max_normalize(volume)))
 
     @torch.no_grad()
-    def segment(self, volume: torch.Tensor, progress: bool = False) -> Segmentation:
+    def segment(self, volume, progress: bool = False) -> Segmentation:
         """Divide volumes of any size into parts.
 
         Args:
-            volume: (B, 1, H, W, D), (B, H, W, D) or (H, W, D); any intensities.
+            volume: an array or tensor of shape (H, W, D), (B, H, W, D) or (B, 1, H, W, D), any intensities; or
+                whatever else [`as_volume_tensor`] takes.
             progress: show a bar while a window slides.
 
         Raises:
             InputError: if a volume has no contrast, or holds NaN or Inf.
         """
-        while volume.ndim < 5:
-            volume = volume[None] if volume.ndim == 3 else volume[:, None]
+        volume = as_volume_tensor(volume)
         was_training = self.training
         self.eval()
-        normalized = min_max_normalize(volume.to(self.device, torch.float32))
+        normalized = min_max_normalize(volume.to(self.device))
         probabilities = self._probabilities(normalized, progress)
         self.train(was_training)
         dtype = torch.uint8 if self.config.num_parts <= 256 else torch.int32

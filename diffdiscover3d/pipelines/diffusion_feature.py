@@ -120,13 +120,14 @@ class DiffusionFeaturePipeline(HubPipelineMixin, DiffusionPipeline):
                 volume's grid.
         """
         grid = tuple(volume.shape[2:])
-        clean = 2 * volume - 1
-        if self.unet.noise_grid is not None:
-            clean = resize_volume(clean, self.unet.noise_grid)
+        with torch.autocast(volume.device.type, enabled=False):
+            clean = 2 * volume.float() - 1
+            if self.unet.noise_grid is not None:
+                clean = resize_volume(clean, self.unet.noise_grid)
         steps = torch.full((volume.shape[0],), timestep, device=volume.device)
         sums, denoised_sum, extent = None, 0, grid
         for draw in noise:
-            noisy = self.scheduler.add_noise(clean, draw, steps)  # in float32: bfloat16 loses the early steps
+            noisy = self.scheduler.add_noise(clean, draw, steps)  # float32: bfloat16 would round the noise level
             out = self.unet(noisy.to(self.unet.dtype), steps, stages=stages, return_sample=denoised)
             features = [f.float() for f in out.features]
             sums = features if sums is None else [a + b for a, b in zip(sums, features, strict=True)]

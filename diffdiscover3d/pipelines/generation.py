@@ -7,6 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from diffusers.utils import BaseOutput
 
+from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.models.unet_3d import UNet3DModel, as_grid
 from diffdiscover3d.pipelines.hub_support import HubPipelineMixin, register_library
 
@@ -64,10 +65,16 @@ class VolumeGenerationPipeline(HubPipelineMixin, DiffusionPipeline):
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
 
         device = generator.device if generator is not None else torch.device("cpu")
-        shape = (batch_size, self.unet.config.in_channels, *as_grid(grid))
+        # a model trained on noise of its internal grid is given just that, and the sample is resized
+        shape = (batch_size, self.unet.config.in_channels, *(self.unet.noise_grid or as_grid(grid)))
         sample = torch.randn(shape, generator=generator, device=device).to(self.device)
         self.scheduler.set_timesteps(steps, device=self.device)
         for t in self.progress_bar(self.scheduler.timesteps):
             predicted = self.unet(sample.to(self.unet.dtype), t.expand(batch_size)).sample.float()
             sample = self.scheduler.step(predicted, t, sample, generator=generator).prev_sample
-        return VolumeGenerationOutput(volumes=(sample.clamp(-1, 1) + 1) / 2)
+        return VolumeGenerationOutput(volumes=(resize_volume(sample, as_grid(grid)).clamp(-1, 1) + 1) / 2)
+
+
+def make_ddim_scheduler(scheduler: DDPMScheduler) -> DDIMScheduler:
+    """DDIM on the same noise schedule; few steps then start from the last timestep, where all is noise."""
+    return DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 
 LIBRARY = "diffdiscover3d"
 _DATA_FILES = ["*.json", "*.safetensors", "*.md", "*.png"]
-_DOWNLOAD_OPTIONS = ("cache_dir", "revision", "token", "local_files_only", "force_download", "proxies")
+_DOWNLOAD_OPTIONS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
 
 logger = logging.get_logger(__name__)
 
@@ -30,5 +30,5 @@ class HubPipelineMixin:
     @classmethod
     def download(cls, pretrained_model_name, **kwargs) -> str:
         """Fetch the configs and safetensors of a repository into the cache; return the snapshot's folder."""
-        options = {k: v for k, v in kwargs.items() if k in _DOWNLOAD_OPTIONS and v is not None and k != "proxies"}
+        options = {k: v for k, v in kwargs.items() if k in _DOWNLOAD_OPTIONS and v is not None}
         return snapshot_download(pretrained_model_name, allow_patterns=_DATA_FILES, **options)

@@ -93,6 +93,15 @@ def find_checkpoint(folder: Path, resume: str, warn) -> tuple[dict, dict] | None
     return None
 
 
+def remove_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps, and what an interrupted write left behind."""
+    for path in list_checkpoints(folder):
+        if int(_NAME.fullmatch(path.name).group(1)) > step:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The optimiser's tensors under flat names; hyper-parameters come from the config and are not stored."""
     return {

@@ -32,7 +32,7 @@ class TrainingConfig:
     learning_rate: float = option(1e-4, "Adam's learning rate; the peak of a one_cycle schedule")
     lr_schedule: str = option("constant", "how the rate changes over the steps", SCHEDULES)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 switches clipping off")
-    mixed_precision: str = option("no", "precision of the forward pass", PRECISIONS)
+    mixed_precision: str | None = option(None, "precision of the forward pass; none: as launched", PRECISIONS)
     volume_size: tuple[int, ...] | None = option(None, "resample every volume to this grid (one or three integers)")
     flips: bool = option(True, "mirror volumes at random along their three axes")
     num_workers: int = option(0, "processes that load volumes, for each training process")
@@ -57,10 +57,15 @@ class TrainingConfig:
             least = 1 if name == "keep_checkpoints" else 0
             _require(getattr(self, name) >= least, name, f"at least {least}", getattr(self, name))
         _require(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
-        _require(self.lr_schedule in SCHEDULES, "lr_schedule", f"one of {SCHEDULES}", self.lr_schedule)
-        _require(self.mixed_precision in PRECISIONS, "mixed_precision", f"one of {PRECISIONS}", self.mixed_precision)
-        _require(self.report_to in (None, *TRACKERS), "report_to", f"one of {TRACKERS} or none", self.report_to)
-        _require(self.save_dtype in SAVE_DTYPES, "save_dtype", f"one of {SAVE_DTYPES}", self.save_dtype)
+        for f in dataclasses.fields(self):
+            choices, value = f.metadata["choices"], getattr(self, f.name)
+            may_be_none = f.default is None
+            _require(
+                choices is None or value in choices or (value is None and may_be_none),
+                f.name,
+                f"one of {choices}",
+                value,
+            )
         size = self.volume_size
         _require(size is None or (len(size) == 3 and min(size) > 1), "volume_size", "one or three integers > 1", size)
 
@@ -80,6 +85,7 @@ class DiffusionConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         _require(self.num_train_timesteps >= 2, "num_train_timesteps", "at least 2", self.num_train_timesteps)
+        _require(not (self.pad and self.sample_size), "sample_size", "left out with --pad", self.sample_size)
         _require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
 
 
@@ -122,7 +128,6 @@ class DiscoveryConfig(TrainingConfig):
         _require(self.num_noise >= 1, "num_noise", "at least 1", self.num_noise)
         for name in ("lambda_feature", "lambda_visual", "lambda_invariance", "lambda_denoised"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        _require(self.selection in ("confidence", "last"), "selection", "confidence or last", self.selection)
         _require(0 <= self.invert_probability <= 1, "invert_probability", "in [0, 1]", self.invert_probability)
         gamma = self.gamma_range
         _require(
@@ -201,7 +206,29 @@ def read_options(kind: type, file: str | Path) -> dict:
     unknown = sorted(set(values) - known)
     if unknown:
         raise InputError(f"{path}: unknown options {unknown}; known are {sorted(known)}.")
-    return values
+    hints = typing.get_type_hints(kind)
+    return {key: _as_type(path, key, value, hints[key]) for key, value in values.items()}
+
+
+def _as_type(path: Path, key: str, value, hint):
+    """A value of a config file as the type its option has; YAML reads 1e-4 as text and 1 as an integer."""
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    try:
+        if typing.get_origin(hint) is tuple:
+            item = typing.get_args(hint)[0]
+            return tuple(_as_type(path, key, v, item) for v in (value if isinstance(value, list) else [value]))
+        right = (bool, int, float) if hint is float else hint
+        if hint in (int, float) and isinstance(value, str | int | float) and not isinstance(value, bool):
+            if hint(value) == float(value):
+                return hint(value)
+        elif isinstance(value, right):
+            return value
+    except ValueError:
+        pass
+    raise InputError(f"{path}: `{key}` must be of type {hint.__name__}, got {value!r}.")
 
 
 def add_options(parser, kind: type) -> None:

@@ -4,19 +4,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
 from diffusers.training_utils import EMAModel
 
 from diffdiscover3d.models.loading import cast_weights
 from diffdiscover3d.models.unet_3d import UNET_PRESETS, UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
-from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline
+from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline, make_ddim_scheduler
 from diffdiscover3d.reporting.pictures import save_slices
 from diffdiscover3d.training.config import DiffusionConfig
 
 
-def make_unet(config: DiffusionConfig) -> UNet3DModel:
-    """The UNet a config describes: its preset, with the width and grid asked for."""
+def make_unet(config: DiffusionConfig, mixed_shapes: bool = False) -> UNet3DModel:
+    """The UNet a config describes: its preset, with the width and grid asked for.
+
+    Volumes of mixed shapes must be brought to its internal grid before they can share a batch, so before the noise.
+    """
     options = dict(UNET_PRESETS[config.preset])
     if config.width is not None:
         options["width"] = config.width
@@ -24,6 +26,8 @@ def make_unet(config: DiffusionConfig) -> UNet3DModel:
         options["sample_size"] = config.sample_size
     if config.pad:
         options |= {"sample_size": None, "resize_before_noise": False}
+    if mixed_shapes and options["sample_size"] is not None:
+        options["resize_before_noise"] = True
     return UNet3DModel(**options)
 
 
@@ -38,17 +42,16 @@ class DiffusionTraining:
         """
         torch.manual_seed(config.seed)
         self.config = config
-        self.model = make_unet(config)
+        self.model = make_unet(config, mixed_shapes=common_grid is None)
+        if config.volume_size and self.model.config.sample_size is not None:
+            raise ValueError("`volume_size` goes with --pad only: this UNet has a grid of its own, see --sample-size.")
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.scheduler = make_scheduler(config.num_train_timesteps)
         self.ema = EMAModel(self.model.parameters(), decay=config.ema_decay)
         self.volume_grid = config.volume_size or self.model.noise_grid
         if self.volume_grid is None and common_grid is None:
-            size = self.model.config.sample_size
-            if size is None:
-                raise ValueError("the volumes differ in shape: give --volume-size to bring them to one grid.")
-            self.volume_grid = (size,) * 3
+            raise ValueError("the volumes differ in shape: give --volume-size to bring them to one grid.")
         self.sample_grid = self.volume_grid or common_grid
 
     def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -71,7 +74,7 @@ class DiffusionTraining:
     def preview(self, step: int, folder: Path) -> None:
         self.ema.store(self.model.parameters())
         self.ema.copy_to(self.model.parameters())
-        pipeline = VolumeGenerationPipeline(self.model, DDIMScheduler.from_config(self.scheduler.config))
+        pipeline = VolumeGenerationPipeline(self.model, make_ddim_scheduler(self.scheduler))
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(self.config.seed)
         samples = pipeline(self.sample_grid, batch_size=3, num_inference_steps=20, generator=generator).volumes

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from diffdiscover3d.data.loading import common_grid
 from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.errors import ModelError
+from diffdiscover3d.files import write_json
 from diffdiscover3d.losses import photometric_invariance, region_consistency
 from diffdiscover3d.models.loading import cast_weights
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
@@ -54,6 +55,7 @@ class DiscoveryTraining:
                 f"`init_from` has {self.model.config.num_parts} parts and --num-parts is {config.num_parts}; "
                 "they must be equal."
             )
+        _check_teacher(config, teacher)
         self.teacher = teacher.to(accelerator.device)
         self.teacher.unet.eval().requires_grad_(False).to(memory_format=torch.channels_last_3d)
         shared = common_grid(volumes)
@@ -64,7 +66,7 @@ class DiscoveryTraining:
         self.selection_volumes = selection_volumes
         self.epoch_steps = math.ceil(len(volumes) / config.batch_size)
         self.best: dict[str, torch.Tensor] | None = None
-        self.best_confidence = 0.0
+        self.best_confidence, self.best_step = 0.0, 0
 
     def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         low, high = self.config.gamma_range
@@ -105,7 +107,7 @@ class DiscoveryTraining:
         confidence = self.mean_confidence()
         if self.best is None or confidence > self.best_confidence or self.config.selection == "last":
             self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-            self.best_confidence = confidence
+            self.best_confidence, self.best_step = confidence, step
         return {"confidence": confidence}
 
     @torch.no_grad()
@@ -123,13 +125,14 @@ class DiscoveryTraining:
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
         if self.best is None:
             return {}
-        return {"best": {**self.best, "confidence": torch.tensor(self.best_confidence, dtype=torch.float64)}}
+        selection = torch.tensor([self.best_confidence, self.best_step], dtype=torch.float64)
+        return {"best": {**self.best, "selection": selection}}
 
     def load_state(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
         if "best" in tensors:
             best = dict(tensors["best"])
-            self.best_confidence = float(best.pop("confidence"))
-            self.best = best
+            confidence, step = best.pop("selection").tolist()
+            self.best, self.best_confidence, self.best_step = best, confidence, int(step)
 
     def save(self, folder: Path) -> None:
         """Write the kept network, its parts renumbered so that the largest over the selection volumes comes first."""
@@ -138,6 +141,7 @@ class DiscoveryTraining:
         self.model.order_parts(sizes)
         cast_weights(self.model, self.config.save_dtype)
         self.model.save_pretrained(folder)
+        write_json(folder / "selection.json", {"kept_step": self.best_step, "mean_confidence": self.best_confidence})
 
     def _selection(self):
         for i in range(min(len(self.selection_volumes), _SELECTION_VOLUMES)):
@@ -146,6 +150,15 @@ class DiscoveryTraining:
 
     def _segment(self, volume: torch.Tensor):
         return self.model.segment(volume[None])
+
+
+def _check_teacher(config: DiscoveryConfig, teacher: DiffusionFeaturePipeline) -> None:
+    steps, num_stages = teacher.scheduler.config.num_train_timesteps, teacher.unet.num_stages
+    for name in ("timestep", "denoised_timestep"):
+        if not 0 <= getattr(config, name) < steps:
+            raise ValueError(f"`{name}` must lie in 0..{steps - 1} for this teacher, got {getattr(config, name)}.")
+    if max(config.stages) > num_stages:
+        raise ValueError(f"`stages` must lie in 1..{num_stages} for this teacher, got {config.stages}.")
 
 
 def median_grid(volumes: Sequence[dict]) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from diffdiscover3d.errors import ModelError
-from diffdiscover3d.files import write_json
+from diffdiscover3d.files import atomic_file, write_json
 from diffdiscover3d.training import checkpoints
 from diffdiscover3d.training.config import TrainingConfig, as_dict
 from diffdiscover3d.training.sampling import StepBatches, TrainingVolumes, draw_generator
@@ -70,6 +70,10 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         )
     except ImportError as error:
         raise ValueError(f"`report_to` is {config.report_to!r}, which cannot be used here: {error}") from error
+    if config.report_to and not accelerator.log_with:
+        raise ValueError(
+            f"`report_to` is {config.report_to!r}, which is not installed; pip install {config.report_to}."
+        )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         # accelerate would train as many separate models, all of them into one folder
@@ -103,14 +107,14 @@ def train(task: Task, config: TrainingConfig, volumes: Sequence, accelerator: Ac
     """
     output = Path(config.output_dir)
     optimizer = torch.optim.Adam(task.model.parameters(), lr=config.learning_rate)
-    start = _resume(task, config, optimizer, output)
+    task.model.to(memory_format=torch.channels_last_3d)
+    model, optimizer = accelerator.prepare(task.model, optimizer)
+    start = _resume(task, config, optimizer.optimizer, accelerator, output)
     if accelerator.is_main_process:
         _begin_log(output, config, start)
     if config.report_to:
         accelerator.init_trackers(f"diffdiscover3d-{task.name}", config=_tracker_config(config))
 
-    task.model.to(memory_format=torch.channels_last_3d)
-    model, optimizer = accelerator.prepare(task.model, optimizer)
     model.train()
     loader = _make_loader(task, config, volumes, accelerator, start)
     batches = iter(loader)
@@ -121,7 +125,7 @@ def train(task: Task, config: TrainingConfig, volumes: Sequence, accelerator: Ac
         unit="step",
         disable=None if accelerator.is_main_process else True,
     )
-    bad_steps, clock = 0, time.perf_counter()
+    bad_steps, clock, timed = 0, time.perf_counter(), start
     for step in range(start, config.max_steps):
         figures, finite = _take_step(task, model, optimizer, batches, config, accelerator, step)
         bad_steps = 0 if finite else bad_steps + 1
@@ -130,16 +134,16 @@ def train(task: Task, config: TrainingConfig, volumes: Sequence, accelerator: Ac
                 f"the loss is not finite since step {step + 2 - bad_steps}; the checkpoints in {output} are from "
                 "before. Lower --learning-rate, or use --mixed-precision no."
             )
-        figures |= task.after_step(step + 1)
         done = step + 1
+        further = task.after_step(done)
+        figures |= further
         bar.update()
         bar.set_postfix({k: f"{v:.4f}" for k, v in figures.items()})
-        if done % config.log_every == 0 or done == config.max_steps:
+        if done % config.log_every == 0 or further or done == config.max_steps:
             if accelerator.is_main_process:
-                speed = (time.perf_counter() - clock) / (config.log_every if done % config.log_every == 0 else 1)
-                _log(output, done, config, figures, speed)
+                _log(output, done, config, figures, (time.perf_counter() - clock) / (done - timed))
             accelerator.log(figures, step=done)
-            clock = time.perf_counter()
+            clock, timed = time.perf_counter(), done
         if done % config.checkpoint_every == 0 or done == config.max_steps:
             _save_checkpoint(task, config, optimizer, accelerator, output, done)
         wants_preview = config.preview_every and (done % config.preview_every == 0 or done == config.max_steps)
@@ -170,15 +174,15 @@ def _take_step(task, model, optimizer, batches, config, accelerator, step) -> tu
             if accelerator.sync_gradients:
                 limit = config.max_grad_norm or float("inf")
                 norm = accelerator.clip_grad_norm_(model.parameters(), limit)
-                # a float16 scaler skips overflowing steps by itself and tries a lower scale
-                finite = bool(torch.isfinite(norm)) or config.mixed_precision == "fp16"
+                # a float16 scaler skips steps whose gradient overflows by itself and tries a lower scale
+                finite = bool(torch.isfinite(norm)) or accelerator.mixed_precision == "fp16"
             if finite:
                 optimizer.step()
             optimizer.zero_grad()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach().float() / config.gradient_accumulation_steps
     means = accelerator.reduce(torch.stack(list(sums.values())), reduction="mean").tolist()
-    return dict(zip(sums, means, strict=True)), finite
+    return dict(zip(sums, means, strict=True)), finite and all(map(math.isfinite, means))
 
 
 def _make_loader(task, config, volumes, accelerator, start) -> DataLoader:
@@ -218,8 +222,8 @@ def _save_checkpoint(task, config, optimizer, accelerator, output, step) -> None
     checkpoints.prune_checkpoints(output / "checkpoints", config.keep_checkpoints)
 
 
-def _resume(task, config, optimizer, output) -> int:
-    """Load the checkpoint asked for, if any, into task and optimiser; return the step to start from."""
+def _resume(task, config, optimizer, accelerator, output) -> int:
+    """Load the checkpoint asked for, if any, into task, optimiser and scaler; return the step to start from."""
     existing = checkpoints.list_checkpoints(output / "checkpoints")
     if config.resume is None:
         if existing:
@@ -229,6 +233,9 @@ def _resume(task, config, optimizer, output) -> int:
             )
         return 0
     found = checkpoints.find_checkpoint(output / "checkpoints", config.resume, logger.warning)
+    steps = accelerator.gather(torch.tensor([found[1]["step"] if found else 0], device=accelerator.device))
+    if steps.unique().numel() > 1:
+        raise ModelError(f"the processes found checkpoints of different steps {steps.tolist()}; share --output-dir.")
     if found is None:
         return 0
     tensors, state = found
@@ -237,8 +244,13 @@ def _resume(task, config, optimizer, output) -> int:
         task.model.load_state_dict(tensors["model"])
         checkpoints.unpack_optimizer(optimizer, tensors["optimizer"])
         task.load_state(tensors)
+        if accelerator.scaler is not None and "scaler" in state:
+            accelerator.scaler.load_state_dict(state["scaler"])
     except (KeyError, RuntimeError) as error:
         raise ModelError(f"the checkpoint does not fit this model ({str(error)[:200]}).") from error
+    if accelerator.is_main_process:
+        # what lies beyond is damaged or abandoned; left there, it would be found by the next `latest`
+        checkpoints.remove_after(output / "checkpoints", state["step"])
     logger.info("resumed after step %d", state["step"])
     return state["step"]
 
@@ -263,12 +275,21 @@ def _begin_log(output: Path, config: TrainingConfig, start: int) -> None:
     write_json(output / "train_config.json", _public_config(config))
     log = output / "log.jsonl"
     if log.exists():
-        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= start]
-        log.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= start]
+        with atomic_file(log) as temporary:
+            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    """The step of a log line; a line torn by an interruption is of no step."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 def _public_config(config: TrainingConfig) -> dict:
-    """The options without this machine's paths of output and resume."""
+    """The options without the output folder and what was resumed."""
     return {k: v for k, v in as_dict(config).items() if k not in ("output_dir", "resume")}
 
 

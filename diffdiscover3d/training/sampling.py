@@ -44,7 +44,7 @@ class StepBatches:
         if batch_size % (accumulation * world_size):
             raise ValueError(
                 f"`batch_size` ({batch_size}) is shared by {world_size} processes and {accumulation} accumulation "
-                f"steps; it must be a multiple of {accumulation * world_size}."
+                f"steps; give --batch-size a multiple of {accumulation * world_size}."
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.accumulation, self.rank, self.world_size = accumulation, rank, world_size

@@ -57,6 +57,19 @@ def test_features_of_the_noised_volume(timestep):
 
 
 @torch.no_grad()
+def test_autocast_does_not_round_the_noise():
+    """bfloat16 would turn a noise of .173 into .177 at t=25, and into none at all at t=0."""
+    pipe, volume = make_pipeline(sample_size=8, resize_before_noise=True), torch.rand(1, 1, *GRID)
+    noise = torch.randn(1, 1, 1, 8, 8, 8, generator=seeded())
+    seen = []
+    pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            pipe.extract(volume, noise, 25, (1,))
+    assert seen[0].dtype == seen[1].dtype == torch.float32 and torch.equal(*seen)
+
+
+@torch.no_grad()
 def test_several_draws_are_averaged():
     pipe, volume = make_pipeline(), torch.rand(GRID)
     one_generator = seeded()

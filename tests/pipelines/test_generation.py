@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import make_scheduler
-from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline
+from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline, make_ddim_scheduler
 
 
 def make_pipeline(ddim: bool, steps: int = 20, answer: float | None = None, **config) -> VolumeGenerationPipeline:
@@ -16,7 +15,7 @@ def make_pipeline(ddim: bool, steps: int = 20, answer: float | None = None, **co
         torch.nn.init.zeros_(unet.conv_out.weight)
         torch.nn.init.constant_(unet.conv_out.bias, answer)
     scheduler = make_scheduler(steps)
-    pipeline = VolumeGenerationPipeline(unet, DDIMScheduler.from_config(scheduler.config) if ddim else scheduler)
+    pipeline = VolumeGenerationPipeline(unet, make_ddim_scheduler(scheduler) if ddim else scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -41,6 +40,20 @@ def test_number_of_steps_and_default_grid():
     calls = []
     pipeline.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     assert pipeline(num_inference_steps=5).volumes.shape == (1, 1, 4, 4, 4) and len(calls) == 5
+
+
+def test_noise_stays_on_the_grid_the_model_knows():
+    pipeline = make_pipeline(ddim=True, sample_size=4, resize_before_noise=True)
+    seen = []
+    pipeline.unet.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[2:])))
+    assert pipeline((6, 9, 5), num_inference_steps=2).volumes.shape == (1, 1, 6, 9, 5)
+    assert seen == [(4, 4, 4)] * 2
+
+
+def test_few_ddim_steps_start_at_the_last_timestep():
+    pipeline = make_pipeline(ddim=True)
+    pipeline.scheduler.set_timesteps(4)
+    assert pipeline.scheduler.timesteps.tolist() == [19, 14, 9, 4]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from diffdiscover3d.training.checkpoints import (
     load_checkpoint,
     pack_optimizer,
     prune_checkpoints,
+    remove_after,
     save_checkpoint,
     unpack_optimizer,
 )
@@ -67,6 +68,14 @@ def test_pruning_keeps_the_newest(tmp_path):
         save(tmp_path, step)
     prune_checkpoints(tmp_path, keep=2)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-00000003", "checkpoint-00000020"]
+
+
+def test_later_and_torn_ones_are_removed(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / ".checkpoint-00000004.abc").mkdir()
+    remove_after(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-00000001", "checkpoint-00000002"]
 
 
 def test_optimizer_goes_on_as_if_uninterrupted():

@@ -26,6 +26,14 @@ def test_flags_go_before_the_file_and_the_file_before_the_preset(tmp_path):
     assert config.lr_schedule == "one_cycle" and config.volume_size == (8, 9, 10)
 
 
+def test_yaml_numbers_become_what_the_options_are(tmp_path):
+    file = tmp_path / "options.yml"
+    file.write_text("learning_rate: 1e-4\nstages: 2\nlambda_visual: 1\nreport_to: null\nmax_steps: '7'\n")
+    config = make_config(DiscoveryConfig, file=file)
+    assert config.learning_rate == 1e-4 and config.stages == (2,) and config.max_steps == 7
+    assert isinstance(config.lambda_visual, float) and config.report_to is None
+
+
 def test_a_config_written_as_json_reads_back(tmp_path):
     config = make_config(DiscoveryConfig, stages=(1, 3), num_parts=5, teacher="somewhere")
     (tmp_path / "c.json").write_text(json.dumps(as_dict(config)))
@@ -39,6 +47,9 @@ def test_a_config_written_as_json_reads_back(tmp_path):
         ("a.json", "max_steps: 1", r"\.yaml"),
         ("a.yaml", "a: [1", "not valid YAML"),
         ("a.yaml", "- 1", "must map"),
+        ("a.yaml", "max_steps: many", "max_steps"),
+        ("a.yaml", "max_steps: 1.5", "max_steps"),
+        ("a.yaml", "flips: 3", "flips"),
         ("absent.json", None, "cannot read"),
     ],
 )
@@ -62,6 +73,8 @@ def test_bad_files_are_named(tmp_path, name, text, message):
         (DiffusionConfig, {"preset": "huge"}),
         (DiffusionConfig, {"keep_checkpoints": 0}),
         (DiffusionConfig, {"save_dtype": "int8"}),
+        (DiffusionConfig, {"sample_size": 64, "pad": True}),
+        (DiscoveryConfig, {"norm": "layer"}),
         (DiscoveryConfig, {"num_parts": 1}),
         (DiscoveryConfig, {"stages": ()}),
         (DiscoveryConfig, {"gamma_range": (1.1, 0.9)}),

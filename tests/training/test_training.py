@@ -105,10 +105,10 @@ def test_diffusion_resumes_bit_equal(scans, tmp_path):
     run(diffusion(scans, whole, max_steps=6, preview_every=0))
     config = diffusion(scans, parts, max_steps=6, preview_every=0, checkpoint_every=2, keep_checkpoints=3)
     run(config)
-    # as if it had been killed after step 4: the later state is gone, the log runs ahead
-    for path in (parts / "checkpoints" / "checkpoint-00000006").iterdir():
-        path.unlink()
-    (parts / "checkpoints" / "checkpoint-00000006").rmdir()
+    # as if it had been killed while it saved after step 6: the log runs ahead, its last line is torn
+    (parts / "checkpoints" / "checkpoint-00000006" / "state.json").unlink()
+    with open(parts / "log.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
     run(diffusion(scans, parts, max_steps=6, preview_every=0, resume="latest"))
     assert_same(weights(whole), weights(parts))
     assert [{k: r[k] for k in ("step", "loss")} for r in log(whole)] == [
@@ -166,6 +166,8 @@ def test_discovery_learns_and_finds_parts(scans, teacher, tmp_path):
     from diffdiscover3d.data.loading import load_volumes
 
     probabilities = torch.stack([model.segment(v["volume"][None]).probabilities[0] for v in load_volumes(str(scans))])
+    kept = json.loads((tmp_path / "selection.json").read_text())
+    assert kept["kept_step"] % 3 == 0 and kept["mean_confidence"] == max(r.get("confidence", 0) for r in rows)
     sizes = probabilities.mean(dim=(0, 2, 3, 4))
     assert sizes.tolist() == sorted(sizes.tolist(), reverse=True)
 
@@ -191,6 +193,8 @@ def test_scans_of_different_shapes_are_brought_to_one(scans, teacher, tmp_path):
     run(diffusion(mixed, tmp_path / "d", max_steps=2, preview_every=2))
     with pytest.raises(ValueError, match="--volume-size"):
         run(diffusion(mixed, tmp_path / "e", max_steps=2, pad=True, sample_size=None))
+    with pytest.raises(ValueError, match="goes with --pad"):
+        run(diffusion(mixed, tmp_path / "h", max_steps=2, volume_size=9))
     run(diffusion(mixed, tmp_path / "g", max_steps=2, pad=True, sample_size=None, volume_size=9, preview_every=0))
     assert load_teacher(str(tmp_path / "g")).unet.config.sample_size is None
 
@@ -202,7 +206,7 @@ def test_schedules():
     rates = [learning_rate_at(cycle, step) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and max(rates) == 1
     assert rates[55] == pytest.approx(0.5005, abs=1e-6) and rates[-1] < 0.002
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def launch(arguments, processes, **environment):
@@ -247,10 +251,10 @@ def test_trackers(scans, tmp_path, monkeypatch):
     config = diffusion(scans, tmp_path, max_steps=2, preview_every=0, report_to="tensorboard")
     run(config)
     assert list(tmp_path.rglob("events.out.tfevents*"))
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert (
-        main(["diffusion", "--dataset", str(scans), "--report-to", "wandb", "--output-dir", str(tmp_path / "w")]) == 2
-    )
+    # accelerate itself goes on without a tracker that is not installed
+    monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: False)
+    arguments = ["diffusion", "--dataset", str(scans), "--report-to", "wandb", "--output-dir", str(tmp_path / "w")]
+    assert main(arguments) == 2
 
 
 @pytest.mark.parametrize(
@@ -260,6 +264,7 @@ def test_trackers(scans, tmp_path, monkeypatch):
         (["diffusion", "--max-steps", "0"], 2, "max_steps"),
         (["diffusion", "--config", "absent.yaml"], 3, "absent.yaml"),
         (["discovery", "--teacher", "nowhere"], 5, "nowhere"),
+        (["discovery"], 2, "--teacher"),
     ],
 )
 def test_errors_are_one_line_and_their_code(arguments, code, message, capsys, tmp_path, monkeypatch):
