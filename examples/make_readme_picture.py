@@ -9,18 +9,29 @@ import numpy as np
 
 from diffdiscover3d import load_volumes
 from diffdiscover3d.hub import load_discovery
-from diffdiscover3d.metrics import dice_matrix, match_parts
+from diffdiscover3d.metrics import dice_matrix, match_parts, matched_dice
 from diffdiscover3d.reporting.pictures import save_slices
 
 LEVELS = {1: 2, 2: 4, 3: 8}
 
-volume = load_volumes("synthetic-regular", "test")[int(sys.argv[2]) if len(sys.argv) > 2 else 2]
+volumes = load_volumes("synthetic-regular", "test")
+networks = {level: load_discovery("synthetic-regular", level) for level in LEVELS}
+
+
+def found_and_scores(level, volume):
+    found = networks[level].segment(volume["volume"][None]).labels[0].numpy()
+    return found, dice_matrix(found, volume["labels"][level - 1].numpy(), LEVELS[level], LEVELS[level])
+
+
+# neither the best nor the worst: the volume in the middle of the test set at level 2
+ranked = sorted(range(len(volumes)), key=lambda i: matched_dice(found_and_scores(2, volumes[i])[1]))
+volume = volumes[ranked[len(ranked) // 2]]
 rows, titles = [], []
 for level, parts in LEVELS.items():
-    found = load_discovery("synthetic-regular", level).segment(volume["volume"][None]).labels[0].numpy()
+    found, scores = found_and_scores(level, volume)
     true = volume["labels"][level - 1].numpy()
     # the true parts take the numbers of the parts they match, so that colours can be compared
-    predicted, matched = match_parts(dice_matrix(found, true, parts, parts))
+    predicted, matched = match_parts(scores)
     numbers = np.empty(parts, dtype=np.uint8)
     numbers[matched] = predicted
     rows += [found, numbers[true]]
