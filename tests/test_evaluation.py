@@ -36,13 +36,13 @@ def test_evaluate_reports_model_and_kmeans(tiny_discovery):
 
 
 def test_embedded_models_beat_kmeans_on_fresh_volumes():
-    """A quick look at two validation volumes; the committed figures are of all 20 test volumes."""
+    """A quick look at ten validation volumes; the committed figures are of all 20 test volumes."""
     volumes = load_volumes("synthetic-regular", "validation")
     for level, parts in ((1, 2), (2, 4), (3, 8)):
         model = load_discovery("synthetic-regular", level)
         assert model.config.num_parts == parts and model.dtype == torch.float32
         ours, theirs = [], []
-        for i in range(4):
+        for i in range(10):
             volume, true = volumes[i]["volume"], volumes[i]["labels"][level - 1].numpy()
             single = [{"volume": volume, "labels": volumes[i]["labels"]}]
             ours.append(score(lambda v, m=model: m.segment(v[None]).labels[0].numpy(), single, level)["dice"])
