@@ -10,7 +10,8 @@ import torch
 
 from diffdiscover3d import __version__
 from diffdiscover3d.data.folder import list_volumes
-from diffdiscover3d.data.nifti import SUFFIXES, read_nifti, write_like
+from diffdiscover3d.data.nifti import read_nifti, write_like
+from diffdiscover3d.data.nifti_header import SUFFIXES
 from diffdiscover3d.errors import DiffDiscoverError, MemoryLimitError, ModelError, NetworkError, OutputError
 from diffdiscover3d.files import check_folder, sha256, write_json
 from diffdiscover3d.hub import DEFAULT_MODEL, discovery_source, embedded_models, load_discovery

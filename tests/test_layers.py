@@ -11,7 +11,7 @@ ROOT = Path(diffdiscover3d.__file__).parent
 LAYERS = [
     ["", "errors"],
     ["files", "losses", "metrics", "models.blocks", "models.loading", "data.transforms", "data.synthetic"],
-    ["data.nifti", "training.config", "training.sampling", "training.checkpoints", "reporting"],
+    ["data.nifti_header", "data.nifti", "training.config", "training.sampling", "training.checkpoints", "reporting"],
     ["models", "data"],
     ["pipelines"],
     ["hub", "baselines", "training"],

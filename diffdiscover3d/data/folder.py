@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from diffdiscover3d.data.nifti import SUFFIXES, read_nifti
+from diffdiscover3d.data.nifti import read_nifti
+from diffdiscover3d.data.nifti_header import SUFFIXES
 from diffdiscover3d.data.transforms import min_max_normalize
 from diffdiscover3d.errors import InputError
 
