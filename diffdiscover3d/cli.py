@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from diffdiscover3d.errors import DiffDiscoverError, MemoryLimitError, OutputError
+from diffdiscover3d.errors import DiffDiscoverError, OutputError, exit_code, reportable_errors
 
 app = typer.Typer(
     name="diffdiscover3d",
@@ -251,7 +251,7 @@ def convert_authors_checkpoint(
     print(output)
 
 
-def _print_error(error: Exception | str) -> None:
+def _print_error(error: BaseException | str) -> None:
     print(f"error: {error}", file=sys.stderr)
 
 
@@ -259,16 +259,11 @@ def main() -> None:
     """Run a command; errors end in one line on stderr and their exit code, see `errors`."""
     try:
         app()
-    except (DiffDiscoverError, ValueError) as error:
+    except reportable_errors() as error:
         if _debug:
             raise
-        _print_error(error)
-        sys.exit(getattr(error, "exit_code", 2))
-    except MemoryError:
-        if _debug:
-            raise
-        _print_error("out of memory; resample the volume or use a larger machine.")
-        sys.exit(MemoryLimitError.exit_code)
+        _print_error(error if str(error) else "out of memory; resample the volume or use a larger machine.")
+        sys.exit(exit_code(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

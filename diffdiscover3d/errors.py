@@ -1,5 +1,7 @@
 """The few exceptions users meet. Each carries the exit code the command line ends with."""
 
+import sys
+
 
 class DiffDiscoverError(Exception):
     """Base of all errors this package raises on purpose: one line with what, where and the remedy."""
@@ -35,3 +37,22 @@ class MemoryLimitError(DiffDiscoverError, MemoryError):
     """The work does not fit into this machine's memory."""
 
     exit_code = 7
+
+
+def reportable_errors() -> tuple[type[BaseException], ...]:
+    """What the command lines answer with one line: this package's errors, bad values, the disk and the memory."""
+    return (DiffDiscoverError, ValueError, OSError, MemoryError, _torch_out_of_memory())
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of any of [`reportable_errors`]."""
+    if isinstance(error, DiffDiscoverError):
+        return error.exit_code
+    if isinstance(error, MemoryError | _torch_out_of_memory()):
+        return MemoryLimitError.exit_code
+    return OutputError.exit_code if isinstance(error, OSError) else 2
+
+
+def _torch_out_of_memory() -> type[BaseException]:
+    """torch's error for a full device, without importing torch where nothing else has."""
+    return sys.modules["torch"].OutOfMemoryError if "torch" in sys.modules else MemoryError

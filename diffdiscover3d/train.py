@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 
-from diffdiscover3d.errors import DiffDiscoverError, MemoryLimitError, OutputError
+from diffdiscover3d.errors import exit_code, reportable_errors
 from diffdiscover3d.training.config import (
     DiffusionConfig,
     DiscoveryConfig,
@@ -57,20 +57,6 @@ def run(config: TrainingConfig) -> str:
     return str(train(task, config, volumes, accelerator))
 
 
-def exit_code(error: BaseException) -> int:
-    """The exit code of an error that is none of this package's own, too."""
-    if isinstance(error, DiffDiscoverError):
-        return error.exit_code
-    if isinstance(error, MemoryError | torch_out_of_memory()):
-        return MemoryLimitError.exit_code
-    return OutputError.exit_code if isinstance(error, OSError) else 2
-
-
-def torch_out_of_memory() -> type[BaseException]:
-    """torch's error for a full device, without importing torch for options that are wrong anyway."""
-    return sys.modules["torch"].OutOfMemoryError if "torch" in sys.modules else MemoryError
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Parse, train, print where the model is; errors end in one line and their exit code."""
     options = vars(make_parser().parse_args(arguments))
@@ -82,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder = run(config)
         if os.environ.get("RANK", "0") == "0":
             print(folder)
-    except (DiffDiscoverError, ValueError, OSError, MemoryError, torch_out_of_memory()) as error:
+    except reportable_errors() as error:
         if debug:
             raise
         # an error in a process that loads volumes arrives with that process's traceback: its last line says it
