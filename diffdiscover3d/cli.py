@@ -210,11 +210,12 @@ def evaluate(
     overwrite: Overwrite = False,
 ) -> None:
     """Dice of a model on synthetic cells at each level, beside k-means run in the same command."""
-    if output is not None and output.exists() and not overwrite:
-        raise OutputError(f"{output}: exists already; --overwrite replaces it.")
+    from diffdiscover3d.files import check_targets, write_json
+
+    if output is not None:
+        check_targets([output], overwrite)
     from diffdiscover3d.evaluation import evaluate as run
     from diffdiscover3d.evaluation import format_rows
-    from diffdiscover3d.files import write_json
 
     result = run(model, dataset, split, level, seed, report=lambda row: print(format_rows([row]).splitlines()[-1]))
     print("\n" + format_rows(result["rows"]))

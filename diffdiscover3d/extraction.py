@@ -9,8 +9,7 @@ import torch
 from diffdiscover3d.data.nifti import NiftiVolume, read_nifti, write_like, write_volume
 from diffdiscover3d.data.synthetic import LEVEL_PARTS, SPLITS
 from diffdiscover3d.data.synthetic import synthesize as make_cells
-from diffdiscover3d.errors import OutputError
-from diffdiscover3d.files import check_folder
+from diffdiscover3d.files import check_targets
 from diffdiscover3d.hub import DEFAULT_MODEL, load_teacher
 from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline, make_ddim_scheduler
 from diffdiscover3d.reporting.pictures import save_slices
@@ -44,7 +43,7 @@ def extract_features(
     """
     path, output = Path(path), Path(output)
     targets = [output / f"{stem(path)}_stage{stage}.nii.gz" for stage in stages]
-    _refuse_existing(targets, overwrite)
+    check_targets(targets, overwrite)
     place = choose_device(device)
     scan = read_nifti(path, **reading)
     pipeline = load_teacher(model).to(place)
@@ -81,7 +80,7 @@ def generate_volumes(
         raise ValueError(f"`grid` must be one integer or three, got {list(grid)}.")
     targets = [Path(output) / f"sample-{i:03d}.nii.gz" for i in range(count)]
     picture = Path(output) / "samples.png"
-    _refuse_existing([*targets, picture], overwrite)
+    check_targets([*targets, picture], overwrite)
     teacher = load_teacher(model)
     scheduler = teacher.scheduler
     if sampler == "ddim":
@@ -117,7 +116,7 @@ def write_synthetic(
     names = [f"synthetic-{variant}-{split}-{i:03d}" for i in range(SPLITS[split] if count is None else count)]
     targets = [Path(output) / f"{name}.nii.gz" for name in names]
     level_targets = [{x: Path(output) / f"{name}_level-{x}_dseg.nii.gz" for x in LEVEL_PARTS} for name in names]
-    _refuse_existing([*targets, *(path for paths in level_targets for path in paths.values())], overwrite)
+    check_targets([*targets, *(path for paths in level_targets for path in paths.values())], overwrite)
     for index, (target, paths) in enumerate(zip(targets, level_targets, strict=True)):
         sample = make_cells(variant, split, index)
         write_volume(target, sample.volume)
@@ -135,12 +134,3 @@ def _on_grid(scan: NiftiVolume, grid: tuple[int, ...], extent: Sequence[int]) ->
     template.header.set_qform(None, 0)
     template.header["pixdim"][1:4] = template.spacing_mm
     return template
-
-
-def _refuse_existing(targets: Sequence[Path], overwrite: bool) -> None:
-    """Find what would stop the writing before the work starts."""
-    for folder in {target.parent for target in targets}:
-        check_folder(folder)
-    for target in targets:
-        if target.exists() and not overwrite:
-            raise OutputError(f"{target}: exists already; --overwrite replaces it.")

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from diffdiscover3d.errors import DiffDiscoverError, OutputError
@@ -89,6 +89,16 @@ def check_folder(folder: Path) -> None:
         ) from error
     if shutil.disk_usage(existing).free < 2**20:
         raise OutputError(f"{existing}: the disk is full; free some space or choose another --output folder.")
+
+
+def check_targets(targets: Iterable[Path], overwrite: bool) -> None:
+    """Find what would stop the writing before the work starts."""
+    targets = list(targets)
+    for folder in {target.parent for target in targets}:
+        check_folder(folder)
+    for target in targets:
+        if target.exists() and not overwrite:
+            raise OutputError(f"{target}: exists already; --overwrite replaces it.")
 
 
 def write_json(target: str | Path, value) -> None:

@@ -13,7 +13,7 @@ from diffdiscover3d.data.folder import list_volumes
 from diffdiscover3d.data.nifti import read_nifti, write_like
 from diffdiscover3d.data.nifti_header import SUFFIXES
 from diffdiscover3d.errors import DiffDiscoverError, MemoryLimitError, ModelError, NetworkError, OutputError
-from diffdiscover3d.files import check_folder, sha256, write_json
+from diffdiscover3d.files import check_targets, sha256, write_json
 from diffdiscover3d.hub import DEFAULT_MODEL, discovery_source, embedded_models, load_discovery
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.pictures import save_slices
@@ -195,7 +195,7 @@ def _output_paths(path: Path, output: str | Path | None, preview: bool) -> tuple
 def _check_outputs(jobs, overwrite: bool) -> None:
     """Find what would stop the writing before the work starts."""
     seen: dict[Path, Path] = {}
-    inputs = {path.resolve(): path for path, _ in jobs}
+    inputs = {path.resolve() for path, _ in jobs}
     for path, targets in jobs:
         label_path = targets[0]
         if label_path in seen:
@@ -208,10 +208,7 @@ def _check_outputs(jobs, overwrite: bool) -> None:
                 raise OutputError(f"{target}: is the input itself; choose another --output folder.")
             if target.resolve() in inputs:
                 raise OutputError(f"{target}: is one of the inputs; choose another --output folder.")
-            if target.exists() and not overwrite:
-                raise OutputError(f"{target}: exists already; --overwrite replaces it.")
-    for folder in {targets[0].parent for _, targets in jobs}:
-        check_folder(folder)
+    check_targets((target for _, targets in jobs for target in targets if target), overwrite)
 
 
 def _label(network: StructureDiscoveryModel, path: Path, scan, progress: bool) -> np.ndarray:

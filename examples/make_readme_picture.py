@@ -8,26 +8,25 @@ import sys
 import numpy as np
 
 from diffdiscover3d import load_volumes
+from diffdiscover3d.data.synthetic import LEVEL_PARTS
 from diffdiscover3d.hub import load_discovery
 from diffdiscover3d.metrics import dice_matrix, match_parts, matched_dice
 from diffdiscover3d.reporting.pictures import save_slices
 
-LEVELS = {1: 2, 2: 4, 3: 8}
-
 volumes = load_volumes("synthetic-regular", "test")
-networks = {level: load_discovery("synthetic-regular", level) for level in LEVELS}
+networks = {level: load_discovery("synthetic-regular", level) for level in LEVEL_PARTS}
 
 
 def found_and_scores(level, volume):
     found = networks[level].segment(volume["volume"][None]).labels[0].numpy()
-    return found, dice_matrix(found, volume["labels"][level - 1].numpy(), LEVELS[level], LEVELS[level])
+    return found, dice_matrix(found, volume["labels"][level - 1].numpy(), LEVEL_PARTS[level], LEVEL_PARTS[level])
 
 
 # neither the best nor the worst: the volume in the middle of the test set at level 2
 ranked = sorted(range(len(volumes)), key=lambda i: matched_dice(found_and_scores(2, volumes[i])[1]))
 volume = volumes[ranked[len(ranked) // 2]]
 rows, titles = [], []
-for level, parts in LEVELS.items():
+for level, parts in LEVEL_PARTS.items():
     found, scores = found_and_scores(level, volume)
     true = volume["labels"][level - 1].numpy()
     # the true parts take the numbers of the parts they match, so that colours can be compared

@@ -4,6 +4,7 @@ All of them take and return channels-first volumes (B, C, H, W, D).
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,7 @@ class ResidualBlock(nn.Module):
         return hidden + self.shortcut(x)
 
 
-class _Attention(nn.Module):
+class _Attention(nn.Module, ABC):
     """Pre-normalised residual multi-head attention over all voxels; subclasses say how heads attend."""
 
     def __init__(self, channels: int, heads: int, head_dim: int, norm_after: bool):
@@ -73,8 +74,9 @@ class _Attention(nn.Module):
         self.out = nn.Conv3d(heads * head_dim, channels, 1)
         self.norm_out = ChannelLayerNorm(channels) if norm_after else nn.Identity()
 
+    @abstractmethod
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError  # (B, heads, head_dim, voxels) three times to the same shape
+        """Three times (B, heads, head_dim, voxels) to the same shape."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, grid = x.shape[0], x.shape[2:]

@@ -11,6 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from diffdiscover3d.data.transforms import pad_to_multiple
 from diffdiscover3d.models.blocks import ATTENTIONS, FullAttention, ResidualBlock, TimeEmbedding
 from diffdiscover3d.models.loading import StrictLoadingMixin
 
@@ -200,11 +201,8 @@ class UNet3DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         grid = tuple(sample.shape[2:])
         if self.config.sample_size is not None:
             return _resize(sample, as_grid(self.config.sample_size)), grid
-        padded = tuple(-(-n // self.stride) * self.stride for n in grid)
-        if padded != grid:
-            (h, w, d), (ph, pw, pd) = grid, padded
-            sample = F.pad(sample, (0, pd - d, 0, pw - w, 0, ph - h), mode="replicate")
-        return sample, padded
+        sample = pad_to_multiple(sample, self.stride)
+        return sample, tuple(sample.shape[2:])
 
     def _to_input_grid(self, sample: torch.Tensor, grid: torch.Size) -> torch.Tensor:
         if self.config.sample_size is not None:

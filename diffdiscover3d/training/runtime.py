@@ -153,7 +153,6 @@ def train(task: Task, config: TrainingConfig, volumes: Sequence, accelerator: Ac
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         task.save(output)
-        write_json(output / "train_config.json", _public_config(config))
     accelerator.end_training()
     return output
 
