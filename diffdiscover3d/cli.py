@@ -223,6 +223,48 @@ def evaluate(
         write_json(output, result)
 
 
+@app.command(rich_help_panel="Data and scores", epilog="Example: diffdiscover3d benchmark --table 1 -o tables/one")
+def benchmark(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for models, figures and tables.")] = Path(
+        "benchmark"
+    ),
+    table: Annotated[int, typer.Option(min=1, max=2, help="1: methods and ablations; 2: stages.")] = 1,
+    method: Annotated[list[str] | None, typer.Option(help="Only this row; repeatable.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="regular or irregular; repeatable (default: both).")] = None,
+    level: Annotated[list[int] | None, typer.Option(min=1, max=3, help="Only this level; repeatable.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Repeatable (default: 0).")] = None,
+    recipe: Annotated[str, typer.Option(help="How networks are trained: small (CPU) or paper (GPU).")] = "small",
+    teacher: Annotated[
+        str | None, typer.Option(help="Diffusion model to use (default: train one for each variant).")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+) -> None:
+    """Fill a table of the paper from nothing: train, score, write JSON, Markdown and PNG. Interrupted, it goes on."""
+    from diffdiscover3d.benchmark import TABLES
+    from diffdiscover3d.benchmark import benchmark as run
+    from diffdiscover3d.reporting.tables import format_table
+
+    def show(row: dict, number: int, count: int) -> None:
+        print(
+            f"[{number}/{count}] {row['variant']} level {row['level']} {row['title']} seed {row['seed']}: "
+            f"{row['dice']:.3f} (one matching {row['dice_one_matching']:.3f})",
+            flush=True,
+        )
+
+    result = run(
+        output,
+        method or TABLES[table],
+        variant or ("regular", "irregular"),
+        level or (1, 2, 3),
+        seed or (0,),
+        report=show,
+        recipe=recipe,
+        teacher=teacher,
+        split=split,
+    )
+    print("\n" + format_table(result["summary"]))
+
+
 @models_app.command("list", epilog="Example: diffdiscover3d models list")
 def list_models() -> None:
     """List the embedded models, their levels and sizes."""

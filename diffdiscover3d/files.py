@@ -107,6 +107,11 @@ def write_json(target: str | Path, value) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_json(path: str | Path):
+    """Read a JSON file written by this package."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def sha256(path: str | Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     with open(path, "rb") as file:

@@ -21,6 +21,7 @@ def region_consistency(
     features: torch.Tensor | Sequence[torch.Tensor],
     extent: Sequence[int] | None = None,
     relative: bool = False,
+    within: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean within-part variance of features (Eq. 5), without upsampling them.
 
@@ -32,13 +33,17 @@ def region_consistency(
             padded by the UNet); default: the masks' own.
         relative: divide by the variance of the whole volume, so that the result is the share of variance the parts
             leave unexplained, in [0, 1]; several features are then averaged.
+        within: (B, P, H, W, D) coarser parts which the masks divide further. What these leave unexplained takes the
+            place of the variance of the whole volume; only with `relative`.
 
     Returns:
         Scalar, averaged over the batch; float32, or float64 for float64 masks.
 
     Raises:
-        ValueError: if batch sizes differ, or the extent is smaller than the masks' grid.
+        ValueError: if batch sizes differ, the extent is smaller than the masks' grid, or `within` is not relative.
     """
+    if within is not None and not relative:
+        raise ValueError("`within` is given and `relative` is False; coarser parts only matter to the relative loss.")
     if isinstance(features, torch.Tensor):
         features = (features,)
     if not features:
@@ -50,8 +55,9 @@ def region_consistency(
 
     with torch.autocast(masks.device.type, enabled=False):
         masks = masks if masks.dtype == torch.float64 else masks.float()
-        sizes = masks.sum(dim=(2, 3, 4))
-        terms = [_consistency(masks, sizes, f.to(masks.dtype), extent, relative) for f in features]
+        if within is not None:
+            within = within.detach().to(masks.dtype)
+        terms = [_consistency(masks, f.to(masks.dtype), extent, relative, within) for f in features]
         total = torch.stack(terms).sum(dim=0)
         return (total / len(terms) if relative else total).mean()
 
@@ -84,7 +90,7 @@ def interpolation_matrix(coarse: int, extent: int, fine: int, like: torch.Tensor
     return (1 - (position[:, None] - nodes[None, :]).abs()).clamp(min=0).to(like.device, like.dtype)
 
 
-def _consistency(masks, sizes, features, extent, relative) -> torch.Tensor:
+def _consistency(masks, features, extent, relative, within) -> torch.Tensor:
     """Eq. 5 for one feature map, for each volume of the batch: (B,)."""
     grid, coarse = masks.shape[2:], features.shape[2:]
     if features.ndim != 5 or features.shape[0] != masks.shape[0]:
@@ -94,24 +100,32 @@ def _consistency(masks, sizes, features, extent, relative) -> torch.Tensor:
     level = features.square().mean(dim=(2, 3, 4)).sum(dim=1)
     features = features - features.mean(dim=(2, 3, 4), keepdim=True)
     voxels = grid[0] * grid[1] * grid[2]
-    if tuple(coarse) == tuple(grid) == extent:
-        on_coarse, spread = masks, features
-    else:
+    matrices = None
+    if tuple(coarse) != tuple(grid) or tuple(grid) != extent:
         matrices = [interpolation_matrix(c, e, n, masks) for c, e, n in zip(coarse, extent, grid, strict=True)]
-        on_coarse = _apply_along_axes(masks, matrices)  # U^T M
-        spread = _apply_along_axes(features, [m.T @ m for m in matrices])  # U^T U f
-
-    sums = features.flatten(2) @ on_coarse.flatten(2).transpose(1, 2)  # (B, C, K): sum_u M_ku h_u
-    explained = (sums.square().sum(dim=1) / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)).sum(dim=1)
+    spread = features if matrices is None else _apply_along_axes(features, [m.T @ m for m in matrices])  # U^T U f
     energy = (features * spread).sum(dim=(1, 2, 3, 4))
+
+    sums, explained = _explained(masks, features, matrices)
     unexplained = energy - explained
     if not relative:
         return unexplained / voxels
-    mean = sums.detach().sum(dim=2) / voxels  # the masks sum to one: their sums add up to sum_u h_u
-    variance = energy - voxels * mean.square().sum(dim=1)
+    if within is None:
+        mean = sums.detach().sum(dim=2) / voxels  # the masks sum to one: their sums add up to sum_u h_u
+        variance = energy - voxels * mean.square().sum(dim=1)
+    else:
+        variance = energy - _explained(within, features, matrices)[1]
     # features without variance leave nothing to explain; what rounding makes of that must not be divided by
     rounding = (4 * torch.finfo(variance.dtype).eps) ** 2 * voxels * level
     return unexplained / torch.maximum(variance, rounding).clamp(min=torch.finfo(variance.dtype).tiny)
+
+
+def _explained(masks, features, matrices) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum_u M_ku h_u for every channel and part, (B, C, K), and sum_k |sum_u M_ku h_u|^2 / m_k, (B,)."""
+    on_coarse = masks if matrices is None else _apply_along_axes(masks, matrices)  # U^T M
+    sums = features.flatten(2) @ on_coarse.flatten(2).transpose(1, 2)
+    sizes = masks.sum(dim=(2, 3, 4)).clamp(min=torch.finfo(masks.dtype).tiny)
+    return sums, (sums.square().sum(dim=1) / sizes).sum(dim=1)
 
 
 def _apply_along_axes(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:

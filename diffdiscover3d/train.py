@@ -53,7 +53,8 @@ def run(config: TrainingConfig) -> str:
         named = config.dataset in SYNTHETIC_NAMES
         selection = load_volumes(config.dataset, "validation") if named else volumes
         start = load_discovery(config.init_from) if config.init_from else None
-        task = DiscoveryTraining(config, load_teacher(config.teacher), volumes, selection, accelerator, start)
+        parent = load_discovery(config.parent) if config.parent else None
+        task = DiscoveryTraining(config, load_teacher(config.teacher), volumes, selection, accelerator, start, parent)
     return str(train(task, config, volumes, accelerator))
 
 

@@ -148,3 +148,29 @@ def test_invariance_by_hand():
 def test_invariance_refuses_different_shapes():
     with pytest.raises(ValueError, match="one shape"):
         photometric_invariance(torch.rand(1, 2, 3, 3, 3), torch.rand(1, 3, 3, 3, 3))
+
+
+def test_share_of_what_coarser_parts_leave():
+    """Against the ratio of two direct sums of Eq. 5, with soft parts that divide hard ones."""
+    torch.manual_seed(0)
+    labels = torch.randint(0, 2, (2, 6, 5, 7))
+    within = torch.nn.functional.one_hot(labels, 2).movedim(-1, 1).double()
+    inner = torch.rand(2, 3, 6, 5, 7, dtype=torch.float64).softmax(dim=1)
+    masks = torch.cat([within[:, :1], within[:, 1:] * inner], dim=1)
+    h = torch.randn(2, 4, 6, 5, 7, dtype=torch.float64)
+
+    def direct(m, b):
+        total = 0
+        for k in range(m.shape[1]):
+            weight = m[b, k]
+            if weight.sum() > 0:
+                mean = (h[b] * weight).sum(dim=(1, 2, 3)) / weight.sum()
+                total += (weight * (h[b] - mean[:, None, None, None]).square().sum(dim=0)).sum()
+        return total
+
+    expected = torch.stack([direct(masks, b) / direct(within, b) for b in range(2)]).mean()
+    found = region_consistency(masks, h, relative=True, within=within)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    assert region_consistency(within, h, relative=True, within=within).item() == pytest.approx(1)
+    with pytest.raises(ValueError, match="`relative` is False"):
+        region_consistency(masks, h, within=within)

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 
 import torch
+from torch.utils.data import ConcatDataset
 
 from diffdiscover3d.data import synthetic
 from diffdiscover3d.data.folder import VolumeFolder
 from diffdiscover3d.data.transforms import min_max_normalize
 from diffdiscover3d.errors import InputError
 
-SYNTHETIC_NAMES = tuple(f"synthetic-{variant}" for variant in synthetic.VARIANTS)
+# "synthetic": the volumes of all variants, one variant after the other
+_VARIANTS_OF = {f"synthetic-{variant}": (variant,) for variant in synthetic.VARIANTS} | {"synthetic": synthetic.VARIANTS}
+SYNTHETIC_NAMES = tuple(_VARIANTS_OF)
 
 
 class SyntheticVolumes:
@@ -44,7 +47,7 @@ def load_volumes(name_or_path: str, split: str = "train") -> Sequence[dict]:
     """Load a dataset of volumes.
 
     Args:
-        name_or_path: "synthetic-regular", "synthetic-irregular", or a folder, glob pattern, text list or file of
+        name_or_path: "synthetic-regular", "synthetic-irregular", "synthetic" (both), or a folder, glob pattern, text list or file of
             NIfTI volumes.
         split: "train", "validation" or "test" of a named dataset. Files have no splits: all are returned.
 
@@ -56,7 +59,8 @@ def load_volumes(name_or_path: str, split: str = "train") -> Sequence[dict]:
         ValueError: if the split does not exist.
     """
     if name_or_path in SYNTHETIC_NAMES:
-        return SyntheticVolumes(name_or_path.removeprefix("synthetic-"), split)
+        variants = [SyntheticVolumes(variant, split) for variant in _VARIANTS_OF[name_or_path]]
+        return variants[0] if len(variants) == 1 else ConcatDataset(variants)
     try:
         return VolumeFolder(name_or_path)
     except InputError as error:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy import ndimage
+from scipy import ndimage, special
 
-GENERATOR_VERSION = 1  # raise it whenever a single voxel of any volume changes; caches are keyed by it
+GENERATOR_VERSION = 2  # raise it whenever a single voxel of any volume changes; caches are keyed by it
 VARIANTS = ("regular", "irregular")
 SPLITS = {"train": 80, "validation": 20, "test": 20}
 LEVEL_PARTS = {1: 2, 2: 4, 3: 8}  # parts (with background) of each level of the hierarchy
@@ -21,7 +21,11 @@ SHAPE = (50, 50, 50)
 _SEED = 17
 NOISE_VARIANCE = 0.25
 _NOISE_STEP = 2.0**-16  # noise is rounded to it: last-bit differences between FFT builds cannot show
-_WARP_SIGMA, _WARP_STD = 3.0, 1.5  # voxels; smoothness and strength of the irregular variant's boundaries
+# The irregular variant's boundaries: a smooth warp of space (voxels), and organelles contracted towards their centres by
+# up to 10 %. The strengths are calibrated: benchmarks/results/calibration.json.
+_FIELD_SIGMA = 3.0
+_WARP_STD = 1.5
+_CONTRACTION = 0.1
 _CANDIDATES = 4096  # placements tried at once; the first that keeps the nesting is taken
 
 # the parent part of each part of level 3, and what each part is called
@@ -46,7 +50,8 @@ def synthesize(variant: str, split: str, index: int) -> SyntheticSample:
     """Make one synthetic volume with its three levels of labels.
 
     Args:
-        variant: "regular" (spheres and cuboids) or "irregular" (the same under a smooth random warp).
+        variant: "regular" (spheres and cuboids) or "irregular" (the same cells, their boundaries bent by smooth random
+            fields).
         split: "train", "validation" or "test".
         index: any non-negative integer; the published splits use 80, 20 and 20 of them.
 
@@ -59,13 +64,18 @@ def synthesize(variant: str, split: str, index: int) -> SyntheticSample:
         raise ValueError(f"`split` must be one of {tuple(SPLITS)}, got {split!r}.")
     if index < 0:
         raise ValueError(f"`index` must not be negative, got {index}.")
-    rng = np.random.default_rng([_SEED, VARIANTS.index(variant), list(SPLITS).index(split), index])
-
+    key = [_SEED, 0, list(SPLITS).index(split), index]
+    rng = np.random.default_rng(key)
     points = np.indices(SHAPE, dtype=np.float64) - (np.array(SHAPE).reshape(3, 1, 1, 1) - 1) / 2
+    contraction = np.zeros(SHAPE)
     if variant == "irregular":
-        # warping space itself bends every boundary, and keeps children inside their parents
-        points += np.stack([smooth_field(rng, SHAPE, _WARP_SIGMA) * _WARP_STD for _ in range(3)])
-    parts = _paint_parts(rng, points)
+        fields = np.random.default_rng([*key, 1])  # a stream of its own: objects, colours and noise stay the same
+        # bending space itself, rather than each surface, keeps children inside their parents
+        points += np.stack([smooth_field(fields, SHAPE, _FIELD_SIGMA) * _WARP_STD for _ in range(3)])
+        contraction = _CONTRACTION * special.erf(np.abs(smooth_field(fields, SHAPE, _FIELD_SIGMA)) / np.sqrt(2))
+    parts = _paint_parts(rng, points, contraction)
+    while len(np.unique(parts)) < len(PART_NAMES):  # a protein so small that no voxel lies in it
+        parts = _paint_parts(rng, points, contraction)
     colours = rng.standard_normal(len(PART_NAMES))
     volume = (colours[parts] + pink_noise(rng, SHAPE, NOISE_VARIANCE)).astype(np.float32)
     labels = np.stack([np.asarray(_LEVEL_OF_PART[level], dtype=np.uint8)[parts] for level in LEVEL_PARTS])
@@ -96,8 +106,13 @@ def _pink_amplitude(shape: tuple[int, ...]) -> tuple[np.ndarray, float]:
     return amplitude, 1.0 / amplitude.max()
 
 
-def _paint_parts(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
-    """Place cell, vesicle, mitochondrion and their proteins at random; return the part (0..7) of every point."""
+def _paint_parts(rng: np.random.Generator, points: np.ndarray, contraction: np.ndarray) -> np.ndarray:
+    """Place cell, vesicle, mitochondrion and their proteins at random; return the part (0..7) of every point.
+
+    Args:
+        points: (3, H, W, D) coordinates in voxels from the centre.
+        contraction: (H, W, D) in [0, 1), by how much the organelles and what they hold shrink towards their centres.
+    """
     cell_radius = rng.normal(25, 1)
     vesicle_radius = rng.normal(8, 0.5)
     mito_half = rng.normal(8, 0.5, size=3)
@@ -129,11 +144,14 @@ def _paint_parts(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
 
     parts = np.zeros(points.shape[1:], dtype=np.uint8)
     parts[_in_sphere(points, np.zeros(3), cell_radius)] = 1
-    parts[_in_sphere(points, vesicle, vesicle_radius)] = 2
-    parts[_in_cuboid(points, mito, mito_half)] = 3
+    # coordinates from each organelle's centre; dividing them shrinks it together with the proteins it holds
+    from_vesicle = (points - vesicle.reshape(3, 1, 1, 1)) / (1 - contraction)
+    from_mito = (points - mito.reshape(3, 1, 1, 1)) / (1 - contraction)
+    parts[_in_sphere(from_vesicle, np.zeros(3), vesicle_radius)] = 2
+    parts[_in_cuboid(from_mito, np.zeros(3), mito_half)] = 3
     for i in range(2):
-        parts[_in_sphere(points, vesicle + in_vesicle[i], spheres[i])] = 4 + i
-        parts[_in_cuboid(points, mito + in_mito[i], cubes[i])] = 6 + i
+        parts[_in_sphere(from_vesicle, in_vesicle[i], spheres[i])] = 4 + i
+        parts[_in_cuboid(from_mito, in_mito[i], cubes[i])] = 6 + i
     return parts
 
 

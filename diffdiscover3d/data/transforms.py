@@ -46,10 +46,14 @@ def pad_to_multiple(volume: torch.Tensor, multiple: int) -> torch.Tensor:
     return F.pad(volume, (0, pad[2], 0, pad[1], 0, pad[0]), mode="replicate")
 
 
-def random_flips(volume: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Mirror the three trailing axes, each with probability one half."""
-    heads = torch.rand(3, generator=generator) < 0.5
-    axes = [axis for axis, flip in zip((-3, -2, -1), heads.tolist(), strict=True) if flip]
+def draw_flips(generator: torch.Generator) -> torch.Tensor:
+    """Which of the three trailing axes to mirror, each with probability one half: (3,) bool."""
+    return torch.rand(3, generator=generator) < 0.5
+
+
+def flip(volume: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
+    """Mirror the three trailing axes where `flips`, (3,) bool, says so."""
+    axes = [axis for axis, wanted in zip((-3, -2, -1), flips.tolist(), strict=True) if wanted]
     return volume.flip(axes) if axes else volume
 
 

@@ -107,7 +107,16 @@ class DiscoveryConfig(TrainingConfig):
     lambda_denoised: float = option(
         0.0, "weight of the consistency of the teacher's clean prediction (not in the paper)"
     )
-    denoised_timestep: int = option(60, "noise step of that clean prediction")
+    denoised_timesteps: tuple[int, ...] = option((60,), "noise steps of that clean prediction, which is their mean")
+    teacher_noise: str = option(
+        "fresh", "draw the teacher's noise at every step, or once for each volume, which is faster", ("fresh", "fixed")
+    )
+    parent: str | None = option(
+        None, "folder or Hub id of a discovery network whose parts are divided further (not in the paper)"
+    )
+    children: tuple[int, ...] | None = option(
+        None, "into how many parts each part of --parent is divided (default: the most even half is kept whole)"
+    )
     gamma_range: tuple[float, ...] = option((0.9, 1.1), "range of the exponent of the photometric change")
     invert_probability: float = option(
         0.0, "probability that the photometric change also inverts the intensities (not in the paper)"
@@ -122,13 +131,21 @@ class DiscoveryConfig(TrainingConfig):
         super().__post_init__()
         object.__setattr__(self, "stages", tuple(self.stages))
         object.__setattr__(self, "gamma_range", tuple(self.gamma_range))
+        object.__setattr__(self, "denoised_timesteps", tuple(self.denoised_timesteps))
+        if self.children is not None:
+            object.__setattr__(self, "children", tuple(self.children))
         _require(self.num_parts >= 2, "num_parts", "at least 2", self.num_parts)
         _require(len(self.stages) >= 1 and min(self.stages) >= 1, "stages", "one or more of 1, 2, ...", self.stages)
         _require(self.timestep >= 0, "timestep", "at least 0", self.timestep)
         _require(self.num_noise >= 1, "num_noise", "at least 1", self.num_noise)
-        for name in ("lambda_feature", "lambda_visual", "lambda_invariance", "lambda_denoised"):
+        weights = ("lambda_feature", "lambda_visual", "lambda_invariance", "lambda_denoised")
+        for name in weights:
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require(any(getattr(self, name) for name in weights), "lambda_feature", "positive if all others are 0", 0)
         _require(0 <= self.invert_probability <= 1, "invert_probability", "in [0, 1]", self.invert_probability)
+        denoised = self.denoised_timesteps
+        _require(len(denoised) >= 1 and min(denoised) >= 0, "denoised_timesteps", "one or more of 0, 1, ...", denoised)
+        _require(self.children is None or self.parent, "children", "left out without --parent", self.children)
         gamma = self.gamma_range
         _require(
             len(gamma) == 2 and 0 < gamma[0] <= gamma[1],

@@ -18,6 +18,8 @@ from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
 from diffdiscover3d.reporting.pictures import save_slices
 from diffdiscover3d.training.config import DiscoveryConfig
+from diffdiscover3d.training.nesting import choose_children, divided_parts, parent_masks
+from diffdiscover3d.training.teacher_signals import TeacherSignals
 
 logger = logging.getLogger("diffdiscover3d")
 _SELECTION_VOLUMES = 32  # at most so many volumes decide which epoch is kept
@@ -31,9 +33,11 @@ class DiscoveryTraining:
         volumes: those to train on; where their shapes differ they are resampled to the median shape.
         selection_volumes: those whose mean confidence decides which epoch is kept; no labels are used.
         start: a trained network to go on from; default: a new one.
+        parent: a trained network whose parts the new one divides.
 
     Raises:
         ModelError: if `start` has another number of parts.
+        ValueError: if the options do not fit the teacher or the parent.
     """
 
     name = "discovery"
@@ -46,18 +50,21 @@ class DiscoveryTraining:
         selection_volumes: Sequence[dict],
         accelerator: Accelerator,
         start: StructureDiscoveryModel | None = None,
+        parent: StructureDiscoveryModel | None = None,
     ):
         torch.manual_seed(config.seed)
         self.config, self.accelerator = config, accelerator
-        self.model = start or StructureDiscoveryModel(config.num_parts, dropout=config.dropout, norm=config.norm)
+        _check_teacher(config, teacher)
+        self.teacher = teacher.to(accelerator.device)
+        self.teacher.unet.eval().requires_grad_(False).to(memory_format=torch.channels_last_3d)
+        self.model = start or self._new_model(parent, volumes)
         if self.model.config.num_parts != config.num_parts:
             raise ModelError(
                 f"`init_from` has {self.model.config.num_parts} parts and --num-parts is {config.num_parts}; "
                 "they must be equal."
             )
-        _check_teacher(config, teacher)
-        self.teacher = teacher.to(accelerator.device)
-        self.teacher.unet.eval().requires_grad_(False).to(memory_format=torch.channels_last_3d)
+        self.model.to(accelerator.device)
+        self.signals = TeacherSignals(config, self.teacher, self.model)
         shared = common_grid(volumes)
         self.volume_grid = config.volume_size or (None if shared else median_grid(volumes))
         if shared is None and config.volume_size is None:
@@ -68,36 +75,53 @@ class DiscoveryTraining:
         self.best: dict[str, torch.Tensor] | None = None
         self.best_confidence, self.best_step = 0.0, 0
 
+    def _new_model(self, parent: StructureDiscoveryModel | None, volumes: Sequence[dict]) -> StructureDiscoveryModel:
+        config = self.config
+        if parent is None:
+            return StructureDiscoveryModel(config.num_parts, dropout=config.dropout, norm=config.norm)
+        children = config.children
+        if children is None:
+            parent = parent.to(self.accelerator.device)
+            children = choose_children(parent, self.teacher, volumes, config)
+            logger.info("the %d parts of the parent are divided into %s", parent.config.num_parts, children)
+        elif sum(children) != config.num_parts:
+            raise ValueError(f"`children` must sum to `num_parts` ({config.num_parts}), got {children}.")
+        return StructureDiscoveryModel.inside(parent, children, dropout=config.dropout, norm=config.norm)
+
     def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         low, high = self.config.gamma_range
-        draws = self.config.num_noise + (self.config.lambda_denoised > 0)
-        return {
+        drawn = {
             "gamma": low + (high - low) * torch.rand((), generator=generator),
             "inverted": torch.rand((), generator=generator) < self.config.invert_probability,
-            "noise": torch.randn((draws, 1, *self.noise_grid), generator=generator),
         }
+        return drawn if self.signals.fixed else {**drawn, "noise": self.signals.draw(self.noise_grid, generator)}
 
     def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         config, volume = self.config, batch["volume"]
         gamma, inverted = (batch[name][:, None, None, None, None] for name in ("gamma", "inverted"))
-        noise = batch["noise"].movedim(1, 0)  # (draws, B, 1, h, w, d)
+        with self.accelerator.autocast():
+            phi = self.signals(batch)
 
         changed = torch.where(inverted, 1 - volume**gamma, volume**gamma)
-        masks = model(volume).logits.float().softmax(dim=1)
-        masks_changed = model(changed).logits.float().softmax(dim=1)
-        with self.accelerator.autocast():
-            phi = self.teacher.extract(volume, noise[: config.num_noise], config.timestep, config.stages)
-
+        masks = model(volume, phi.parent_labels).logits.float().softmax(dim=1)
+        masks_changed = model(changed, phi.parent_labels).logits.float().softmax(dim=1)
+        divided = divided_parts(self.model)
         relative = config.relative_consistency
-        terms = {
-            "feature": config.lambda_feature * region_consistency(masks, phi.features, phi.extent, relative),  # Eq. 6
-            "visual": config.lambda_visual * region_consistency(masks, volume, relative=relative),  # Eq. 7
-            "invariance": config.lambda_invariance * photometric_invariance(masks, masks_changed),  # Eq. 8
-        }
+        within = parent_masks(self.model, masks) if relative else None
+
+        def consistency(h, extent=None):
+            return region_consistency(masks, h, extent, relative, within)
+
+        terms = {}
+        if config.lambda_feature > 0:
+            terms["feature"] = config.lambda_feature * consistency(phi.features, phi.extent)  # Eq. 6
+        if config.lambda_visual > 0:
+            terms["visual"] = config.lambda_visual * consistency(volume)  # Eq. 7
+        if config.lambda_invariance > 0:  # Eq. 8
+            distance = photometric_invariance(masks[:, divided], masks_changed[:, divided])
+            terms["invariance"] = config.lambda_invariance * distance
         if config.lambda_denoised > 0:  # not in the paper: Eq. 7 on the teacher's own idea of the clean volume
-            with self.accelerator.autocast():
-                clean = self.teacher.extract(volume, noise[-1:], config.denoised_timestep, (), denoised=True).denoised
-            terms["denoised"] = config.lambda_denoised * region_consistency(masks, clean, relative=relative)
+            terms["denoised"] = config.lambda_denoised * consistency(phi.denoised)
         return {"loss": sum(terms.values()), **terms}  # Eq. 4
 
     def after_step(self, step: int) -> dict[str, float]:
@@ -155,8 +179,8 @@ class DiscoveryTraining:
 
 def _check_teacher(config: DiscoveryConfig, teacher: DiffusionFeaturePipeline) -> None:
     steps, num_stages = teacher.scheduler.config.num_train_timesteps, teacher.unet.num_stages
-    for name in ("timestep", "denoised_timestep"):
-        if not 0 <= getattr(config, name) < steps:
+    for name, values in (("timestep", [config.timestep]), ("denoised_timesteps", config.denoised_timesteps)):
+        if not 0 <= min(values) <= max(values) < steps:
             raise ValueError(f"`{name}` must lie in 0..{steps - 1} for this teacher, got {getattr(config, name)}.")
     if max(config.stages) > num_stages:
         raise ValueError(f"`stages` must lie in 1..{num_stages} for this teacher, got {config.stages}.")

@@ -106,7 +106,8 @@ def train(task: Task, config: TrainingConfig, volumes: Sequence, accelerator: Ac
         ValueError: if the batch cannot be shared by the processes.
     """
     output = Path(config.output_dir)
-    optimizer = torch.optim.Adam(task.model.parameters(), lr=config.learning_rate)
+    trained = [p for p in task.model.parameters() if p.requires_grad]  # a parent is frozen
+    optimizer = torch.optim.Adam(trained, lr=config.learning_rate)
     task.model.to(memory_format=torch.channels_last_3d)
     model, optimizer = accelerator.prepare(task.model, optimizer)
     start = _resume(task, config, optimizer.optimizer, accelerator, output)

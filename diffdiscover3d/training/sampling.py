@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from diffdiscover3d.data.transforms import random_flips, resize_volume
+from diffdiscover3d.data.transforms import draw_flips, flip, resize_volume
 
 
 def draw_generator(seed: int, step: int, slot: int) -> torch.Generator:
@@ -65,7 +65,7 @@ class StepBatches:
 
 
 class TrainingVolumes(Dataset):
-    """Volumes in [0, 1] with whatever a training step draws at random for them.
+    """Volumes in [0, 1] with their index, how they were mirrored, and what a training step draws at random for them.
 
     Args:
         volumes: a sequence whose items hold a (1, H, W, D) float32 tensor under "volume".
@@ -86,6 +86,6 @@ class TrainingVolumes(Dataset):
         volume = self.volumes[index]["volume"]
         if self.grid is not None:
             volume = resize_volume(volume[None], self.grid)[0]
-        if self.flips:
-            volume = random_flips(volume, generator)
-        return {"volume": volume.contiguous(), **self.draw(volume, generator)}
+        flips = draw_flips(generator) if self.flips else torch.zeros(3, dtype=torch.bool)
+        volume = flip(volume, flips).contiguous()
+        return {"volume": volume, "index": torch.tensor(index), "flips": flips, **self.draw(volume, generator)}

@@ -20,7 +20,7 @@ def digest(sample) -> str:
 # pinned: whoever changes a voxel must raise GENERATOR_VERSION and know that published scores no longer apply
 PINNED = {
     ("regular", "test", 0): "8100295e918186d7",
-    ("irregular", "validation", 3): "ce0e46d7ccb3e57a",
+    ("irregular", "validation", 3): "71fc8a3939ca04df",
 }
 
 

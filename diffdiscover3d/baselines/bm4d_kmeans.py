@@ -1,0 +1,54 @@
+"""BM4D denoising, then k-means on the intensities of each volume."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from diffdiscover3d.baselines.kmeans import IntensityKMeans
+
+
+class BM4DKMeans:
+    """[`IntensityKMeans`] on a volume denoised by BM4D (Maggioni et al., IEEE TIP 2013).
+
+    BM4D is given the standard deviation of the noise that [`noise_std`] finds in each volume.
+
+    Args:
+        num_parts, seed, restarts: of the k-means.
+
+    Raises:
+        ValueError: if the package `bm4d` is not installed. It is free for non-commercial use only, and so no
+            dependency of this one.
+    """
+
+    name = "BM4D + k-means"
+
+    def __init__(self, num_parts: int, seed: int = 0, restarts: int = 3):
+        try:
+            import bm4d
+        except ImportError as error:
+            raise ValueError(
+                "BM4D is not installed; pip install diffdiscover3d[bm4d] (free for non-commercial use only)."
+            ) from error
+        self._bm4d = bm4d.bm4d
+        self.kmeans = IntensityKMeans(num_parts, seed, restarts)
+        self.num_parts = num_parts
+
+    def fit(self, volumes: Sequence[dict]) -> None:
+        """Nothing to learn: each volume is denoised and clustered for itself."""
+
+    def predict(self, volume: torch.Tensor) -> np.ndarray:
+        """Label a (1, H, W, D) volume: (H, W, D) uint8."""
+        values = volume[0].numpy().astype(np.float64)
+        denoised = self._bm4d(values, noise_std(values))
+        return self.kmeans.predict(torch.from_numpy(np.asarray(denoised, dtype=np.float32))[None])
+
+
+def noise_std(volume: np.ndarray) -> float:
+    """The standard deviation of the noise in an (H, W, D) volume, from the differences of neighbouring voxels.
+
+    The image hardly changes from voxel to voxel; the median absolute deviation ignores where it does (the estimator of
+    Donoho and Johnstone, Biometrika 1994, on the finest Haar coefficients along each axis).
+    """
+    spreads = [np.median(np.abs(np.diff(volume, axis=axis))) for axis in range(3)]
+    return float(np.mean(spreads) / 0.6745 / np.sqrt(2))

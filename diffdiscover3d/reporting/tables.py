@@ -1,0 +1,74 @@
+"""Tables of scores, as Markdown and as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffdiscover3d.files import atomic_file
+
+
+def format_table(summary: Sequence[dict]) -> str:
+    """Markdown: a table for each variant, a row for each method, a column for each level.
+
+    Args:
+        summary: rows with variant, title, level, seeds, dice, dice_spread and dice_one_matching.
+    """
+    levels = sorted({row["level"] for row in summary})
+    blocks = []
+    for variant in dict.fromkeys(row["variant"] for row in summary):
+        found = [row for row in summary if row["variant"] == variant]
+        lines = [
+            f"**{variant}**",
+            "",
+            "| method | " + " | ".join(f"level {level}" for level in levels) + " |",
+            "| --- |" + " --- |" * len(levels),
+        ]
+        for title in dict.fromkeys(row["title"] for row in found):
+            cells = {row["level"]: row for row in found if row["title"] == title}
+            lines.append(f"| {title} | " + " | ".join(_cell(cells.get(level)) for level in levels) + " |")
+        blocks.append("\n".join(lines))
+    note = "Mean Dice, parts matched in each volume; ± is the spread over seeds; in brackets with one matching for all volumes."
+    return "\n\n".join([*blocks, note]) + "\n"
+
+
+def write_table(target: Path, summary: Sequence[dict]) -> None:
+    """Write [`format_table`] to a file."""
+    with atomic_file(target) as temporary:
+        temporary.write_text(format_table(summary), encoding="utf-8")
+
+
+def plot_table(target: Path, summary: Sequence[dict]) -> None:
+    """Bars of the Dice of each method at each level, a panel for each variant, whiskers for the spread over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    variants = list(dict.fromkeys(row["variant"] for row in summary))
+    titles = list(dict.fromkeys(row["title"] for row in summary))
+    levels = sorted({row["level"] for row in summary})
+    figure, axes = plt.subplots(1, len(variants), figsize=(1.5 + 5 * len(variants), 4), squeeze=False, sharey=True)
+    width = 0.8 / len(titles)
+    for axis, variant in zip(axes[0], variants, strict=True):
+        for i, title in enumerate(titles):
+            found = {r["level"]: r for r in summary if r["variant"] == variant and r["title"] == title}
+            heights = [found[n]["dice"] if n in found else np.nan for n in levels]
+            spreads = [found[n]["dice_spread"] if n in found else 0 for n in levels]
+            places = np.arange(len(levels)) + (i - (len(titles) - 1) / 2) * width
+            axis.bar(places, heights, width, yerr=spreads, label=title, color=plt.get_cmap("tab20")(i), capsize=1.5)
+        axis.set_title(variant)
+        axis.set_xticks(range(len(levels)), [f"level {n}" for n in levels])
+        axis.set_ylim(0, 1)
+    axes[0][0].set_ylabel("Dice")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    figure.set_layout_engine("constrained")
+    with atomic_file(target) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    plt.close(figure)
+
+
+def _cell(row: dict | None) -> str:
+    if row is None:
+        return ""
+    spread = f" ± {row['dice_spread']:.3f}" if len(row["seeds"]) > 1 else ""
+    return f"{row['dice']:.3f}{spread} ({row['dice_one_matching']:.3f})"
