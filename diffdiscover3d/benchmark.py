@@ -16,7 +16,7 @@ from diffdiscover3d.errors import InputError, ModelError
 from diffdiscover3d.evaluation import score
 from diffdiscover3d.files import read_json, write_json
 from diffdiscover3d.reporting.provenance import describe_environment, weights_sha256
-from diffdiscover3d.reporting.tables import plot_table, write_table
+from diffdiscover3d.reporting.score_tables import plot_table, write_table
 from diffdiscover3d.training.recipes import RECIPES, Recipe, Training, diffusion_training, discovery_trainings
 
 

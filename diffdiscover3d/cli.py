@@ -242,7 +242,7 @@ def benchmark(
     """Fill a table of the paper from nothing: train, score, write JSON, Markdown and PNG. Interrupted, it goes on."""
     from diffdiscover3d.benchmark import TABLES
     from diffdiscover3d.benchmark import benchmark as run
-    from diffdiscover3d.reporting.tables import format_table
+    from diffdiscover3d.reporting.score_tables import format_table
 
     def show(row: dict, number: int, count: int) -> None:
         print(

@@ -11,8 +11,9 @@ from diffdiscover3d.baselines.kmeans import IntensityKMeans
 from diffdiscover3d.data.loading import SYNTHETIC_NAMES, load_volumes
 from diffdiscover3d.data.synthetic import GENERATOR_VERSION, LEVEL_PARTS
 from diffdiscover3d.errors import InputError
-from diffdiscover3d.hub import DEFAULT_MODEL, discovery_source, embedded_models, load_discovery
+from diffdiscover3d.hub import DEFAULT_MODEL, discovery_source, load_discovery
 from diffdiscover3d.metrics import dataset_dice, dice_matrix
+from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.provenance import describe_environment, weights_sha256
 
 
@@ -27,8 +28,8 @@ def evaluate(
     """Dice of a model and of intensity k-means on a synthetic dataset.
 
     Args:
-        model: an embedded model's name (one network per level), or a folder or Hub id of one discovery network,
-            which is scored at the level with its number of parts.
+        model: an embedded model's name, or a folder or Hub id of a discovery network. A network, and each coarser one
+            that it divides, is scored at the level with its number of parts.
         dataset, split: as for [`load_volumes`]; it must have labels.
         levels: which levels; default: all the model has.
         seed: of k-means.
@@ -47,7 +48,7 @@ def evaluate(
     networks = _load_levels(model, levels)
     volumes = load_volumes(dataset, split)
     rows = []
-    for level, (network, _) in networks.items():
+    for level, network in networks.items():
         kmeans = IntensityKMeans(LEVEL_PARTS[level], seed)
         methods = {
             "diffdiscover3d": lambda v, n=network: n.segment(v[None]).labels[0].numpy(),
@@ -65,7 +66,7 @@ def evaluate(
         "generator_version": GENERATOR_VERSION,
         "seed": seed,
         "rows": rows,
-        "weights_sha256": {str(level): weights_sha256(source) for level, (_, source) in networks.items()},
+        "weights_sha256": weights_sha256(discovery_source(model)),
         "environment": describe_environment(),
     }
 
@@ -90,15 +91,14 @@ def format_rows(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def _load_levels(model: str, levels: Sequence[int] | None) -> dict:
-    """The networks to score by level, each with the folder or id it came from."""
-    if model in embedded_models():
-        chosen = sorted(levels or embedded_models()[model].levels)
-        return {level: (load_discovery(model, level), discovery_source(model, level)) for level in chosen}
-    network = load_discovery(model)
-    fitting = [level for level, parts in LEVEL_PARTS.items() if parts == network.config.num_parts]
-    if not fitting or (levels and fitting[0] not in levels):
+def _load_levels(model: str, levels: Sequence[int] | None) -> dict[int, StructureDiscoveryModel]:
+    """The networks to score, by level."""
+    networks = {network.config.num_parts: network for network in load_discovery(model).levels}
+    found = {level: networks[parts] for level, parts in LEVEL_PARTS.items() if parts in networks}
+    chosen = {level: network for level, network in found.items() if not levels or level in levels}
+    if not chosen:
         raise InputError(
-            f"{model}: has {network.config.num_parts} parts; the levels have {json.dumps(LEVEL_PARTS)} (level: parts)."
+            f"{model}: has {', '.join(map(str, networks))} parts; the levels have {json.dumps(LEVEL_PARTS)} "
+            "(level: parts)."
         )
-    return {fitting[0]: (network, model)}
+    return chosen

@@ -7,6 +7,7 @@ from pathlib import Path
 from diffusers.utils import logging as diffusers_logging
 
 from diffdiscover3d.errors import ModelError, NetworkError
+from diffdiscover3d.files import read_json
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
 
@@ -17,7 +18,7 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A pretrained model that comes with the package: a diffusion model and a discovery network per level."""
+    """A pretrained model that comes with the package: a diffusion model and one nested discovery network."""
 
     name: str
     folder: Path
@@ -28,10 +29,17 @@ class EmbeddedModel:
         return self.folder / "diffusion"
 
     @property
-    def levels(self) -> dict[int, Path]:
-        """Folders of the discovery networks by level of the hierarchy, 1 the coarsest."""
-        found = sorted(self.folder.glob("discovery-level*"))
-        return {int(p.name.removeprefix("discovery-level")): p for p in found}
+    def discovery(self) -> Path:
+        """Folder of the discovery network; it holds all levels."""
+        return self.folder / "discovery"
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The levels of the hierarchy, 1 the coarsest."""
+        config, depth = read_json(self.discovery / "config.json"), 1
+        while config := config.get("parent"):
+            depth += 1
+        return tuple(range(1, depth + 1))
 
 
 def embedded_models() -> dict[str, EmbeddedModel]:
@@ -60,27 +68,26 @@ def load_discovery(name: str, level: int | None = None, revision: str | None = N
 
     Args:
         name: the name of an embedded model, a folder written by the discovery training, or a Hub id.
-        level: which of an embedded model's levels; other models have one.
+        level: which level of a nested network, 1 the coarsest; default: the finest.
+        revision: branch, tag or commit of a Hub id.
 
     Raises:
         ModelError: if there is no such model or level, or it is damaged.
         NetworkError: if the Hub cannot be reached.
     """
-    return _load(StructureDiscoveryModel, discovery_source(name, level), marker="config.json", revision=revision).eval()
+    source = discovery_source(name)
+    levels = _load(StructureDiscoveryModel, source, marker="config.json", revision=revision).eval().levels
+    if level is None:
+        return levels[-1]
+    if not 1 <= level <= len(levels):
+        raise ModelError(f"{name} has the levels {list(range(1, len(levels) + 1))}, not {level}.")
+    return levels[level - 1]
 
 
 def discovery_source(name: str, level: int | None = None) -> str:
-    """The folder or Hub id that `load_discovery` loads from."""
+    """The folder or Hub id that `load_discovery` loads from; all levels are in one place."""
     embedded = embedded_models()
-    if name not in embedded:
-        if level is not None:
-            raise ModelError(f"{name}: only embedded models have levels ({', '.join(embedded)}); leave the level out.")
-        return name
-    levels = embedded[name].levels
-    level = min(levels) if level is None else level
-    if level not in levels:
-        raise ModelError(f"{name} has the levels {sorted(levels)}, not {level}.")
-    return str(levels[level])
+    return str(embedded[name].discovery) if name in embedded else name
 
 
 def _load(kind, source: str, marker: str, **options):

@@ -16,6 +16,7 @@ LAYERS = [
     ["pipelines"],
     ["hub", "baselines", "training"],
     ["segmentation", "extraction", "evaluation"],
+    ["benchmark"],
     ["train", "cli"],
 ]
 

@@ -1,0 +1,47 @@
+"""The rivals, on volumes where the answer is known."""
+
+import numpy as np
+import pytest
+import torch
+
+from diffdiscover3d.baselines.bm4d_kmeans import BM4DKMeans, noise_std
+from diffdiscover3d.baselines.features_kmeans import FeaturesKMeans
+from diffdiscover3d.baselines.kmeans import IntensityKMeans
+from diffdiscover3d.hub import load_teacher
+from diffdiscover3d.metrics import dice_matrix, matched_dice
+
+
+def halves(noise: float) -> tuple[torch.Tensor, np.ndarray]:
+    labels = np.zeros((20, 24, 16), dtype=np.uint8)
+    labels[:, 12:] = 1
+    values = labels + noise * np.random.default_rng(0).standard_normal(labels.shape)
+    return torch.from_numpy(values.astype(np.float32))[None], labels
+
+
+@pytest.mark.parametrize("std", [0.05, 0.3])
+def test_noise_std_of_white_noise_beside_an_edge(std):
+    volume, _ = halves(std)
+    assert noise_std(volume[0].numpy().astype(np.float64)) == pytest.approx(std, rel=0.05)
+
+
+def test_bm4d_denoises_before_it_clusters():
+    pytest.importorskip("bm4d")
+    volume, labels = halves(0.5)
+    found = {m.name: m.predict(volume) for m in (BM4DKMeans(2), IntensityKMeans(2))}
+    dice = {name: matched_dice(dice_matrix(parts, labels, 2, 2)) for name, parts in found.items()}
+    assert dice["BM4D + k-means"] > 0.97 > 0.9 > dice["k-means"]
+
+
+def test_bm4d_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "bm4d", None)
+    with pytest.raises(ValueError, match=r"diffdiscover3d\[bm4d\]"):
+        BM4DKMeans(2)
+
+
+def test_features_kmeans_is_a_partition_that_repeats():
+    volume, labels = halves(0.05)
+    method = FeaturesKMeans(2, load_teacher("synthetic-regular"), stage=3, num_noise=1, seed=1)
+    first, second = method.predict(volume), method.predict(volume)
+    assert first.shape == labels.shape and first.dtype == np.uint8 and np.array_equal(first, second)
+    assert method.name == "features k-means, stage 3"
+    assert matched_dice(dice_matrix(first, labels, 2, 2)) > 0.8

@@ -1,0 +1,115 @@
+"""Tables: filled once, resumed, summarised; trainings are real, only shorter."""
+
+import json
+
+import numpy as np
+import pytest
+
+from diffdiscover3d import benchmark as module
+from diffdiscover3d.benchmark import METHODS, TABLES, Benchmark, Cell, benchmark, summarize
+from diffdiscover3d.errors import InputError, ModelError
+from diffdiscover3d.hub import load_discovery
+from diffdiscover3d.reporting.score_tables import format_table
+from diffdiscover3d.train import main as train_main
+from diffdiscover3d.training.recipes import RECIPES, discovery_trainings
+
+SHORT = {"max_steps": 2, "num_noise": 1, "preview_every": 0, "denoised_timesteps": (25,)}
+
+
+def train_here(arguments):
+    assert train_main(list(arguments)) == 0
+
+
+@pytest.fixture
+def two_volumes(monkeypatch):
+    """Scores and trainings on two volumes of each split: the rest would only take time."""
+    monkeypatch.setattr("diffdiscover3d.data.synthetic.SPLITS", {"train": 2, "validation": 2, "test": 2})
+
+
+def test_baselines_fill_a_table_once(tmp_path, two_volumes, monkeypatch):
+    arguments = {"methods": ("k-means",), "levels": (1, 3), "seeds": (0, 1)}
+    shown = []
+    result = benchmark(tmp_path, report=lambda row, n, of: shown.append((n, of)), **arguments)
+    assert shown == [(n, 8) for n in range(1, 9)] and len(result["rows"]) == 8
+    assert {row["variant"] for row in result["rows"]} == {"regular", "irregular"}
+    assert all(0 < row["dice_one_matching"] <= row["dice"] <= 1 for row in result["rows"])
+    assert json.loads((tmp_path / "table.json").read_text())["summary"] == result["summary"]
+    assert "| k-means | " in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "table.png").read_bytes()[:4] == b"\x89PNG"
+    # a second run reads what the first wrote, and scores nothing
+    monkeypatch.setattr(module, "score", None)
+    again = benchmark(tmp_path, **arguments)
+    assert again["rows"] == result["rows"]
+    with pytest.raises(ModelError, match="other settings"):
+        benchmark(tmp_path, split="validation", **arguments)
+
+
+def test_a_nested_recipe_trains_each_level_inside_the_one_before(tmp_path, two_volumes):
+    runs = []
+
+    def run_training(arguments):
+        runs.append(arguments)
+        train_here(arguments)
+
+    table = Benchmark(tmp_path, teacher="synthetic-regular", overrides=SHORT, run_training=run_training)
+    row = table.fill(Cell("regular", "ours", 2, 0))
+    base = tmp_path / "models" / "regular" / "ours-seed0"
+    assert [a[a.index("--output-dir") + 1] for a in runs] == [
+        str(base / name) for name in ("level1-step1", "level1", "level2")
+    ]
+    assert load_discovery(str(base / "level2")).parents is not None
+    assert row["parts"] == 4 and row["training_seconds"] > 0 and len(row["commands"]) == 1
+    assert f"--parent {base / 'level1'}" in row["commands"][0]
+    # another level of the same method takes what is trained already
+    table.fill(Cell("regular", "ours", 1, 0))
+    assert len(runs) == 3
+
+
+def test_ablations_change_one_option():
+    for name, option in (("no-visual", "visual"), ("no-feature", "feature"), ("no-invariance", "invariance")):
+        assert METHODS[name].options == {f"lambda_{option}": 0.0} and name in TABLES[1]
+    recipe = RECIPES["small"].changed(stages=(3,))
+    assert all(step["stages"] == (3,) for steps in recipe.levels.values() for step in steps)
+    assert RECIPES["small"].levels[1][0]["stages"] != (3,)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_recipes_are_command_lines(recipe, level, tmp_path):
+    from diffdiscover3d.train import make_parser
+    from diffdiscover3d.training.config import DiscoveryConfig, make_config
+
+    trainings = discovery_trainings(
+        RECIPES[recipe], level, "synthetic-regular", 7, "teacher", tmp_path / "parent", tmp_path / "out"
+    )
+    for training in trainings:
+        options = vars(make_parser().parse_args(training.arguments()))
+        for name in ("debug", "stage", "config"):
+            options.pop(name)
+        config = make_config(DiscoveryConfig, **options)
+        assert config.seed == 7 and config.num_parts == 2**level
+    assert config.output_dir == str(tmp_path / "out")
+
+
+def test_summary_is_mean_and_spread_over_seeds():
+    common = {"variant": "regular", "method": "m", "title": "M", "level": 1, "seconds": 1.0, "training_seconds": 2.0}
+    rows = [
+        {**common, "seed": seed, "dice": dice, "dice_one_matching": dice - 0.1}
+        for seed, dice in enumerate((0.5, 0.7, 0.9))
+    ]
+    (summary,) = summarize(rows)
+    assert summary["dice"] == pytest.approx(0.7) and summary["dice_one_matching"] == pytest.approx(0.6)
+    assert summary["dice_spread"] == pytest.approx(np.std([0.5, 0.7, 0.9])) and summary["seeds"] == [0, 1, 2]
+    assert "| M | 0.700 ± 0.163 (0.600) |" in format_table([summary])
+
+
+def test_unknown_names(tmp_path):
+    with pytest.raises(InputError, match="unknown: nnunet"):
+        benchmark(tmp_path, methods=("nnunet",))
+    with pytest.raises(ValueError, match="`recipe` must be one of"):
+        Benchmark(tmp_path, recipe="huge")
+
+
+def test_a_training_that_fails_is_named(tmp_path):
+    with pytest.raises(ModelError, match="exit code 2: -m diffdiscover3d.train discovery --num-parts 1"):
+        module.run_in_process(["discovery", "--num-parts", "1", "--output-dir", str(tmp_path / "x")])
