@@ -11,7 +11,9 @@ from diffdiscover3d.data.transforms import min_max_normalize
 from diffdiscover3d.errors import InputError
 
 # "synthetic": the volumes of all variants, one variant after the other
-_VARIANTS_OF = {f"synthetic-{variant}": (variant,) for variant in synthetic.VARIANTS} | {"synthetic": synthetic.VARIANTS}
+_VARIANTS_OF = {f"synthetic-{variant}": (variant,) for variant in synthetic.VARIANTS} | {
+    "synthetic": synthetic.VARIANTS
+}
 SYNTHETIC_NAMES = tuple(_VARIANTS_OF)
 
 

@@ -19,8 +19,8 @@ def choose_children(
 ) -> tuple[int, ...]:
     """Into how many parts to divide each part of a parent, without labels.
 
-    The half of its parts in which the teacher's clean prediction varies least is kept whole; the others share the
-    parts that are left evenly, those that vary most first.
+    Half of its parts are kept whole: those that were kept whole before, then those in which the teacher's clean
+    prediction varies least. The others share the parts that are left evenly, those that vary most first.
 
     Raises:
         ValueError: if there are too few parts to divide anything.
@@ -28,20 +28,26 @@ def choose_children(
     spreads = []
     for i in range(min(len(volumes), _VOLUMES)):
         volume = volumes[i]["volume"][None].to(teacher.device)
-        noise = torch.randn(
-            (1, 1, 1, *(teacher.unet.noise_grid or volume.shape[2:])),
-            generator=torch.Generator().manual_seed(config.seed + i),
-        ).to(teacher.device)
-        denoised = teacher.extract(volume, noise, config.denoised_timesteps[0], (), denoised=True).denoised[0, 0]
+        generator = torch.Generator().manual_seed(config.seed + i)
+        grid = teacher.unet.noise_grid or tuple(volume.shape[2:])
+        denoised = 0
+        for timestep in config.denoised_timesteps:
+            noise = torch.randn((1, 1, 1, *grid), generator=generator).to(teacher.device)
+            denoised = denoised + teacher.extract(volume, noise, timestep, (), denoised=True).denoised[0, 0]
         labels = parent.segment(volume).labels[0].to(denoised.device)
         inside = [denoised[labels == part] for part in range(parent.config.num_parts)]
         spreads.append([float(x.var()) if len(x) > 1 else 0.0 for x in inside])
-    return share_parts(torch.tensor(spreads).mean(dim=0).tolist(), config.num_parts)
+    divided = divided_parts(parent)
+    whole = [] if parent.parents is None else [p for p in range(parent.config.num_parts) if p not in divided]
+    return share_parts(torch.tensor(spreads).mean(dim=0).tolist(), config.num_parts, whole)
 
 
-def share_parts(spreads: Sequence[float], num_parts: int) -> tuple[int, ...]:
-    """Share `num_parts` among parts of the given spreads: half of them stay whole, the rest is divided evenly."""
-    order = sorted(range(len(spreads)), key=lambda part: spreads[part])
+def share_parts(spreads: Sequence[float], num_parts: int, whole: Sequence[int] = ()) -> tuple[int, ...]:
+    """Share `num_parts` among parts of the given spreads.
+
+    Half of them, those in `whole` and then those of the least spread, stay whole; the rest is divided evenly.
+    """
+    order = sorted(range(len(spreads)), key=lambda part: (part not in whole, spreads[part]))
     kept, divided = order[: len(order) // 2], order[len(order) // 2 :][::-1]
     left = num_parts - len(kept)
     if left <= len(divided):

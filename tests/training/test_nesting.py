@@ -22,6 +22,10 @@ def test_the_even_half_is_kept_whole(spreads, num_parts, children):
     assert share_parts(spreads, num_parts) == children and sum(children) == num_parts
 
 
+def test_what_was_kept_whole_stays_whole():
+    assert share_parts([0.4, 0.1, 0.3, 0.2], 8, whole=[0]) == (1, 1, 3, 3)
+
+
 def test_nothing_left_to_divide():
     with pytest.raises(ValueError, match="must exceed the parent's 4 parts"):
         share_parts([0.1, 0.2, 0.3, 0.4], 4)
