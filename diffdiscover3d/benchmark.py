@@ -1,6 +1,5 @@
 """Tables of methods x levels x variants x seeds on synthetic cells, made by one command and resumable."""
 
-import json
 import subprocess
 import sys
 import time

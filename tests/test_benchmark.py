@@ -111,5 +111,5 @@ def test_unknown_names(tmp_path):
 
 
 def test_a_training_that_fails_is_named(tmp_path):
-    with pytest.raises(ModelError, match="exit code 2: -m diffdiscover3d.train discovery --num-parts 1"):
+    with pytest.raises(ModelError, match=r"exit code 2: -m diffdiscover3d.train discovery --num-parts 1"):
         module.run_in_process(["discovery", "--num-parts", "1", "--output-dir", str(tmp_path / "x")])

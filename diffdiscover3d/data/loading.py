@@ -49,8 +49,8 @@ def load_volumes(name_or_path: str, split: str = "train") -> Sequence[dict]:
     """Load a dataset of volumes.
 
     Args:
-        name_or_path: "synthetic-regular", "synthetic-irregular", "synthetic" (both), or a folder, glob pattern, text list or file of
-            NIfTI volumes.
+        name_or_path: "synthetic-regular", "synthetic-irregular", "synthetic" (both), or a folder, glob pattern, text
+            list or file of NIfTI volumes.
         split: "train", "validation" or "test" of a named dataset. Files have no splits: all are returned.
 
     Returns:

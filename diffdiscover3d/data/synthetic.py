@@ -21,8 +21,8 @@ SHAPE = (50, 50, 50)
 _SEED = 17
 NOISE_VARIANCE = 0.25
 _NOISE_STEP = 2.0**-16  # noise is rounded to it: last-bit differences between FFT builds cannot show
-# The irregular variant's boundaries: a smooth warp of space (voxels), and organelles contracted towards their centres by
-# up to 10 %. The strengths are calibrated: benchmarks/results/calibration.json.
+# The irregular variant's boundaries: a smooth warp of space (voxels), and organelles contracted towards their centres
+# by up to 10 %. The strengths are calibrated: benchmarks/results/calibration.json.
 _FIELD_SIGMA = 3.0
 _WARP_STD = 1.5
 _CONTRACTION = 0.1

@@ -12,7 +12,6 @@ from diffdiscover3d.data.nifti import as_volume_tensor
 from diffdiscover3d.data.transforms import min_max_normalize, pad_to_multiple
 from diffdiscover3d.models.loading import StrictLoadingMixin
 
-
 _VIEW_RANGE = 4.0  # standard deviations
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from diffdiscover3d.files import atomic_file
 
+_NOTE = "Mean Dice, parts matched in each volume; ±: spread over seeds; in brackets: one matching for all volumes."
+
 
 def format_table(summary: Sequence[dict]) -> str:
     """Markdown: a table for each variant, a row for each method, a column for each level.
@@ -26,8 +28,7 @@ def format_table(summary: Sequence[dict]) -> str:
             cells = {row["level"]: row for row in found if row["title"] == title}
             lines.append(f"| {title} | " + " | ".join(_cell(cells.get(level)) for level in levels) + " |")
         blocks.append("\n".join(lines))
-    note = "Mean Dice, parts matched in each volume; ± is the spread over seeds; in brackets with one matching for all volumes."
-    return "\n\n".join([*blocks, note]) + "\n"
+    return "\n\n".join([*blocks, _NOTE]) + "\n"
 
 
 def write_table(target: Path, summary: Sequence[dict]) -> None:

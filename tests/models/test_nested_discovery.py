@@ -1,5 +1,7 @@
 """Networks that divide the parts of a coarser one."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ def chain() -> tuple[StructureDiscoveryModel, ...]:
 @torch.no_grad()
 def test_every_part_lies_in_its_parent():
     levels = chain()
-    for coarse, fine in zip(levels, levels[1:], strict=False):
+    for coarse, fine in itertools.pairwise(levels):
         found, above = fine.segment(VOLUME), coarse.segment(VOLUME).labels
         assert torch.equal(torch.tensor(fine.parents)[found.labels.long()], above.long())
         torch.testing.assert_close(found.probabilities.sum(dim=1), torch.ones(2, 13, 9, 21))
@@ -58,7 +60,7 @@ def test_windows_keep_the_nesting():
     volume = torch.rand(1, 1, 16, 24, 70)
     found, above = second.segment(volume), first.eval().segment(volume).labels
     assert torch.equal(torch.tensor(second.parents)[found.labels.long()], above.long())
-    assert 1 < found.labels.unique().numel()
+    assert found.labels.unique().numel() > 1
 
 
 def test_only_the_new_network_learns():

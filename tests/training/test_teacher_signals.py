@@ -7,7 +7,7 @@ from diffdiscover3d.data.transforms import flip
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
-from diffdiscover3d.training.config import make_config, DiscoveryConfig
+from diffdiscover3d.training.config import DiscoveryConfig, make_config
 from diffdiscover3d.training.teacher_signals import TeacherSignals
 
 GRID = (12, 8, 10)
