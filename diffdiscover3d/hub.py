@@ -25,8 +25,9 @@ class EmbeddedModel:
 
     @property
     def diffusion(self) -> Path:
-        """Folder of the diffusion pipeline."""
-        return self.folder / "diffusion"
+        """Folder of the diffusion pipeline; a model without its own uses the default model's."""
+        own = self.folder / "diffusion"
+        return own if own.is_dir() else ASSETS / DEFAULT_MODEL / "diffusion"
 
     @property
     def discovery(self) -> Path:
@@ -44,7 +45,7 @@ class EmbeddedModel:
 
 def embedded_models() -> dict[str, EmbeddedModel]:
     """The models that come with the package, by name."""
-    folders = sorted(p for p in ASSETS.iterdir() if p.is_dir() and (p / "diffusion").is_dir())
+    folders = sorted(p for p in ASSETS.iterdir() if p.is_dir() and (p / "discovery").is_dir())
     return {p.name: EmbeddedModel(p.name, p) for p in folders}
 
 

@@ -53,15 +53,14 @@ def test_embedded_models_beat_kmeans_on_fresh_volumes():
 
 def test_embedded_models_are_whole_and_small():
     models = embedded_models()
-    assert set(models) == {"synthetic-regular"} and list(models["synthetic-regular"].levels) == [1, 2, 3]
+    assert set(models) == {"synthetic-regular", "synthetic-irregular"}
+    assert all(model.levels == (1, 2, 3) for model in models.values())
     weights = [p for m in models.values() for p in m.folder.rglob("*.safetensors")]
     assert sum(p.stat().st_size for p in weights) < 12e6
     teacher = load_teacher("synthetic-regular")
     assert teacher(torch.rand(20, 30, 25), stages=(1,)).features[0].shape[:2] == (1, 64)
     with pytest.raises(ModelError, match=r"levels \[1, 2, 3\], not 4"):
         load_discovery("synthetic-regular", 4)
-    with pytest.raises(ModelError, match="only embedded models have levels"):
-        load_discovery("someone/else", 2)
     with pytest.raises(ModelError, match="synthetic-regular"):
         load_discovery("synthetic-reglar")
 
@@ -71,7 +70,7 @@ def test_evaluate_writes_what_it_used(tmp_path):
     rows = {row["method"]: row for row in result["rows"]}
     assert set(rows) == {"diffdiscover3d", "k-means"} and result["volumes"] == 20
     assert rows["diffdiscover3d"]["dice"] > 0.9
-    assert result["weights_sha256"]["1"]["diffusion_pytorch_model.safetensors"]
+    assert result["weights_sha256"]["diffusion_pytorch_model.safetensors"]
     assert result["environment"]["packages"]["torch"] == torch.__version__
     json.dumps(result)
     assert "| 1 | 2 | k-means |" in format_rows(result["rows"])
