@@ -87,8 +87,8 @@ def _as_written(preset: str, **options) -> Recipe:
 
 
 _WHOLE = {"preset": "small", "stages": (1, 2)}
-# inside a part the teacher is asked once for each volume, several times over: faster than a fresh draw at every step, and
-# less noisy
+# inside a part the teacher is asked once for each volume, several times over: faster than a fresh draw at every step,
+# and less noisy
 _INSIDE = {
     "preset": "small",
     "teacher_noise": "fixed",
