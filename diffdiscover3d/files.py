@@ -12,6 +12,8 @@ from pathlib import Path
 
 from diffdiscover3d.errors import DiffDiscoverError, OutputError
 
+_MARKERS = ("model_index.json", "config.json")  # a folder holding one of these is taken for a model
+
 
 @contextlib.contextmanager
 def atomic_file(target: str | Path, suffix: str = "") -> Iterator[Path]:
@@ -70,6 +72,63 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         raise _output_error(target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staged_folder(target: str | Path) -> Iterator[Path]:
+    """Yield an empty folder whose files, on success, all move into `target`; on an error none does.
+
+    For results of several files. What `target` already holds under other names stays. The file by which a model is
+    recognised goes last, and its older version first, so that no mixture of an old and a new model ever loads.
+
+    Raises:
+        OutputError: if the folder cannot be made or written to, or the disk is full.
+    """
+    target = Path(target)
+    missing = [p for p in (target, *target.parents) if not p.exists()]
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".diffdiscover3d.", dir=target))
+    except OSError as error:
+        _remove_empty(missing)
+        raise _output_error(target, error) from error
+    try:
+        yield temporary
+        _move_all(temporary, target)
+    except DiffDiscoverError:
+        raise
+    except OSError as error:
+        raise _output_error(target, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _remove_empty(missing)
+
+
+def _move_all(source: Path, target: Path) -> None:
+    def order(path: Path):
+        return path.name in _MARKERS, path.suffix == ".json", path
+
+    files = sorted((p for p in source.rglob("*") if p.is_file()), key=order)
+    moves = [(p, target / p.relative_to(source)) for p in files]
+    for file, place in moves:
+        if place.is_dir():
+            raise OutputError(f"{place}: is a folder where a file must be written; choose another output folder.")
+        _sync(file)
+    for marker in _MARKERS:
+        if (source / marker).exists():
+            (target / marker).unlink(missing_ok=True)
+    for file, place in moves:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)
+    for folder in {place.parent for _, place in moves}:
+        _sync(folder)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders that were made for nothing, deepest first."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def check_folder(folder: Path) -> None:
