@@ -447,7 +447,7 @@ def test_garbage_after_a_whole_compressed_stream_is_noted(tmp_path, make_nifti):
     damaged = bytearray(whole)
     damaged[-6] ^= 0xFF  # the checksum; garbage must not hide it
     (tmp_path / "b.nii.gz").write_bytes(bytes(damaged) + b"garbage")
-    with pytest.raises(InputError, match="damaged.*copy it again"):
+    with pytest.raises(InputError, match=r"damaged.*copy it again"):
         read_nifti(tmp_path / "b.nii.gz")
 
 
