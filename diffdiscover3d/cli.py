@@ -105,6 +105,7 @@ def segment(
         progress=not quiet and sys.stderr.isatty(),
         on_done=done,
         on_error=failed,
+        on_estimate=None if quiet else lambda line: print(line, file=sys.stderr),
     )
     if errors:
         raise typer.Exit(errors[0].exit_code)
