@@ -106,7 +106,7 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
 
 def _move_all(source: Path, target: Path) -> None:
     def order(path: Path):
-        return path.name in _MARKERS, path.suffix == ".json", path
+        return path.parent == source and path.name in _MARKERS, path.suffix == ".json", path
 
     files = sorted((p for p in source.rglob("*") if p.is_file()), key=order)
     moves = [(p, target / p.relative_to(source)) for p in files]

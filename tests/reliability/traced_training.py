@@ -14,9 +14,8 @@ _get = TrainingVolumes.__getitem__
 
 def traced(self, key):
     item = _get(self, key)
-    row = {"index": key[0], "step": key[1], "slot": key[2]}
-    for name, tensor in item.items():
-        row[name] = hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+    row = {name: hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest() for name, value in item.items()}
+    row |= {"index": key[0], "step": key[1], "slot": key[2]}
     with open(os.path.join(os.environ["TRACE"], f"{RANK}.jsonl"), "a") as file:
         file.write(json.dumps(row) + "\n")
     return item
