@@ -138,7 +138,7 @@ def check_folder(folder: Path) -> None:
         existing = existing.parent
     if not existing.is_dir():
         raise OutputError(f"{folder}: {existing} is no folder; choose another --output folder.")
-    probe = existing / f".diffdiscover3d-{time.time_ns()}"
+    probe = existing / f".diffdiscover3d-{os.getpid()}-{time.time_ns()}"
     try:
         probe.touch()
         probe.unlink()

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffdiscover3d.errors import ModelError
+from diffdiscover3d.errors import ModelError, OutputError
 from diffdiscover3d.files import atomic_file, staged_folder, write_json
 from diffdiscover3d.interruption import StopRequest, TrainingInterrupted, ignore_signals
 from diffdiscover3d.training.config import TrainingConfig, as_dict
@@ -263,8 +263,14 @@ def _public_config(config: TrainingConfig) -> dict:
 
 def _log(output: Path, step: int, config: TrainingConfig, figures: dict[str, float], seconds: float) -> None:
     row = {"step": step, "lr": learning_rate_at(config, step - 1), **figures}
-    with open(output / "log.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    log = output / "log.jsonl"
+    try:
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise OutputError(
+            f"{log}: cannot be written ({error.strerror}); free some space, then --resume latest."
+        ) from error
     shown = " ".join(f"{k}={v:.4f}" for k, v in figures.items())
     logger.info("step %d/%d %s (%.2f s a step)", step, config.max_steps, shown, seconds)
 
