@@ -85,6 +85,8 @@ CORPUS = {
     "bigendian.nii.gz": (big_endian, 0),
     "slope.nii.gz": (scaled, 0),
     "las.nii.gz": (array(F4, np.diag([-2.0, 2.0, 3.0, 1.0])), 0),
+    "eight.nii.gz": (array(F4[3:11, 4:12, 1:9]), 0),
+    "garbage_after.nii.gz": (content(lambda raw: gzip.compress(raw) + b"garbage"), 0),
     "tiny.nii.gz": (array(F4[3:6, 4:7, 5:8]), 0),
     "thin.nii.gz": (array(F4[:, :2, :]), 0),
     "d4_singleton.nii.gz": (array(F4[..., None]), 0),

@@ -1,4 +1,4 @@
-"""Every file of the corpus against the installed command, each in a process of its own."""
+"""Every file of the corpus against the command with its embedded model, each in a process of its own."""
 
 import os
 import re
@@ -15,7 +15,7 @@ REMEDY = re.compile(
 )
 
 
-def test_corpus(tmp_path, tiny_discovery, count):
+def test_corpus(tmp_path, count):
     wrong = {}
     for number, (name, (write, expected)) in enumerate(CORPUS.items()):
         folder = tmp_path / str(number)
@@ -23,7 +23,7 @@ def test_corpus(tmp_path, tiny_discovery, count):
         path, out = folder / name, folder / "out"
         write(path)
         done = subprocess.run(
-            [sys.executable, "-m", "diffdiscover3d.cli", "segment", path, "--model", tiny_discovery, "--output", out],
+            [sys.executable, "-m", "diffdiscover3d.cli", "segment", path, "--output", out],
             capture_output=True,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
