@@ -35,16 +35,13 @@ def atomic_file(target: str | Path, suffix: str = "") -> Iterator[Path]:
         raise _output_error(target, error) from error
     temporary = Path(name)
     try:
-        yield temporary
-        _sync(temporary)
-        # mkstemp makes private files; the result gets the permissions any new file would get
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, target)
-        _sync(target.parent)
-    except DiffDiscoverError:  # some are OSErrors and say already what went wrong
-        raise
-    except OSError as error:
-        raise _output_error(target, error) from error
+        with _output_errors(target):
+            yield temporary
+            _sync(temporary)
+            # mkstemp makes private files; the result gets the permissions any new file would get
+            temporary.chmod(0o666 & ~_umask())
+            os.replace(temporary, target)
+            _sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -59,17 +56,14 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise _output_error(target, error) from error
     try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            _sync(path)
-        _sync(temporary)
-        temporary.chmod(0o777 & ~_umask())
-        os.rename(temporary, target)
-        _sync(target.parent)
-    except DiffDiscoverError:
-        raise
-    except OSError as error:
-        raise _output_error(target, error) from error
+        with _output_errors(target):
+            yield temporary
+            for path in temporary.rglob("*"):
+                _sync(path)
+            _sync(temporary)
+            temporary.chmod(0o777 & ~_umask())
+            os.rename(temporary, target)
+            _sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -93,12 +87,9 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
         _remove_empty(missing)
         raise _output_error(target, error) from error
     try:
-        yield temporary
-        _move_all(temporary, target)
-    except DiffDiscoverError:
-        raise
-    except OSError as error:
-        raise _output_error(target, error) from error
+        with _output_errors(target):
+            yield temporary
+            _move_all(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _remove_empty(missing)
@@ -191,6 +182,20 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _output_error(target: Path, error: OSError) -> OutputError:
-    reason = error.strerror or str(error)
+@contextlib.contextmanager
+def _output_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except DiffDiscoverError:  # some are OSErrors and say already what went wrong
+        raise
+    except OSError as error:
+        raise _output_error(target, error) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # what safetensors makes of a full disk
+            raise
+        raise _output_error(target, error) from error
+
+
+def _output_error(target: Path, error: Exception) -> OutputError:
+    reason = getattr(error, "strerror", None) or str(error)
     return OutputError(f"{target}: cannot be written ({reason}); choose another folder or free some space.")

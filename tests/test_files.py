@@ -6,6 +6,7 @@ import os
 import stat
 
 import pytest
+from safetensors import SafetensorError
 
 from diffdiscover3d.errors import InputError, NetworkError, OutputError
 from diffdiscover3d.files import atomic_file, atomic_folder, sha256, staged_folder, write_json
@@ -202,3 +203,13 @@ def test_staging_in_a_file_is_an_output_error(tmp_path):
         with pytest.raises(OutputError, match="cannot be written"), staged_folder(target):
             pass
     assert content(tmp_path) == {"file": b"x"}
+
+
+@pytest.mark.parametrize("writer", [atomic_file, atomic_folder, staged_folder])
+def test_what_safetensors_makes_of_a_full_disk(tmp_path, writer):
+    """Its error is no OSError."""
+    error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    message = r"model: cannot be written.*No space left.*free some space"
+    with pytest.raises(OutputError, match=message), writer(tmp_path / "model"):
+        raise error
+    assert content(tmp_path) == {}

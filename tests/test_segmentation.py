@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import struct
 import subprocess
 import sys
 
@@ -98,11 +99,15 @@ def test_labels_do_not_depend_on_encoding_or_axis_order(tmp_path, make_nifti, ti
     header = nib.Nifti1Header(endianness=">")
     header.set_data_dtype(">i2")
     nib.save(nib.Nifti1Image(values.astype(">i2"), affine, header), tmp_path / "big.nii.gz")
+    scaled = make_nifti(tmp_path / "scaled.nii", (2 * (values + 3)).astype(np.int16), affine)
+    raw = bytearray(scaled.read_bytes())
+    struct.pack_into("<ff", raw, 112, 0.5, -3)  # stored v stands for v / 2 - 3
+    scaled.write_bytes(raw)
     turned = nib.Nifti1Image(values.astype(np.float32), affine).as_reoriented(np.array([[2, -1], [0, 1], [1, -1]]))
     nib.save(turned, tmp_path / "turned.nii.gz")
     results = segment(tmp_path, tmp_path / "out", model=str(tiny_discovery))
     maps = {r.input.name: world_labels(r.labels) for r in results}
-    assert len(maps) == 6 and nib.load(tmp_path / "out" / "turned_dseg.nii.gz").shape == turned.shape != SHAPE
+    assert len(maps) == 7 and nib.load(tmp_path / "out" / "turned_dseg.nii.gz").shape == turned.shape != SHAPE
     for name, labels in maps.items():
         np.testing.assert_array_equal(labels, maps["f4.nii.gz"], err_msg=name)
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from diffdiscover3d.errors import ModelError, OutputError
+from diffdiscover3d.errors import ModelError
 from diffdiscover3d.files import atomic_folder, sha256, write_json
 
 _NAME = re.compile(r"checkpoint-(\d{8})")
@@ -32,11 +32,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, torch.
         hashes = {}
         for name, group in tensors.items():
             file = temporary / f"{name}.safetensors"
-            try:
-                save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, file)
-            except SafetensorError as error:  # what it makes of a full disk
-                reason = f"{target}: cannot be written ({error}); free some space, older checkpoints are whole."
-                raise OutputError(reason) from error
+            save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, file)
             hashes[file.name] = sha256(file)
         write_json(temporary / "state.json", {"step": step, "files": hashes, **state})
     return target
