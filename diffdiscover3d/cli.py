@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from diffdiscover3d.errors import DiffDiscoverError, OutputError, exit_code, reportable_errors
+from diffdiscover3d.errors import (
+    OUT_OF_MEMORY,
+    DiffDiscoverError,
+    MemoryLimitError,
+    OutputError,
+    exit_code,
+    is_out_of_memory,
+    reportable_errors,
+)
 from diffdiscover3d.interruption import interrupt_on_sigterm
 
 app = typer.Typer(
@@ -318,8 +326,13 @@ def main() -> None:
     except reportable_errors() as error:
         if _debug:
             raise
-        _print_error(error if str(error) else "out of memory; resample the volume or use a larger machine.")
+        _print_error(error if str(error) else OUT_OF_MEMORY)
         sys.exit(exit_code(error))
+    except RuntimeError as error:
+        if _debug or not is_out_of_memory(error):
+            raise
+        _print_error(OUT_OF_MEMORY)
+        sys.exit(MemoryLimitError.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from diffdiscover3d.errors import exit_code, reportable_errors
+from diffdiscover3d.errors import MemoryLimitError, exit_code, is_out_of_memory, reportable_errors
 from diffdiscover3d.files import check_folder
 from diffdiscover3d.interruption import end_children, interrupt_on_sigterm
 from diffdiscover3d.training.config import (
@@ -98,6 +98,11 @@ def main(arguments: list[str] | None = None) -> int:
         # an error in a process that loads volumes arrives with that process's traceback: its last line says it
         print(f"error: {str(error).strip().splitlines()[-1] if str(error) else type(error).__name__}", file=sys.stderr)
         return exit_code(error)
+    except RuntimeError as error:
+        if debug or not is_out_of_memory(error):
+            raise
+        print("error: out of memory; lower --batch-size or --volume-size, or use a larger machine.", file=sys.stderr)
+        return MemoryLimitError.exit_code
     except KeyboardInterrupt as stop:
         if os.environ.get("RANK", "0") == "0":
             print(str(stop) or "interrupted; checkpoints are whole, --resume latest goes on.", file=sys.stderr)

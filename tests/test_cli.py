@@ -219,3 +219,9 @@ def test_a_converted_checkpoint_appears_whole(run, tmp_path, monkeypatch):
     changed = {p.name for p, data in files(output).items() if before[p] != data}
     assert changed == {"diffusion_pytorch_model.safetensors"}  # and nothing of the folder's own is gone
     assert load_teacher(str(output)).unet.conv_out.weight.equal(unet.conv_out.weight)
+
+
+def test_memory_that_runs_out_in_torch_itself(run, tmp_path):
+    code, out, err = run("generate", "--grid", 30_000, "--steps", 1, "-o", tmp_path / "out")
+    assert (code, out) == (7, "") and err == "error: out of memory; resample the volume or use a larger machine.\n"
+    assert not (tmp_path / "out").exists()

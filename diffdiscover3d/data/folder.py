@@ -31,8 +31,7 @@ def list_volumes(source: str | Path) -> list[Path]:
     if path.is_dir():
         found = [p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES)]
         # hidden folders hold what is being written, or was when its process was killed
-        hidden = [p for p in found if any(part.startswith(".") for part in p.relative_to(path).parts)]
-        found = [p for p in found if p not in set(hidden) and not _is_label_map(p)]
+        found = [p for p in found if not _is_hidden(p.relative_to(path)) and not _is_label_map(p)]
     elif path.is_file() and path.name.endswith(SUFFIXES):
         found = [path]
     elif path.is_file():
@@ -42,6 +41,10 @@ def list_volumes(source: str | Path) -> list[Path]:
     if not found:
         raise InputError(f"{source}: no .nii or .nii.gz files; give a folder, a glob, a text list or a file.")
     return sorted(found)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _is_label_map(path: Path) -> bool:

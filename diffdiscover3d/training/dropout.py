@@ -28,8 +28,11 @@ class SlotDropout(nn.Dropout):
         seed, step, slots, passes = self.draws
         current = next(passes)
         mask = torch.empty_like(x)
-        for one, slot in zip(mask, slots, strict=True):
-            key = np.random.SeedSequence([seed, step, slot, self.layer, current, 0xD209])
+        if len(x) % len(slots):
+            raise ValueError(f"a batch of {len(x)} cannot hold the volumes of {len(slots)} slots.")
+        for place, one in enumerate(mask):  # several versions of the volumes may share a batch, one after the other
+            version, index = divmod(place, len(slots))
+            key = np.random.SeedSequence([seed, step, slots[index], self.layer, current, version, 0xD209])
             generator = torch.Generator(x.device).manual_seed(int(key.generate_state(1, np.uint64)[0]) >> 1)
             one.bernoulli_(1 - self.p, generator=generator)
         return x * mask / (1 - self.p)

@@ -1,5 +1,6 @@
 """Dropout by slots: the same mask for a volume wherever it is computed."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -19,6 +20,14 @@ def test_a_batch_is_its_parts():
     assert torch.equal(whole, parts)
     last = x.to(memory_format=torch.channels_last_3d)
     assert torch.equal(passed(layer, last)[2:], passed(layer, last[2:], slots=(2, 3)))
+
+
+def test_versions_of_the_volumes_may_share_a_batch():
+    layer, x = SlotDropout(0.5, layer=0), torch.ones(2, 1, 8, 8, 8)
+    both = passed(layer, torch.cat([x, x]), slots=(4, 5))
+    assert torch.equal(both[:2], passed(layer, x, slots=(4, 5))) and not torch.equal(both[:2], both[2:])
+    with pytest.raises(ValueError, match="batch of 3"):
+        passed(layer, torch.ones(3, 1, 2, 2, 2), slots=(4, 5))
 
 
 def test_masks_differ_where_they_should():
