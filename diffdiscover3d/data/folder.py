@@ -56,7 +56,8 @@ def _read_list(path: Path) -> list[Path]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: neither a NIfTI file nor a text list of them ({error}).") from error
+        reason = f"{path}: neither a NIfTI file nor a text list of them ({error}); give a .nii or .nii.gz."
+        raise InputError(reason) from error
     names = [line.split("#")[0].strip() for line in lines]
     found = [path.parent / name for name in names if name]
     # unlike Path.is_file, os.path answers for names too long to be one: the file may be no list at all
