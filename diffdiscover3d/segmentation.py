@@ -95,7 +95,7 @@ def segment(
     for path, targets in jobs:
         try:
             # the scan is read whole before a model is loaded: a bad file is answered at once
-            config = network.config if network else network_config(discovery_source(model, level))
+            config = network.config if network else network_config(discovery_source(model, level), level)
             estimate = estimate_memory(path, config, place.type == "cpu") if config else None
             if estimate and on_estimate:
                 on_estimate(estimate)

@@ -81,6 +81,13 @@ def test_large_volumes_are_announced(tmp_path, make_nifti, monkeypatch, tiny_dis
     assert line.startswith(f"{path}: 12 x 14 x 10 voxels, about 0.1 GiB of memory needed of ")
 
 
+def test_levels_of_a_nested_network(tmp_path):
+    config = {**NETWORK, "num_parts": 8, "parent": {**NETWORK, "num_parts": 4, "parent": {**NETWORK, "num_parts": 2}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = [preflight.network_config(tmp_path, level)["num_parts"] for level in (None, 1, 2, 3)]
+    assert found == [8, 2, 4, 8]
+
+
 def test_configurations_that_are_none(tmp_path):
     for text in ("", "[]", "{}", '{"num_parts": 2}', "null"):
         (tmp_path / "config.json").write_text(text)

@@ -37,10 +37,17 @@ def refuse_early(inputs: Sequence[str], device: str = "auto", **reading) -> None
         read_nifti(path, **reading)
 
 
-def network_config(folder: str | Path) -> dict | None:
-    """The configuration in a discovery network's folder, without importing what would build it; `None` elsewhere."""
+def network_config(folder: str | Path, level: int | None = None) -> dict | None:
+    """The configuration in a discovery network's folder, without importing what would build it; `None` elsewhere.
+
+    Args:
+        level: of a nested network, 1 the coarsest; default: the finest.
+    """
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        levels = [json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))]
+        while levels[0].get("parent"):
+            levels.insert(0, levels[0]["parent"])
+        config = levels[-1 if level is None else min(level, len(levels)) - 1]
         return config if {"num_parts", "channels", "window_size"} <= config.keys() else None
     except (OSError, ValueError, AttributeError):  # loading the model says what is wrong with it
         return None
