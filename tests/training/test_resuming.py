@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from training_runs import DIFFUSION, DISCOVERY, command, finish, hashes, log_steps, start, write_scans
 
 from diffdiscover3d.data.loading import load_volumes
@@ -19,6 +20,12 @@ from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, mak
 from diffdiscover3d.training.diffusion import DiffusionTraining
 from diffdiscover3d.training.identity import dataset_fingerprint, weights_fingerprint
 from diffdiscover3d.training.runtime import make_accelerator, train
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_accelerate():
+    """accelerate keeps one state a process, which another file's trainings may have left at another precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def plain(options):
