@@ -16,6 +16,7 @@ class StrictLoadingMixin:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["use_safetensors"] = True  # the base class would fall back to a pickle
         kwargs.setdefault("torch_dtype", torch.float32)  # files may be stored in half precision; computing is not
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         problems = {kind: keys for kind, keys in info.items() if keys and kind != "error_msgs"}
