@@ -116,7 +116,7 @@ class DiscoveryConfig(TrainingConfig):
     )
     children: tuple[int, ...] | None = option(
         None,
-        "into how many parts each part of --parent is divided (default: half of them are kept whole, see `nesting.choose_children`)",
+        "into how many parts each part of --parent is divided (default: half of them are kept)",
     )
     gamma_range: tuple[float, ...] = option((0.9, 1.1), "range of the exponent of the photometric change")
     invert_probability: float = option(

@@ -19,9 +19,9 @@ def choose_children(
 ) -> tuple[int, ...]:
     """Into how many parts to divide each part of a parent, without labels.
 
-    Half of its parts are kept whole, the others share the parts that are left evenly. Of a first level those are divided
-    in which the teacher's clean prediction varies most. Of a nested one, what was kept whole stays whole, and of the
-    rest the smallest are divided: inclusions are smaller than what holds them.
+    Half of its parts are kept whole, the others share the parts that are left evenly. Of a first level those are
+    divided in which the teacher's clean prediction varies most. Of a nested one, what was kept whole stays whole, and
+    of the rest the smallest are divided: inclusions are smaller than what holds them.
 
     Raises:
         ValueError: if there are too few parts to divide anything.
