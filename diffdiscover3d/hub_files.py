@@ -7,6 +7,7 @@ believed only if every file of the listing is there and has its hash.
 import hashlib
 import json
 import re
+import time
 from pathlib import Path, PurePosixPath
 
 from diffdiscover3d.errors import ModelError, NetworkError
@@ -52,6 +53,7 @@ def fetch_snapshot(
     if not is_repo_id(repo_id):
         raise ModelError(f"{repo_id!r}: no Hub id; it must look like user/name.")
     options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    damaged: list[str] = []
     for attempt in (1, 2):
         try:
             folder = Path(
@@ -60,6 +62,9 @@ def fetch_snapshot(
                 )
             )
         except Exception as error:  # the Hub's client and its HTTP library raise many kinds
+            if attempt == 1 and getattr(getattr(error, "response", None), "status_code", 0) >= 500:
+                time.sleep(1)  # broken connections the client retries itself, a server's errors it does not
+                continue
             raise _network_error(repo_id, revision, error) from error
         listing = None if local_files_only else _list_files(repo_id, folder.name, token)
         damaged = _find_damage(repo_id, folder, listing)

@@ -6,6 +6,8 @@ import torch
 from torch.utils.data import ConcatDataset
 
 from diffdiscover3d.data import synthetic
+from diffdiscover3d.data.brats import BraTSOptions, is_brats
+from diffdiscover3d.data.brats_volumes import BraTSVolumes
 from diffdiscover3d.data.folder import VolumeFolder
 from diffdiscover3d.data.transforms import min_max_normalize
 from diffdiscover3d.errors import InputError
@@ -45,13 +47,15 @@ class SyntheticVolumes:
         return self._cache[index]
 
 
-def load_volumes(name_or_path: str, split: str = "train") -> Sequence[dict]:
+def load_volumes(name_or_path: str, split: str = "train", brats: BraTSOptions | None = None) -> Sequence[dict]:
     """Load a dataset of volumes.
 
     Args:
-        name_or_path: "synthetic-regular", "synthetic-irregular", "synthetic" (both), or a folder, glob pattern, text
-            list or file of NIfTI volumes.
-        split: "train", "validation" or "test" of a named dataset. Files have no splits: all are returned.
+        name_or_path: "synthetic-regular", "synthetic-irregular", "synthetic" (both), the folder of a BraTS edition
+            (recognised by itself), or a folder, glob pattern, text list or file of NIfTI volumes.
+        split: "train", "validation" or "test" of a named dataset or BraTS. Other files have no splits: all are
+            returned.
+        brats: how BraTS is prepared; default: as in the paper.
 
     Returns:
         A sequence of dicts with "volume", (1, H, W, D) float32 in [0, 1], "name", and for synthetic data "labels".
@@ -63,10 +67,17 @@ def load_volumes(name_or_path: str, split: str = "train") -> Sequence[dict]:
     if name_or_path in SYNTHETIC_NAMES:
         variants = [SyntheticVolumes(variant, split) for variant in _VARIANTS_OF[name_or_path]]
         return variants[0] if len(variants) == 1 else ConcatDataset(variants)
+    if is_brats(name_or_path):
+        return BraTSVolumes(name_or_path, split, brats)
     try:
         return VolumeFolder(name_or_path)
     except InputError as error:
         raise InputError(f"{error} Named datasets: {', '.join(SYNTHETIC_NAMES)}.") from error
+
+
+def has_splits(name_or_path: str) -> bool:
+    """Whether a dataset is divided into training, validation and test volumes."""
+    return name_or_path in SYNTHETIC_NAMES or is_brats(name_or_path)
 
 
 def common_grid(volumes: Sequence[dict]) -> tuple[int, int, int] | None:

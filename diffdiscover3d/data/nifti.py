@@ -53,6 +53,7 @@ def read_nifti(
     volume: int | None = None,
     nan_to_zero: bool = False,
     ignore_affine: bool = False,
+    allow_constant: bool = False,
 ) -> NiftiVolume:
     """Read a `.nii` or `.nii.gz` file whole, after checking its header.
 
@@ -61,6 +62,7 @@ def read_nifti(
         volume: which volume of a 4-D or 5-D file, from 0; a single one needs no choice.
         nan_to_zero: put 0 for NaN and Inf instead of refusing them.
         ignore_affine: go on with the voxel grid alone where the affine is unusable.
+        allow_constant: take a volume without contrast too, such as a mask that marks nothing.
 
     Raises:
         InputError: if the file is missing, damaged, not a 3D volume of real numbers, or has no contrast.
@@ -78,7 +80,7 @@ def read_nifti(
     low, high = float(data.min()), float(data.max())
     if high - low > float(np.finfo(np.float32).max):  # normalising would divide by Inf
         raise InputError(f"{path}: its values, {low:g} to {high:g}, are too far apart; rescale it.")
-    if low == high:
+    if low == high and not allow_constant:
         raise InputError(f"{path}: no contrast, all voxels are {low:g}; give a scan with structure in it.")
 
     orientation = io_orientation(affine)
