@@ -285,7 +285,7 @@ def test_private_repositories_need_the_token(hub, repo, tmp_path):
 def test_names_that_leave_the_folder_are_refused(hub, tmp_path):
     hub.put("user/traversal", {"config.json": b"{}", "../../outside.json": b"{}"})
     answer = python(FETCH, hub.environment(tmp_path / "a" / "b"), names=["user/traversal", "../x", "a/b/c"])
-    assert not answer["user/traversal"] == ["../../outside.json", "config.json"]
+    assert answer["user/traversal"] != ["../../outside.json", "config.json"]
     assert "Error" in answer["user/traversal"] and not list(tmp_path.rglob("outside.json"))
     assert answer["../x"].startswith("ModelError") and answer["a/b/c"].startswith("ModelError")
 

@@ -10,15 +10,14 @@ ROOT = Path(diffdiscover3d.__file__).parent
 # lowest first; a module may import from its own layer and from those before it
 LAYERS = [
     ["", "errors"],
-    ["files", "losses", "metrics", "models.blocks", "data.transforms", "data.synthetic"],
+    ["files", "losses", "metrics", "postprocessing", "models.blocks", "data.transforms", "data.synthetic"],
     ["data.nifti_header", "data.nifti", "training.config", "training.sampling", "training.checkpoints", "reporting"],
     ["hub_files", "cards", "hub_upload", "models.loading"],
     ["models", "data"],
     ["pipelines"],
     ["hub", "baselines", "training"],
-    ["segmentation", "extraction", "evaluation"],
-    ["benchmark"],
-    ["train", "cli_hub", "cli"],
+    ["segmentation", "extraction", "evaluation", "brats_evaluation"],
+    ["train", "cli_data", "cli_hub", "cli"],
 ]
 
 

@@ -58,7 +58,7 @@ class _DType:
     def __call__(self, code, *flags):
         if not isinstance(code, str) or not re.fullmatch(r"[<>=|]?[biuf][1248]|\?", code):
             raise pickle.UnpicklingError(f"arrays of type {code!r} are not read")
-        return np.dtype(code)
+        return np.dtype(code, False, True)  # a copy: the byte order is set on it next
 
 
 _ALLOWED = {

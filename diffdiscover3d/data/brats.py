@@ -251,9 +251,9 @@ def _case_files(root: Path):
     for path in root.rglob("*.nii*"):
         if path.name.startswith("."):  # archives made on a Mac hold shadows of every file
             continue
-        if path.parent.name == "imagesTr" and (match := _MSD_FILE.fullmatch(path.name)):
-            yield path, match
-        elif (match := _FILE.fullmatch(path.name)) and match["id"] == path.parent.name:
+        if (path.parent.name == "imagesTr" and (match := _MSD_FILE.fullmatch(path.name))) or (
+            (match := _FILE.fullmatch(path.name)) and match["id"] == path.parent.name
+        ):
             yield path, match
 
 

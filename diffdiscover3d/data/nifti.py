@@ -144,6 +144,7 @@ def as_volume_tensor(volume) -> torch.Tensor:
     """
     if isinstance(volume, str | os.PathLike):
         volume = read_nifti(volume)
+    volume = getattr(volume, "nifti_image", volume)  # the datasets library's wrapper cannot be reoriented itself
     if isinstance(volume, nib.spatialimages.SpatialImage):
         if volume.get_data_dtype().kind == "c":  # asking nibabel for float32 would drop the imaginary part
             raise InputError("the image must hold real numbers, got complex ones; take their magnitude.")
