@@ -80,7 +80,7 @@ def push_folder(
             lines = str(error).strip().splitlines()
             reason = lines[0] if lines else type(error).__name__
             raise NetworkError(
-                f"{repo_id}: the push failed: {reason} (log in with `hf auth login`; you must be allowed to write there)"
+                f"{repo_id}: the push failed: {reason} (`hf auth login` logs in; you must be allowed to write)"
             ) from error
     return str(commit.pr_url or commit.commit_url)
 

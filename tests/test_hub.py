@@ -165,6 +165,7 @@ code, out, err = cli("segment", root + "/scan.nii.gz", "--model", "user/parts", 
 assert code == 0, err
 if local:
     assert cli("segment", root + "/scan.nii.gz", "--model", root + "/discovery", "-o", local)[0] == 0
+answer["model"] = json.loads(Path(output, "scan_dseg.json").read_text())["model"]
 answer["labels"] = hashlib.sha256(Path(output, "scan_dseg.nii.gz").read_bytes()).hexdigest()
 network = StructureDiscoveryModel.from_pretrained("user/parts")
 pipe = DiffusionFeaturePipeline.from_pretrained("user/cells")
@@ -193,6 +194,8 @@ def test_pulled_models_are_the_same_bit_for_bit_and_work_offline(hub, pushed, mo
     assert offline == online
     weights = models / "discovery" / "diffusion_pytorch_model.safetensors"
     assert online["weights"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert online["model"]["sha256"] == {weights.name: online["weights"]}
+    assert online["model"]["commit"] == hub.repos["models", "user/parts"].refs["main"]
     labels = [(tmp_path / place / "scan_dseg.nii.gz").read_bytes() for place in ("online", "offline", "local")]
     assert labels[0] == labels[1] == labels[2]
 

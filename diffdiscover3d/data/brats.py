@@ -11,6 +11,7 @@
 They are recognised by themselves, however deep the folder is nested. The whole tumour is every label above 0.
 """
 
+import itertools
 import random
 import re
 from collections.abc import Sequence
@@ -142,7 +143,7 @@ def find_cases(root: str | Path, grade: str = "all") -> list[BraTSCase]:
             "BraTS 2017 to 2021, 2023, or of MSD Task01_BrainTumour."
         )
     found.sort(key=lambda case: case.id)
-    for one, two in zip(found, found[1:], strict=False):
+    for one, two in itertools.pairwise(found):
         if one.id == two.id:
             places = " and ".join(str(next(iter(c.images.values())).parent) for c in (one, two))
             raise InputError(f"{root}: holds {one.id} twice, in {places}; give one of the folders.")
@@ -203,7 +204,8 @@ def read_mask(case: BraTSCase, shape: Sequence[int]) -> np.ndarray:
     data = read_nifti(path, allow_constant=True).data
     if data.shape != tuple(shape):
         raise InputError(
-            f"{path}: has shape {data.shape}, the image {tuple(shape)}; they must be of one grid. Download the case again."
+            f"{path}: has shape {data.shape}, the image {tuple(shape)}; they must be of one grid. "
+            "Download the case again."
         )
     values = np.unique(data)
     if not set(values.tolist()) <= {0.0, 1.0, 2.0, 3.0, 4.0}:

@@ -216,7 +216,7 @@ def test_parquet_through_the_hub(tmp_path):
                 [sys.executable, "-c", code, str(tmp_path), str(root)],
                 capture_output=True,
                 text=True,
-                env={**clean, **places},
+                env=environment,
             )
             assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.strip() == "same"
