@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diffdiscover3d.baselines.features_kmeans import FeaturesKMeans
 from diffdiscover3d.baselines.kmeans import IntensityKMeans
 from diffdiscover3d.data.brats import BraTSOptions
 from diffdiscover3d.data.brats_volumes import BraTSVolumes
-from diffdiscover3d.hub import load_discovery
+from diffdiscover3d.hub import load_discovery, load_teacher
 from diffdiscover3d.metrics import binary_dice, dice_matrix, hausdorff_95, match_parts
 from diffdiscover3d.postprocessing import clean_mask
 from diffdiscover3d.reporting.provenance import describe_environment, weights_sha256
@@ -26,6 +27,7 @@ def evaluate_brats(
     split: str = "test",
     options: BraTSOptions | None = None,
     kmeans: bool = True,
+    teacher: str | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     more: Mapping[str, Predict] | None = None,
@@ -39,7 +41,8 @@ def evaluate_brats(
         split: train, validation or test, as [`split_cases`] makes them.
         options: modality, crop and so on; must be those the models were trained with.
         kmeans: also score k-means on the intensities, with 3 parts.
-        seed: of k-means.
+        teacher: folder, Hub id or embedded model of a diffusion model; k-means on its stage-2 features is scored too.
+        seed: of k-means and of the teacher's noise.
         device: for the networks.
         more: further methods, called with a (1, h, w, d) volume in [0, 1], returning (h, w, d) part numbers.
         report: called with each row as soon as it is there.
@@ -63,6 +66,9 @@ def evaluate_brats(
     if kmeans:
         clusters = IntensityKMeans(NUM_PARTS, seed)
         methods[clusters.name] = (clusters.predict, NUM_PARTS)
+    if teacher is not None:
+        features = FeaturesKMeans(NUM_PARTS, load_teacher(teacher).to(device), stage=2, seed=seed)
+        methods[features.name] = (features.predict, NUM_PARTS)
     for name, predict in (more or {}).items():
         methods[name] = (predict, NUM_PARTS)
     rows, cases = [], {}
@@ -76,6 +82,7 @@ def evaluate_brats(
         "preset": "brats",
         "dataset": Path(root).name,
         "models": {name: Path(source).name for name, source in models.items()},
+        "teacher": Path(teacher).name if teacher else None,
         "split": split,
         "volumes": len(volumes),
         "options": {

@@ -16,7 +16,7 @@ from diffdiscover3d.hub_files import read_json
 from diffdiscover3d.training.config import PRESETS, DiffusionConfig, DiscoveryConfig, as_dict, make_config
 
 CARD_NAME, SCORES_NAME, PICTURE_NAME = "README.md", "scores.json", "preview.png"
-DATASETS = ("synthetic-regular", "synthetic-irregular", "brats")  # the others are somebody's own scans
+DATASETS = ("synthetic-regular", "synthetic-irregular", "synthetic", "brats")  # the others are somebody's own scans
 _OURS = "diffdiscover3d"
 _KINDS = {
     "DiffusionFeaturePipeline": "diffusion",

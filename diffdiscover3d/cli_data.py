@@ -21,6 +21,7 @@ def evaluate_brats(
         tuple[float, float] | None, typer.Option(help="Clip intensities to these percentiles of the tissue.")
     ] = None,
     kmeans: Annotated[bool, typer.Option(help="Also score k-means on the intensities.")] = True,
+    teacher: Annotated[str | None, typer.Option(help="Diffusion model: also score k-means on its features.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of k-means.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
@@ -49,6 +50,7 @@ def evaluate_brats(
         split,
         options,
         kmeans,
+        teacher,
         seed,
         choose_device(device),
         report=lambda row: print(format_brats_rows([row]).splitlines()[-1], flush=True),

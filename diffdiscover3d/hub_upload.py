@@ -134,7 +134,7 @@ def _hide_paths(path: Path) -> None:
     if not path.is_file():
         return
     options = read_json(path)
-    for name in ("dataset", "teacher", "init_from"):
+    for name in ("dataset", "teacher", "init_from", "parent"):
         value = options.get(name)
         if isinstance(value, str) and not is_repo_id(value):
             options[name] = Path(value).name

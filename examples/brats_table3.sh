@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# BraTS as in the paper: both training stages, the three ablations, and one table with k-means beside them (Dice and
-# HD95 of the whole tumour, with and without post-processing).
+# BraTS as in the paper: both training stages, the three ablations, and one table with k-means on the intensities and on
+# the features beside them (Dice and HD95 of the whole tumour, with and without post-processing).
 #
 #   examples/brats_table3.sh BRATS OUTPUT
 #
@@ -27,6 +27,7 @@ discover no-features --lambda-feature 0
 discover no-visual --lambda-visual 0
 
 diffdiscover3d evaluate-brats "$brats" --output "$output/table3.json" --overwrite "${data[@]}" \
+    --teacher "$output/diffusion" \
     --model ours="$output/ours" \
     --model "no invariance=$output/no-invariance" \
     --model "no features=$output/no-features" \

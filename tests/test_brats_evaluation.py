@@ -75,10 +75,11 @@ def test_tumour_beyond_the_crop_counts_as_missed(tmp_path):
 def test_evaluate_writes_what_it_used(tmp_path, layout, tiny_discovery):
     root = make_brats(tmp_path / "data", layout)
     grade = BraTSOptions(crop=CROP, grade="all")
-    result = evaluate_brats(
-        root, {"ours": str(tiny_discovery)}, options=grade, more={"zeros": lambda v: np.zeros(v.shape[1:], np.uint8)}
-    )
-    assert [row["method"] for row in result["rows"]] == ["ours", "ours", "k-means", "k-means", "zeros", "zeros"]
+    nothing = {"zeros": lambda v: np.zeros(v.shape[1:], np.uint8)}
+    teacher = "synthetic-regular" if layout == "MSD" else None
+    result = evaluate_brats(root, {"ours": str(tiny_discovery)}, options=grade, teacher=teacher, more=nothing)
+    methods = ["ours", "k-means", *(["features k-means, stage 2"] if teacher else []), "zeros"]
+    assert [row["method"] for row in result["rows"][::2]] == [row["method"] for row in result["rows"][1::2]] == methods
     assert result["weights_sha256"]["ours"]["diffusion_pytorch_model.safetensors"]
     assert sum(map(len, result["split_ids"].values())) == 6
     assert [c["id"] for c in result["cases"]["k-means"]] == result["split_ids"]["test"]
@@ -116,7 +117,7 @@ def test_the_whole_recipe(tmp_path, layout):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "out" / "table3.json").read_text())
-    methods = ["ours", "no invariance", "no features", "no visual", "k-means"]
+    methods = ["ours", "no invariance", "no features", "no visual", "k-means", "features k-means, stage 2"]
     assert [row["method"] for row in result["rows"][::2]] == methods
     for name in ("diffusion", "ours", "no-invariance", "no-features", "no-visual"):
         split = json.loads((tmp_path / "out" / name / "split.json").read_text())

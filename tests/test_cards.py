@@ -18,7 +18,7 @@ from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, as_dict, make_config
 
-DATASETS = ("synthetic-regular", "synthetic-irregular", "brats", "own")
+DATASETS = ("synthetic-regular", "synthetic-irregular", "synthetic", "brats", "own")
 
 
 @pytest.fixture(scope="module")
