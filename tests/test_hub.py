@@ -71,6 +71,9 @@ def models(tmp_path_factory, tiny_discovery):
     (discovery / "checkpoints" / "checkpoint-00000001").mkdir(parents=True)
     (discovery / "checkpoints" / "checkpoint-00000001" / "model.safetensors").write_bytes(b"private")
     (discovery / "log.jsonl").write_text('{"step": 1}\n')
+    (discovery / "previews").mkdir()
+    for step in (1, 2):
+        (discovery / "previews" / f"parts-{step:08d}.png").write_bytes(b"picture of step %d" % step)
     weights = hashlib.sha256((discovery / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     rows = [{"method": "diffdiscover3d", "parts": 3, "dice": 0.51234}, {"method": "k-means", "parts": 3, "dice": 0.4}]
     scores = {"rows": rows, "weights_sha256": {"2": {"diffusion_pytorch_model.safetensors": weights}}}
@@ -114,8 +117,10 @@ def test_one_commit_a_push(hub, pushed):
     assert len(repo.messages) == 2, "the second push of the same files makes no commit, the request makes one"
     files = repo.files("main")
     assert set(files) == {
-        "README.md", "config.json", "diffusion_pytorch_model.safetensors", "scores.json", "train_config.json"
+        "README.md", "config.json", "diffusion_pytorch_model.safetensors", "preview.png", "scores.json",
+        "train_config.json",
     }  # fmt: skip
+    assert files["preview.png"] == b"picture of step 2"
     for secret in ("/home", "somebody", TOKEN):
         assert not any(secret.encode() in content for content in files.values())
     assert json.loads(files["train_config.json"])["dataset"] == "scans"
@@ -127,7 +132,7 @@ def test_the_card_of_a_push(pushed, hub):
     assert metadata["library_name"] == "diffdiscover3d" and metadata["license"] == "apache-2.0"
     result = metadata["model-index"][0]["results"][0]
     assert result["metrics"][0]["type"] == "dice" and result["metrics"][0]["value"] == 0.5123
-    assert "| k-means | 0.400 |" in card and "--model user/parts" in card
+    assert "](preview.png)" in card and "| k-means | 0.400 |" in card and "--model user/parts" in card
 
 
 def test_pull_requests_branches_and_private_repositories(hub, pushed):
@@ -181,44 +186,52 @@ answer["weights"] = hashlib.sha256(
 """
 
 
-def test_pulled_models_are_the_same_bit_for_bit_and_work_offline(hub, pushed, models, tmp_path):
-    """Push from one cache, pull into an empty one; then once more with the Hub gone."""
-    shards = list(hub.repos["models", "user/sharded"].commits)[1]
-    values = {"root": str(models), "shards": shards}
-    cache = tmp_path / "empty"
-    online = python(LOAD, hub.environment(cache), output=str(tmp_path / "online"), local="", **values)
-    requests = sum(hub.requests.values())
-    values |= {"output": str(tmp_path / "offline"), "local": str(tmp_path / "local")}
-    offline = python(LOAD, hub.environment(cache, None, HF_HUB_OFFLINE="1"), **values)
-    assert sum(hub.requests.values()) == requests
-    assert offline == online
-    weights = models / "discovery" / "diffusion_pytorch_model.safetensors"
-    assert online["weights"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert online["model"]["sha256"] == {weights.name: online["weights"]}
-    assert online["model"]["commit"] == hub.repos["models", "user/parts"].refs["main"]
-    labels = [(tmp_path / place / "scan_dseg.nii.gz").read_bytes() for place in ("online", "offline", "local")]
-    assert labels[0] == labels[1] == labels[2]
-
-
-def test_pull_to_a_folder(hub, pushed, models, tmp_path):
-    code = """
-answer = {}
+PULL = """
 answer["pulled"] = cli("pull", "user/parts", folder + "/model", "-q")
 answer["exists"] = cli("pull", "user/parts", folder + "/model")
 answer["replaced"] = cli("pull", "user/parts", folder + "/model", "--overwrite")
 answer["precious"] = cli("pull", "user/parts", folder + "/precious", "--overwrite")
 answer["cached"] = cli("pull", "user/parts", "--local-files-only")
-answer["uncached"] = cli("pull", "user/cells", "--local-files-only")
+answer["uncached"] = cli("pull", "user/hidden", "--local-files-only")
 answer["revision"] = cli("pull", "user/parts", "--revision", "v9")
 answer["missing"] = cli("pull", "user/nothing")
 """
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
-    answer = python(code, hub.environment(tmp_path / "cache"), folder=str(tmp_path))
-    assert answer["pulled"] == [0, str(tmp_path / "model"), ""] and answer["replaced"][0] == 0
-    assert (tmp_path / "model" / "README.md").is_file() and not (tmp_path / "model" / "config.json").is_symlink()
+
+
+@pytest.fixture(scope="module")
+def pulled(hub, pushed, models, tmp_path_factory):
+    """Everything loaded and pulled into an empty cache: the answers, the folder, what a second process needs."""
+    folder = tmp_path_factory.mktemp("pulled")
+    (folder / "precious").mkdir()
+    (folder / "precious" / "thesis.txt").write_text("years of work")
+    shards = list(hub.repos["models", "user/sharded"].commits)[1]
+    values = {"root": str(models), "shards": shards, "local": "", "folder": str(folder)}
+    answer = python(LOAD + PULL, hub.environment(folder / "cache"), output=str(folder / "online"), **values)
+    return answer, folder, values
+
+
+def test_pulled_models_are_the_same_bit_for_bit_and_work_offline(hub, pulled, models):
+    """Pushed from one cache, pulled into an empty one; then once more with the Hub gone."""
+    online, folder, values = pulled
+    requests = sum(hub.requests.values())
+    values = {**values, "output": str(folder / "offline"), "local": str(folder / "local")}
+    offline = python(LOAD, hub.environment(folder / "cache", None, HF_HUB_OFFLINE="1"), **values)
+    assert sum(hub.requests.values()) == requests
+    assert offline == {name: online[name] for name in offline}
+    weights = models / "discovery" / "diffusion_pytorch_model.safetensors"
+    assert online["weights"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert online["model"]["sha256"] == {weights.name: online["weights"]}
+    assert online["model"]["commit"] == hub.repos["models", "user/parts"].refs["main"]
+    labels = [(folder / place / "scan_dseg.nii.gz").read_bytes() for place in ("online", "offline", "local")]
+    assert labels[0] == labels[1] == labels[2]
+
+
+def test_pull_to_a_folder(pulled):
+    answer, folder, _ = pulled
+    assert answer["pulled"] == [0, str(folder / "model"), ""] and answer["replaced"][0] == 0
+    assert (folder / "model" / "README.md").is_file() and not (folder / "model" / "config.json").is_symlink()
     assert answer["exists"][0] == 4 and "--overwrite" in answer["exists"][2]
-    assert answer["precious"][0] == 5 and (tmp_path / "precious" / "thesis.txt").exists()
+    assert answer["precious"][0] == 5 and (folder / "precious" / "thesis.txt").exists()
     assert answer["cached"][0] == 0
     assert [answer[k][0] for k in ("uncached", "revision", "missing")] == [6, 6, 6]
     assert "v9" in answer["revision"][2] and "private" in answer["missing"][2]
@@ -263,6 +276,28 @@ def test_a_lasting_wrong_hash_is_refused_and_not_kept(hub, repo, tmp_path):
     assert offline.startswith("NetworkError"), "no half snapshot afterwards"
     hub.faults.clear()
     assert weights in python(FETCH, hub.environment(tmp_path), names=[name])[name]
+
+
+def test_a_connection_that_is_always_cut_leaves_no_half_model(hub, repo, tmp_path):
+    name, weights = repo
+    hub.faults[weights] = ["cut", 1000]
+    answer = python(FETCH, hub.environment(tmp_path), names=[name])[name]
+    assert answer.startswith("NetworkError"), answer
+    offline = python(FETCH, hub.environment(tmp_path, HF_HUB_OFFLINE="1"), names=[name])[name]
+    assert offline.startswith("NetworkError") and "cache" in offline
+
+
+def test_a_hub_that_is_down(hub, repo, tmp_path):
+    """What was pulled before goes on working; what was not ends in one line."""
+    name, weights = repo
+    python(FETCH, hub.environment(tmp_path), names=[name])
+    hub.down = True
+    try:
+        answer = python(FETCH, hub.environment(tmp_path), names=[name, "user/other"])
+    finally:
+        hub.down = False
+    assert weights in answer[name]
+    assert answer["user/other"].startswith("NetworkError") and "\n" not in answer["user/other"]
 
 
 def test_damage_in_the_cache_is_found_offline_and_mended_online(hub, repo, tmp_path):
