@@ -25,8 +25,14 @@ _KINDS = {
     "UNet3DModel": "unet",
 }
 # column of the table of scores, and how its figures are written
-_COLUMNS = {"dice": "Dice", "dice_std": "std", "dice_one_matching": "Dice, one matching", "hd95_mm": "HD95 (mm)"}
-_FORMATS = {"hd95_mm": ".1f"}
+_COLUMNS = {
+    "parts": "parts",
+    "dice": "Dice",
+    "dice_std": "std",
+    "dice_one_matching": "Dice, one matching",
+    "hd95_mm": "HD95 (mm)",
+}
+_FORMATS = {"hd95_mm": ".1f", "parts": "d"}
 _TAGS = ["3d", "diffusion", "unsupervised-segmentation", "biomedical-imaging"]
 
 
@@ -72,7 +78,9 @@ def render_card(folder: str | Path, repo_id: str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    columns = [c for c in _COLUMNS if any(_is_figure(row.get(c)) for row in rows)]
+    columns = [c for c in _COLUMNS if c != "parts" and any(_is_figure(row.get(c)) for row in rows)]
+    if len({row.get("parts") for row in rows}) > 1:  # a nested network is scored at each of its levels
+        columns.insert(0, "parts")
     text = environment.get_template(f"{kind}.md.jinja").render(
         metadata=_metadata(kind, dataset, repo_id, rows).to_yaml(),
         repo_id=repo_id,
@@ -120,7 +128,7 @@ def _metadata(kind: str, dataset: str, repo_id: str, rows: list[dict]):
     from huggingface_hub import EvalResult, ModelCardData
 
     published = dataset if dataset in DATASETS else None
-    ours = [row for row in rows if row.get("method") == _OURS]
+    ours = [row for row in rows if row["ours"]]
     names = {"dice": "Dice", "hd95_mm": "HD95 (mm)"}
     results = [
         EvalResult(
@@ -130,7 +138,9 @@ def _metadata(kind: str, dataset: str, repo_id: str, rows: list[dict]):
             dataset_name=dataset,
             dataset_split="test",
             metric_type=metric.removesuffix("_mm"),
-            metric_name=name + (", post-processed" if row.get("postprocessed") else ""),
+            metric_name=name
+            + (f", {row['parts']} parts" if row.get("parts") else "")
+            + (", post-processed" if row.get("postprocessed") else ""),
             metric_value=round(row[metric], 4),
         )
         for row in ours
@@ -149,22 +159,32 @@ def _metadata(kind: str, dataset: str, repo_id: str, rows: list[dict]):
 
 
 def _score_rows(folder: Path, kind: str) -> list[dict]:
-    """Rows of `scores.json` at the model's own number of parts."""
+    """Rows of `scores.json` at the numbers of parts the model has; `ours` says whether a row is the model's."""
     scores = _read_if_there(folder / SCORES_NAME)
     if not scores:
         return []
-    recorded = list((scores.get("weights_sha256") or {}).values())
+    recorded = scores.get("weights_sha256") or {}
+    if any(isinstance(value, str) for value in recorded.values()):
+        recorded = {_OURS: recorded}  # of one model; several are recorded by name
     own = {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*.safetensors"))}
-    if recorded and own not in recorded:
+    names = {name for name, weights in recorded.items() if weights == own}
+    if recorded and not names:
         raise ModelError(
             f"{folder / SCORES_NAME}: is of other weights (their sha256 differ); run `diffdiscover3d evaluate --model "
             f"{folder} --output {folder / SCORES_NAME} --overwrite` again, or remove it."
         )
-    parts = read_json(folder / "config.json").get("num_parts") if kind == "discovery" else None
     rows = scores.get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and row.get("method") for row in rows):
         raise ModelError(f"{folder / SCORES_NAME}: has no `rows` with a `method` each; it is not from `evaluate`.")
-    return [row for row in rows if parts is None or row.get("parts") in (None, parts)]
+    parts = _numbers_of_parts(read_json(folder / "config.json")) if kind == "discovery" else None
+    rows = [row for row in rows if parts is None or row.get("parts") is None or row["parts"] in parts]
+    return [{**row, "ours": row["method"] in (names | {_OURS})} for row in rows]
+
+
+def _numbers_of_parts(config: dict) -> set[int]:
+    """Of a network, and of each coarser one whose parts it divides."""
+    parent = config.get("parent")
+    return {config.get("num_parts")} | (_numbers_of_parts(parent) if isinstance(parent, dict) else set())
 
 
 def _dataset_of(options: dict, scores: dict) -> str:

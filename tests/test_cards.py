@@ -100,7 +100,8 @@ def test_scores_of_other_weights_are_refused(folder_of):
     folder = folder_of("discovery", "synthetic-regular")
     own = {"diffusion_pytorch_model.safetensors": sha256(folder / "diffusion_pytorch_model.safetensors")}
     rows = [{"method": "diffdiscover3d", "parts": 3, "dice": 0.5}]
-    for weights, right in (({"1": {"x.safetensors": "0"}, "2": own}, True), ({"2": {**own, "more": "0"}}, False)):
+    several = {"theirs": {"x.safetensors": "0"}, "mine": own}
+    for weights, right in ((several, True), (own, True), ({}, True), ({"2": {**own, "more": "0"}}, False)):
         (folder / "scores.json").write_text(json.dumps({"rows": rows, "weights_sha256": weights}))
         if right:
             assert "0.500" in render_card(folder, "a/b")
@@ -110,6 +111,34 @@ def test_scores_of_other_weights_are_refused(folder_of):
     (folder / "scores.json").write_text('{"rows": [3]}')
     with pytest.raises(ModelError, match="rows"):
         render_card(folder, "a/b")
+
+
+def test_rows_go_by_the_weights_not_by_the_name(folder_of):
+    folder = folder_of("discovery", "brats")
+    own = {"diffusion_pytorch_model.safetensors": sha256(folder / "diffusion_pytorch_model.safetensors")}
+    rows = [
+        {"method": "mine", "parts": 3, "dice": 0.5, "hd95_mm": 40.0, "postprocessed": False},
+        {"method": "mine", "parts": 3, "dice": 0.6, "hd95_mm": 20.0, "postprocessed": True},
+        {"method": "theirs", "parts": 3, "dice": 0.9, "hd95_mm": 2.0, "postprocessed": False},
+    ]
+    scores = {"rows": rows, "weights_sha256": {"mine": own, "theirs": {"x.safetensors": "0"}}}
+    (folder / "scores.json").write_text(json.dumps(scores))
+    metadata, body = split_card(render_card(folder, "a/b"))
+    metrics = [m for r in metadata["model-index"][0]["results"] for m in r["metrics"]]
+    assert sorted(m["value"] for m in metrics) == [0.5, 0.6, 20.0, 40.0]
+    assert "| mine, post-processed | 0.600 | 20.0 |" in body and "| theirs | 0.900 | 2.0 |" in body
+
+
+def test_a_nested_network_shows_every_level(tmp_path):
+    coarse = StructureDiscoveryModel(num_parts=2)
+    StructureDiscoveryModel.inside(coarse, children=(1, 3)).save_pretrained(tmp_path)
+    rows = [{"method": "diffdiscover3d", "parts": k, "dice": k / 10} for k in (2, 4, 8)]
+    (tmp_path / "scores.json").write_text(json.dumps({"rows": rows}))
+    metadata, body = split_card(render_card(tmp_path, "a/b"))
+    assert "| diffdiscover3d | 2 | 0.200 |" in body and "| 4 | 0.400 |" in body and "| 8 |" not in body
+    results = metadata["model-index"][0]["results"]
+    names = {m["name"] for r in results for m in r["metrics"]}
+    assert names == {"Dice, 2 parts", "Dice, 4 parts"}
 
 
 def test_the_training_command_trains_the_same():

@@ -17,6 +17,7 @@ LAYERS = [
     ["pipelines"],
     ["hub", "baselines", "training"],
     ["segmentation", "extraction", "evaluation", "brats_evaluation"],
+    ["benchmark"],
     ["train", "cli_data", "cli_hub", "cli"],
 ]
 
