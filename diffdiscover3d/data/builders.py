@@ -211,19 +211,25 @@ def as_training_volumes(dataset: "datasets.Dataset", cache: str | Path | None = 
     column = next((c for c in _VOLUME_COLUMNS if c in dataset.column_names), None)
     if column is None:
         raise InputError(f"the dataset has the columns {dataset.column_names}; one must be of {_VOLUME_COLUMNS}.")
-    plain = dataset.with_format(None)
-    has_labels = not isinstance(dataset.features.get("labels"), datasets.Nifti | type(None))
+    return CachedVolumes(len(dataset), _TrainingItem(dataset, column), [1, column, dataset._fingerprint], cache)
 
-    def make(index: int) -> dict:
-        row = plain[index]
-        volume = row[column] if isinstance(row[column], nib.Nifti1Image) else np.asarray(row[column], np.float32)
+
+@dataclass
+class _TrainingItem:
+    """Makes an item of a training from a row; a class, so that it can be sent to processes that load volumes."""
+
+    dataset: "datasets.Dataset"
+    column: str
+
+    def __call__(self, index: int) -> dict:
+        row = self.dataset.with_format(None)[index]
+        volume = row[self.column]
+        volume = volume if isinstance(volume, nib.Nifti1Image) else np.asarray(volume, np.float32)
         name = row.get("name") or row.get("id") or f"{index:06d}"
         item = {"volume": min_max_normalize(as_volume_tensor(volume)[0]), "name": str(name)}
-        if has_labels:
+        if not isinstance(self.dataset.features.get("labels"), datasets.Nifti | None):
             item["labels"] = torch.from_numpy(np.asarray(row["labels"], dtype=np.uint8))
         return item
-
-    return CachedVolumes(len(dataset), make, [1, column, dataset._fingerprint], cache)
 
 
 def _brats_options(modalities=("flair",), grade: str = "all", labels: bool = True, split_seed: int = 0) -> dict:

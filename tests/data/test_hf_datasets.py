@@ -1,6 +1,7 @@
 """`load_dataset`: synthetic cells, BraTS, archives and folders as datasets, cached, streamed and mapped."""
 
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -80,6 +81,8 @@ def test_training_volumes_are_mapped(tmp_path, few):
         assert torch.equal(volumes[i]["volume"], expected[i]["volume"])
         assert torch.equal(volumes[i]["labels"], expected[i]["labels"])
         assert volumes[i]["name"] == expected[i]["name"]
+    sent = pickle.loads(pickle.dumps(as_training_volumes(cells, tmp_path / "elsewhere")))  # to a loading process
+    assert torch.equal(sent[1]["volume"], expected[1]["volume"])
     volumes.make = None  # from here on only files can answer
     assert torch.equal(volumes[1]["volume"], expected[1]["volume"])
     # one 50³ volume takes 0.2 ms; the median keeps a busy machine out of it
