@@ -11,6 +11,7 @@ from diffdiscover3d.errors import ModelError, NetworkError
 from diffdiscover3d.hub_files import is_repo_id, read_json
 
 _SKIPPED_FOLDERS = ("checkpoints", "previews")
+_PATH_ENTRIES = ("_name_or_path", "dataset", "teacher", "init_from", "parent", "model")
 _WEIGHTS = ("diffusion_pytorch_model*", "unet/diffusion_pytorch_model*")
 
 
@@ -29,7 +30,7 @@ def push_folder(
     Args:
         folder: as the trainings write it. `scores.json` (written by `evaluate --output`) goes into the card;
             a README.md in the folder is kept as the card; checkpoints, previews and logs stay at home, and so do
-            the paths in `train_config.json`.
+            the paths in configs and options.
         repo_id: `user/name`; made if it does not exist.
         revision: branch to push to, made if it does not exist; default: main.
         private: of a repository that is made.
@@ -57,7 +58,7 @@ def push_folder(
             target = staged / path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-        _hide_paths(staged / "train_config.json")
+        _hide_paths(staged)
         _add_picture(folder, staged)
         if not (staged / CARD_NAME).exists():
             write_card(staged, repo_id)
@@ -129,16 +130,18 @@ def _files_to_push(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _hide_paths(path: Path) -> None:
-    """Where a training's data lay says who ran it; only the last name of a path is published."""
-    if not path.is_file():
-        return
-    options = read_json(path)
-    for name in ("dataset", "teacher", "init_from", "parent"):
-        value = options.get(name)
-        if isinstance(value, str) and not is_repo_id(value):
-            options[name] = Path(value).name
-    path.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+def _hide_paths(staged: Path) -> None:
+    """Where data and models lay says who trained; only the last name of a path is published."""
+    for path in staged.rglob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        if not any(f'"{name}"' in text for name in _PATH_ENTRIES):
+            continue
+        options = read_json(path)
+        for name in _PATH_ENTRIES:
+            value = options.get(name)
+            if isinstance(value, str) and not is_repo_id(value):
+                options[name] = Path(value).name
+        path.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
 
 
 def _add_picture(folder: Path, staged: Path) -> None:

@@ -76,7 +76,11 @@ def models(tmp_path_factory, tiny_discovery):
         (discovery / "previews" / f"parts-{step:08d}.png").write_bytes(b"picture of step %d" % step)
     weights = hashlib.sha256((discovery / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     rows = [{"method": "diffdiscover3d", "parts": 3, "dice": 0.51234}, {"method": "k-means", "parts": 3, "dice": 0.4}]
-    scores = {"rows": rows, "weights_sha256": {"2": {"diffusion_pytorch_model.safetensors": weights}}}
+    scores = {
+        "model": str(discovery),
+        "rows": rows,
+        "weights_sha256": {"2": {"diffusion_pytorch_model.safetensors": weights}},
+    }
     (discovery / "scores.json").write_text(json.dumps(scores))
     torch.manual_seed(0)
     unet = UNet3DModel(width=8, channel_multipliers=(1, 2, 2), attention=(None,) * 3, norm_groups=4).eval()
@@ -124,6 +128,13 @@ def test_one_commit_a_push(hub, pushed):
     for secret in ("/home", "somebody", TOKEN):
         assert not any(secret.encode() in content for content in files.values())
     assert json.loads(files["train_config.json"])["dataset"] == "scans"
+
+
+def test_no_path_of_the_pusher_is_published(hub, pushed, models):
+    for name in ("parts", "cells", "unet", "sharded"):
+        for revision in hub.repos["models", f"user/{name}"].commits:
+            for file, content in hub.repos["models", f"user/{name}"].files(revision).items():
+                assert str(models).encode() not in content, (name, file)
 
 
 def test_the_card_of_a_push(pushed, hub):
