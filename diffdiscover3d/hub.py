@@ -1,6 +1,8 @@
 """Find models: the embedded ones by name, others by folder or Hub id; push them, pull them."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,11 +171,23 @@ def _load(kind, source: str, marker: str, **options):
         raise ModelError(f"{source!r}: no such folder, and no Hub id (user/name); embedded models: {known}.")
     if options.get("revision") and folder.is_dir():
         raise ModelError(f"{source}: a folder has no revisions; --revision goes with a Hub id.")
-    diffusers_logging.disable_progress_bar()  # two small files: a bar says nothing
     try:
-        return kind.from_pretrained(source, **options)
+        with _no_progress_bar():  # two small files: a bar says nothing
+            return kind.from_pretrained(source, **options)
     except (ModelError, NetworkError):
         raise
     except Exception as error:  # diffusers and safetensors raise many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{source}: cannot be loaded as {kind.__name__}: {reason}") from error
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """diffusers' bars off for a while; whoever uses diffusers beside this package keeps the setting."""
+    enabled = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            diffusers_logging.enable_progress_bar()

@@ -12,8 +12,9 @@ from diffdiscover3d import __version__
 from diffdiscover3d.data.folder import list_volumes
 from diffdiscover3d.data.nifti import read_nifti, write_like
 from diffdiscover3d.data.nifti_header import SUFFIXES
+from diffdiscover3d.data.preflight import estimate_memory, network_config
 from diffdiscover3d.errors import DiffDiscoverError, MemoryLimitError, ModelError, NetworkError, OutputError
-from diffdiscover3d.files import check_targets, sha256, write_json
+from diffdiscover3d.files import check_targets, sha256, staged_folder, write_json
 from diffdiscover3d.hub import DEFAULT_MODEL, discovery_source, embedded_models, load_discovery
 from diffdiscover3d.hub_files import fetch_snapshot
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
@@ -59,6 +60,7 @@ def segment(
     progress: bool = False,
     on_done: Callable[[SegmentedFile], None] | None = None,
     on_error: Callable[[DiffDiscoverError], None] | None = None,
+    on_estimate: Callable[[str], None] | None = None,
 ) -> list[SegmentedFile]:
     """Divide volumes into parts and write `<stem>_dseg.nii.gz` and `<stem>_dseg.json` for each.
 
@@ -74,10 +76,11 @@ def segment(
         volume, nan_to_zero, ignore_affine: how to read unusual files, see [`read_nifti`].
         progress: show a bar for volumes that are segmented window by window.
         on_done: called after each input.
+        on_estimate: called with a line about the memory a large volume will need, before it is read.
         on_error: called with the error of an input that cannot be used, and the others go on; without it, it raises.
 
     Raises:
-        InputError, OutputError, ModelError, NetworkError: see their descriptions.
+        InputError, OutputError, ModelError, NetworkError, MemoryLimitError: see their descriptions.
         ValueError: for an unknown device.
     """
     single = isinstance(inputs, str | Path)
@@ -93,6 +96,10 @@ def segment(
     for path, targets in jobs:
         try:
             # the scan is read whole before a model is loaded: a bad file is answered at once
+            config = network.config if network else network_config(discovery_source(model, level), level)
+            estimate = estimate_memory(path, config, place.type == "cpu") if config else None
+            if estimate and on_estimate:
+                on_estimate(estimate)
             clock = time.perf_counter()
             scan = read_nifti(path, **reading)
             read_seconds = time.perf_counter() - clock
@@ -121,16 +128,15 @@ def _segment_one(network, path, scan, targets, provenance, read_seconds, progres
     """Label one scan and write its results; if anything fails, none of what was written stays."""
     label_path, sidecar_path, preview_path = targets
     num_parts = network.config.num_parts
-    written: list[Path] = []
     clock = time.perf_counter()
-    try:
-        labels = _label(network, path, scan, progress)
-        write_like(label_path, labels, scan, labels=True)
-        written.append(label_path)
-        fractions = (np.bincount(labels.ravel(), minlength=num_parts) / labels.size).tolist()
+    labels = _label(network, path, scan, progress)
+    fractions = (np.bincount(labels.ravel(), minlength=num_parts) / labels.size).tolist()
+    # a label map without its sidecar would pass for a result; older results stay until all the new ones are written
+    with staged_folder(label_path.parent) as folder:
+        write_like(folder / label_path.name, labels, scan, labels=True)
         if preview_path:
-            save_slices(preview_path, [scan.data], [labels], spacing_mm=scan.spacing_mm, num_parts=num_parts)
-            written.append(preview_path)
+            picture = folder / preview_path.name
+            save_slices(picture, [scan.data], [labels], spacing_mm=scan.spacing_mm, num_parts=num_parts)
         seconds = read_seconds + time.perf_counter() - clock
         provenance = {
             **provenance,
@@ -140,12 +146,7 @@ def _segment_one(network, path, scan, targets, provenance, read_seconds, progres
             "seconds": round(seconds, 3),
             "peak_memory_mib": peak_memory_mib(),
         }
-        write_json(sidecar_path, provenance)
-    except BaseException:
-        # a label map without its sidecar would pass for a result; older results not yet replaced stay
-        for leftover in written:
-            leftover.unlink(missing_ok=True)
-        raise
+        write_json(folder / sidecar_path.name, provenance)
     return SegmentedFile(path, label_path, sidecar_path, preview_path, tuple(fractions), scan.notes, seconds)
 
 

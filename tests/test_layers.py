@@ -10,7 +10,18 @@ ROOT = Path(diffdiscover3d.__file__).parent
 # lowest first; a module may import from its own layer and from those before it
 LAYERS = [
     ["", "errors"],
-    ["files", "losses", "metrics", "postprocessing", "models.blocks", "data.transforms", "data.synthetic"],
+    [
+        "files",
+        "interruption",
+        "memory",
+        "data.payload",
+        "losses",
+        "metrics",
+        "postprocessing",
+        "models.blocks",
+        "data.transforms",
+        "data.synthetic",
+    ],
     ["data.nifti_header", "data.nifti", "training.config", "training.sampling", "training.checkpoints", "reporting"],
     ["hub_files", "cards", "hub_upload", "models.loading"],
     ["models", "data"],

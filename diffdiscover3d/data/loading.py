@@ -25,16 +25,24 @@ class SyntheticVolumes:
     """The published number of synthetic cells of a split, as a sequence.
 
     Items are `{"volume": (1, 50, 50, 50) float32 in [0, 1], "labels": (3, 50, 50, 50) uint8, "name": str}`.
+
+    Attributes:
+        shapes: of the volumes, known without making them.
     """
 
     def __init__(self, variant: str, split: str):
         if split not in synthetic.SPLITS:
             raise ValueError(f"`split` must be one of {tuple(synthetic.SPLITS)}, got {split!r}.")
         self.variant, self.split = variant, split
+        self.shapes = [synthetic.SHAPE] * len(self)
         self._cache: dict[int, dict] = {}
 
     def __len__(self) -> int:
         return synthetic.SPLITS[self.split]
+
+    def fingerprint(self) -> str:
+        """What the volumes are, in a line."""
+        return f"synthetic-{self.variant} {self.split} version {synthetic.GENERATOR_VERSION}"
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
@@ -100,7 +108,13 @@ def has_splits(name_or_path: str) -> bool:
     return name_or_path in SYNTHETIC_NAMES or is_brats(name_or_path)
 
 
+def grid_shapes(volumes: Sequence[dict]) -> list[tuple[int, ...]]:
+    """The shapes of all volumes; those of a dataset that does not know them are found by reading it."""
+    known = getattr(volumes, "shapes", None)
+    return known if known is not None else [tuple(volumes[i]["volume"].shape[1:]) for i in range(len(volumes))]
+
+
 def common_grid(volumes: Sequence[dict]) -> tuple[int, int, int] | None:
     """The shape all volumes share, or `None` if they differ."""
-    shapes = {tuple(volumes[i]["volume"].shape[1:]) for i in range(len(volumes))}
+    shapes = set(grid_shapes(volumes))
     return shapes.pop() if len(shapes) == 1 else None

@@ -2,18 +2,21 @@
 
 import gzip
 import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
-import torch
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
-from diffdiscover3d.data.nifti_header import check_shape, check_size, open_payload, read_affine, read_header
+from diffdiscover3d.data.nifti_header import check_shape, check_size, read_affine, read_header
+from diffdiscover3d.data.payload import read_payload
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.files import atomic_file
+
+if TYPE_CHECKING:
+    import torch
 
 _CANONICAL = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
 _LABEL_INTENT = 1002
@@ -132,7 +135,7 @@ def write_volume(
     write_like(path, array, NiftiVolume(array, affine, header, io_orientation(affine)), labels=labels)
 
 
-def as_volume_tensor(volume) -> torch.Tensor:
+def as_volume_tensor(volume) -> "torch.Tensor":
     """Bring whatever a user has to a (B, 1, H, W, D) float32 tensor of raw intensities.
 
     Args:
@@ -142,6 +145,8 @@ def as_volume_tensor(volume) -> torch.Tensor:
     Raises:
         InputError: if the file cannot be read, or the array is not of such a shape.
     """
+    import torch  # here, because a bad file is refused before torch is imported
+
     if isinstance(volume, str | os.PathLike):
         volume = read_nifti(volume)
     volume = getattr(volume, "nifti_image", volume)  # the datasets library's wrapper cannot be reoriented itself
@@ -183,17 +188,7 @@ def _read_data(path: Path, header, notes: list[str]) -> np.ndarray:
     else:
         scaling = (slope, inter)
     dtype, shape, offset = header.get_data_dtype(), header.get_data_shape(), int(header["vox_offset"])
-    length = int(np.prod(shape)) * dtype.itemsize
-    try:
-        with open_payload(path) as file:
-            file.seek(offset)
-            payload = file.read(length)
-            # reading on to the end makes gzip check its checksum; trailing bytes beyond 16 MiB are left alone
-            file.read(2**24)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: its data is damaged ({error}); copy it again.") from error
-    if len(payload) < length:
-        raise InputError(f"{path}: truncated, {len(payload):,} of {length:,} bytes of data; copy it again.")
+    payload = read_payload(path, offset, int(np.prod(shape)) * dtype.itemsize, notes)
     data = np.frombuffer(payload, dtype=dtype).reshape(shape, order="F")
     if scaling and scaling != (1.0, 0.0):
         # NumPy scalars, not Python ones: float32 data is then scaled in float64 too, as nibabel does

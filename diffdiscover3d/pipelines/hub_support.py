@@ -80,6 +80,8 @@ class HubPipelineMixin(PushMixin):
                     f"{expected}; it was written for another pipeline."
                 )
             index[name] = [library, kind]
+        if not isinstance(index.get("_class_name"), str):
+            raise ModelError(f"model_index.json has the class {index.get('_class_name')!r}, which must be a name.")
         return found
 
 
