@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from diffdiscover3d import cli_data, cli_hub
 from diffdiscover3d.errors import (
     OUT_OF_MEMORY,
     DiffDiscoverError,
@@ -25,6 +26,14 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="The pretrained models that come with the package.", no_args_is_help=True)
 app.add_typer(models_app, name="models", rich_help_panel="Models")
+for _panel, _command, _example in (
+    ("Models", cli_hub.push, "push out/discovery user/my-parts"),
+    ("Models", cli_hub.pull, "pull user/my-parts my-parts"),
+    ("Data and scores", cli_data.evaluate_brats, "evaluate-brats BraTS2021/ -m ours=out/ours -o scores.json"),
+    ("Data and scores", cli_data.import_authors_archive, "import-authors-archive synthetic_data/ cells"),
+):
+    app.command(rich_help_panel=_panel, epilog=f"Example: diffdiscover3d {_example}")(_command)
+
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Embedded model, folder or Hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]

@@ -36,7 +36,8 @@ def run(config: TrainingConfig) -> str:
     """Train what the config describes; return the output folder."""
     check_folder(Path(config.output_dir))
     # the heavy imports wait until the options are known to be right
-    from diffdiscover3d.data.loading import SYNTHETIC_NAMES, common_grid, load_volumes
+    from diffdiscover3d.data.loading import common_grid, has_splits, load_volumes
+    from diffdiscover3d.files import write_json
     from diffdiscover3d.hub import load_discovery, load_teacher
     from diffdiscover3d.training.identity import dataset_fingerprint, weights_fingerprint
     from diffdiscover3d.training.runtime import make_accelerator, train
@@ -44,7 +45,11 @@ def run(config: TrainingConfig) -> str:
 
     accelerator = make_accelerator(config)
     logging.getLogger("diffdiscover3d").disabled = not accelerator.is_main_process
-    volumes = load_volumes(config.dataset, "train")
+    brats = _brats_options(config)
+    volumes = load_volumes(config.dataset, "train", brats)
+    split_ids = getattr(volumes, "split_ids", None)
+    if split_ids and accelerator.is_main_process:
+        write_json(Path(config.output_dir) / "split.json", split_ids)
     read_all(volumes, accelerator)  # a bad file is found now, not in the middle of the night
     identity = {"dataset": dataset_fingerprint(volumes)}
     if isinstance(config, DiffusionConfig):
@@ -58,8 +63,7 @@ def run(config: TrainingConfig) -> str:
             raise ValueError(
                 "`teacher` is missing: give --teacher with a folder, a Hub id or an embedded model's name."
             )
-        named = config.dataset in SYNTHETIC_NAMES
-        selection = load_volumes(config.dataset, "validation") if named else volumes
+        selection = load_volumes(config.dataset, "validation", brats) if has_splits(config.dataset) else volumes
         start = load_discovery(config.init_from) if config.init_from else None
         parent = load_discovery(config.parent) if config.parent else None
         _check_start(config, start)
@@ -79,6 +83,14 @@ def _check_start(config: DiscoveryConfig, start) -> None:
                 f"`{name}` must be that of --init-from, {start.config[name]!r}, got {getattr(config, name)!r}; "
                 f"give --{name} {start.config[name]}."
             )
+
+
+def _brats_options(config: TrainingConfig):
+    """The options that say how BraTS is prepared; one not given is the paper's."""
+    from diffdiscover3d.data.brats import BraTSOptions
+
+    given = {name: getattr(config, name) for name in ("modality", "grade", "crop", "clip_percentiles")}
+    return BraTSOptions(**{name: value for name, value in given.items() if value is not None})
 
 
 def main(arguments: list[str] | None = None) -> int:

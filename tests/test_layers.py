@@ -17,18 +17,19 @@ LAYERS = [
         "data.payload",
         "losses",
         "metrics",
+        "postprocessing",
         "models.blocks",
-        "models.loading",
         "data.transforms",
         "data.synthetic",
     ],
     ["data.nifti_header", "data.nifti", "training.config", "training.sampling", "training.checkpoints", "reporting"],
+    ["hub_files", "cards", "hub_upload", "models.loading"],
     ["models", "data"],
     ["pipelines"],
     ["hub", "baselines", "training"],
-    ["segmentation", "extraction", "evaluation"],
+    ["segmentation", "extraction", "evaluation", "brats_evaluation"],
     ["benchmark"],
-    ["train", "cli"],
+    ["train", "cli_data", "cli_hub", "cli"],
 ]
 
 

@@ -6,15 +6,19 @@ import torch
 from torch.utils.data import ConcatDataset
 
 from diffdiscover3d.data import synthetic
+from diffdiscover3d.data.brats import BraTSOptions, is_brats
+from diffdiscover3d.data.brats_volumes import BraTSVolumes
 from diffdiscover3d.data.folder import VolumeFolder
 from diffdiscover3d.data.transforms import min_max_normalize
-from diffdiscover3d.errors import InputError
+from diffdiscover3d.errors import DiffDiscoverError, InputError, NetworkError
 
 # "synthetic": the volumes of all variants, one variant after the other
 _VARIANTS_OF = {f"synthetic-{variant}": (variant,) for variant in synthetic.VARIANTS} | {
     "synthetic": synthetic.VARIANTS
 }
 SYNTHETIC_NAMES = tuple(_VARIANTS_OF)
+
+_HUB_PREFIX = "hf://datasets/"
 
 
 class SyntheticVolumes:
@@ -53,13 +57,16 @@ class SyntheticVolumes:
         return self._cache[index]
 
 
-def load_volumes(name_or_path: str, split: str = "train") -> Sequence[dict]:
+def load_volumes(name_or_path: str, split: str = "train", brats: BraTSOptions | None = None) -> Sequence[dict]:
     """Load a dataset of volumes.
 
     Args:
-        name_or_path: "synthetic-regular", "synthetic-irregular", "synthetic" (both), or a folder, glob pattern, text
-            list or file of NIfTI volumes.
-        split: "train", "validation" or "test" of a named dataset. Files have no splits: all are returned.
+        name_or_path: "synthetic-regular", "synthetic-irregular", "synthetic" (both), the folder of a BraTS edition
+            (recognised by itself), a Hub dataset as `hf://datasets/user/name`, or a folder, glob pattern, text list
+            or file of NIfTI volumes.
+        split: "train", "validation" or "test" of a named dataset or BraTS. Other files have no splits: all are
+            returned.
+        brats: how BraTS is prepared; default: as in the paper.
 
     Returns:
         A sequence of dicts with "volume", (1, H, W, D) float32 in [0, 1], "name", and for synthetic data "labels".
@@ -71,10 +78,34 @@ def load_volumes(name_or_path: str, split: str = "train") -> Sequence[dict]:
     if name_or_path in SYNTHETIC_NAMES:
         variants = [SyntheticVolumes(variant, split) for variant in _VARIANTS_OF[name_or_path]]
         return variants[0] if len(variants) == 1 else ConcatDataset(variants)
+    if name_or_path.startswith(_HUB_PREFIX):
+        return _load_from_hub(name_or_path.removeprefix(_HUB_PREFIX), split)
+    if is_brats(name_or_path):
+        return BraTSVolumes(name_or_path, split, brats)
     try:
         return VolumeFolder(name_or_path)
     except InputError as error:
         raise InputError(f"{error} Named datasets: {', '.join(SYNTHETIC_NAMES)}.") from error
+
+
+def _load_from_hub(repo_id: str, split: str) -> Sequence[dict]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"{repo_id}: a Hub dataset needs: pip install 'diffdiscover3d[datasets]'.") from error
+    from diffdiscover3d.data.builders import as_training_volumes
+
+    try:
+        return as_training_volumes(datasets.load_dataset(repo_id, split=split))
+    except (OSError, ValueError) as error:
+        if isinstance(error, DiffDiscoverError):
+            raise
+        raise NetworkError(f"{repo_id}: cannot be loaded from the Hub: {str(error).splitlines()[0]}") from error
+
+
+def has_splits(name_or_path: str) -> bool:
+    """Whether a dataset is divided into training, validation and test volumes."""
+    return name_or_path in SYNTHETIC_NAMES or is_brats(name_or_path)
 
 
 def grid_shapes(volumes: Sequence[dict]) -> list[tuple[int, ...]]:

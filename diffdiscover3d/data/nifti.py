@@ -56,6 +56,7 @@ def read_nifti(
     volume: int | None = None,
     nan_to_zero: bool = False,
     ignore_affine: bool = False,
+    allow_constant: bool = False,
 ) -> NiftiVolume:
     """Read a `.nii` or `.nii.gz` file whole, after checking its header.
 
@@ -64,6 +65,7 @@ def read_nifti(
         volume: which volume of a 4-D or 5-D file, from 0; a single one needs no choice.
         nan_to_zero: put 0 for NaN and Inf instead of refusing them.
         ignore_affine: go on with the voxel grid alone where the affine is unusable.
+        allow_constant: take a volume without contrast too, such as a mask that marks nothing.
 
     Raises:
         InputError: if the file is missing, damaged, not a 3D volume of real numbers, or has no contrast.
@@ -81,7 +83,7 @@ def read_nifti(
     low, high = float(data.min()), float(data.max())
     if high - low > float(np.finfo(np.float32).max):  # normalising would divide by Inf
         raise InputError(f"{path}: its values, {low:g} to {high:g}, are too far apart; rescale it.")
-    if low == high:
+    if low == high and not allow_constant:
         raise InputError(f"{path}: no contrast, all voxels are {low:g}; give a scan with structure in it.")
 
     orientation = io_orientation(affine)
@@ -147,6 +149,7 @@ def as_volume_tensor(volume) -> "torch.Tensor":
 
     if isinstance(volume, str | os.PathLike):
         volume = read_nifti(volume)
+    volume = getattr(volume, "nifti_image", volume)  # the datasets library's wrapper cannot be reoriented itself
     if isinstance(volume, nib.spatialimages.SpatialImage):
         if volume.get_data_dtype().kind == "c":  # asking nibabel for float32 would drop the imaginary part
             raise InputError("the image must hold real numbers, got complex ones; take their magnitude.")
