@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,6 +71,19 @@ def _read_list(path: Path) -> list[Path]:
     return found
 
 
+def files_fingerprint(files: Iterable[tuple[str, Path]]) -> str:
+    """The sha256 over the names given, the sizes, and the first and last 4 KiB of files, in their order."""
+    digest = hashlib.sha256()
+    for name, path in files:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(_END_BYTES)
+            file.seek(max(0, size - _END_BYTES))
+            ends = head + file.read(_END_BYTES)
+        digest.update(f"{name}\0{size}\0".encode() + hashlib.sha256(ends).digest())
+    return digest.hexdigest()
+
+
 class VolumeFolder:
     """NIfTI volumes in canonical orientation, min-max normalised, as a sequence.
 
@@ -98,15 +112,7 @@ class VolumeFolder:
 
         The end of a `.nii.gz` file holds the checksum of all its data; the folder's own name and place do not count.
         """
-        digest = hashlib.sha256()
-        for path in self.paths:
-            size = path.stat().st_size
-            with open(path, "rb") as file:
-                head = file.read(_END_BYTES)
-                file.seek(max(0, size - _END_BYTES))
-                ends = head + file.read(_END_BYTES)
-            digest.update(f"{path.name}\0{size}\0".encode() + hashlib.sha256(ends).digest())
-        return digest.hexdigest()
+        return files_fingerprint((path.name, path) for path in self.paths)
 
     def __getitem__(self, index: int) -> dict:
         import torch  # here, because listing files must not cost its import

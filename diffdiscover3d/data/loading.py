@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from torch.utils.data import ConcatDataset
 
 from diffdiscover3d.data import synthetic
 from diffdiscover3d.data.brats import BraTSOptions, is_brats
@@ -57,6 +56,34 @@ class SyntheticVolumes:
         return self._cache[index]
 
 
+class JoinedVolumes(Sequence):
+    """Synthetic cells of several variants, one variant after the other, as one sequence.
+
+    Attributes:
+        shapes: of the volumes, known without making them.
+    """
+
+    def __init__(self, parts: Sequence[SyntheticVolumes]):
+        self.parts = list(parts)
+        self.shapes = [shape for part in self.parts for shape in part.shapes]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def fingerprint(self) -> str:
+        """The parts' fingerprints in their order."""
+        return ", ".join(part.fingerprint() for part in self.parts)
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for part in self.parts:
+            if index < len(part):
+                break
+            index -= len(part)
+        return part[index]
+
+
 def load_volumes(name_or_path: str, split: str = "train", brats: BraTSOptions | None = None) -> Sequence[dict]:
     """Load a dataset of volumes.
 
@@ -77,7 +104,7 @@ def load_volumes(name_or_path: str, split: str = "train", brats: BraTSOptions | 
     """
     if name_or_path in SYNTHETIC_NAMES:
         variants = [SyntheticVolumes(variant, split) for variant in _VARIANTS_OF[name_or_path]]
-        return variants[0] if len(variants) == 1 else ConcatDataset(variants)
+        return variants[0] if len(variants) == 1 else JoinedVolumes(variants)
     if name_or_path.startswith(_HUB_PREFIX):
         return _load_from_hub(name_or_path.removeprefix(_HUB_PREFIX), split)
     if is_brats(name_or_path):

@@ -71,7 +71,7 @@ def resume_training(task, config, optimizer, accelerator, output: Path, identity
         return 0
     tensors, state = found
     _check_options(config, state.get("config", {}), "the checkpoint")
-    _check_identity(identity, state.get("identity", {}))
+    _check_identity(config, identity, state)
     before, now = state.get("micro_batch"), _micro_batch(config, accelerator)
     if before not in (None, now) and sees_its_own_batch_only(task.model):
         raise ModelError(
@@ -130,9 +130,14 @@ def _check_options(config: TrainingConfig, saved: dict, source) -> None:
         raise ModelError(f"{source} is of another training ({listed}); use the same options to resume it.")
 
 
-def _check_identity(now: dict, saved: dict) -> None:
-    for name, value in saved.items():
-        if value is not None and now.get(name) is not None and now[name] != value:
+def _check_identity(config: TrainingConfig, now: dict, state: dict) -> None:
+    """Compare what the training is made of with what it was made of; what has no fingerprint is known by its name."""
+    saved, written, options = state.get("identity", {}), state.get("config", {}), as_dict(config)
+    for name in sorted({"dataset", *now, *saved}):
+        old, new = saved.get(name), now.get(name)
+        if old is None and new is None:
+            old, new = written.get(name), options.get(name)
+        if old != new:
             raise ModelError(
                 f"the checkpoint was trained with another {name}: the one given has other contents; give the same "
                 f"--{name}, wherever it lies now."

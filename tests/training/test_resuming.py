@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from brats_folders import make_brats
 from training_runs import DIFFUSION, DISCOVERY, command, finish, hashes, log_steps, start, write_scans
 
+from diffdiscover3d.data.brats import BraTSOptions
 from diffdiscover3d.data.loading import load_volumes
 from diffdiscover3d.errors import InputError, ModelError, OutputError
 from diffdiscover3d.interruption import StopRequest, TrainingInterrupted
@@ -97,6 +99,65 @@ def test_fingerprints(scans, tmp_path):
     assert weights_fingerprint(one) != weights_fingerprint(two.to(torch.bfloat16))
 
 
+def test_every_dataset_has_a_fingerprint(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFDISCOVER3D_CACHE", str(tmp_path / "cache"))
+    names = ["synthetic", "synthetic-regular", "synthetic-irregular"]
+    joined, regular, irregular = [dataset_fingerprint(load_volumes(name)) for name in names]
+    assert regular in joined and irregular in joined and joined not in (regular, irregular)
+    cells = load_volumes("synthetic", "test")
+    half = len(cells) // 2
+    assert [cells[i]["name"] for i in (half - 1, half)] == [f"regular-test-{half - 1:03d}", "irregular-test-000"]
+    root = make_brats(tmp_path / "brats", "2021")
+    first = dataset_fingerprint(load_volumes(str(root)))
+    moved = tmp_path / "moved"
+    shutil.copytree(root, moved)
+    assert dataset_fingerprint(load_volumes(str(moved))) == first
+    t1 = dataset_fingerprint(load_volumes(str(root), brats=BraTSOptions(modality="t1")))
+    validation = dataset_fingerprint(load_volumes(str(root), "validation"))
+    changed = load_volumes(str(moved)).cases[0].image("flair")
+    changed.write_bytes(changed.read_bytes()[:-1] + b"x")
+    assert len({first, t1, validation, dataset_fingerprint(load_volumes(str(moved)))}) == 4
+
+
+def test_datasets_of_the_hub_have_fingerprints(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    from diffdiscover3d.data.builders import as_training_volumes
+
+    rows = np.random.default_rng(0).random((4, 5, 6, 7), dtype=np.float32)
+    tables = [datasets.Dataset.from_dict({"volume": list(kept)}) for kept in (rows, rows, rows[:3], 1 - rows)]
+    found = [dataset_fingerprint(as_training_volumes(table, tmp_path / str(i))) for i, table in enumerate(tables)]
+    assert found[0] == found[1] and len(set(found)) == 3 and None not in found
+
+
+class _Bare:
+    """Volumes that cannot say what they are."""
+
+    def __init__(self, volumes):
+        self.volumes = [volumes[i] for i in range(len(volumes))]
+
+    def __len__(self):
+        return len(self.volumes)
+
+    def __getitem__(self, index):
+        return self.volumes[index]
+
+
+def test_data_without_a_fingerprint_are_known_by_name(scans, tmp_path):
+    volumes = load_volumes(str(scans))
+
+    def go(identity, **options):
+        config = diffusion(**{"scans": scans, "output": tmp_path, "max_steps": 1, **options})
+        train(DiffusionTraining(config, (10, 8, 12)), config, _Bare(volumes), make_accelerator(config), identity)
+
+    go({"dataset": None})
+    go({"dataset": None}, resume="latest")
+    go(None, resume="latest")
+    with pytest.raises(ModelError, match="another dataset"):
+        go({"dataset": None}, scans="elsewhere", resume="latest")
+    with pytest.raises(ModelError, match="another dataset"):
+        go({"dataset": dataset_fingerprint(volumes)}, resume="latest")
+
+
 # with which options
 
 
@@ -179,7 +240,7 @@ def test_a_signal_lets_the_step_be_saved(scans, tmp_path, number):
     before = signal.getsignal(number)
     task = _Stopped(config, (10, 8, 12), number=number, step=2)
     with pytest.raises(TrainingInterrupted, match="interrupted after step 3; --resume latest"):
-        train(task, config, volumes, make_accelerator(config))
+        train(task, config, volumes, make_accelerator(config), {"dataset": dataset_fingerprint(volumes)})
     assert signal.getsignal(number) is before
     assert hashes(tmp_path / "cut")["step"] == 3  # the signal came during the wait for the third
     assert not (tmp_path / "cut" / "model_index.json").exists()
