@@ -186,6 +186,69 @@ def test_a_model_in_the_folder_is_not_written_over(scans, tmp_path):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def everything(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_an_earlier_checkpoint_does_not_replace_later_ones(scans, tmp_path):
+    steps = {"max_steps": 4, "checkpoint_every": 1, "keep_checkpoints": 4}
+    run(diffusion(scans, tmp_path / "out", **steps))
+    before, kept = everything(tmp_path / "out"), tmp_path / "out" / "checkpoints"
+    second = str(kept / "checkpoint-00000002")
+    with pytest.raises(ModelError, match=r"later checkpoints, up to checkpoint-00000004.*--output-dir, or remove"):
+        run(diffusion(scans, tmp_path / "out", **steps, resume=second))
+    assert everything(tmp_path / "out") == before
+    run(diffusion(scans, tmp_path / "branch", **steps, resume=second))
+    assert hashes(tmp_path / "branch") == hashes(tmp_path / "out")
+    branch = everything(tmp_path / "branch")
+    with pytest.raises(ModelError, match="already holds a training"):  # of its own, which was not asked for
+        run(diffusion(scans, tmp_path / "branch", **steps, resume=str(kept / "checkpoint-00000004")))
+    assert everything(tmp_path / "branch") == branch
+
+
+def test_only_what_is_damaged_is_removed_and_said(scans, tmp_path, caplog):
+    steps = {"max_steps": 4, "checkpoint_every": 1, "keep_checkpoints": 4}
+    run(diffusion(scans, tmp_path, **steps))
+    whole, kept = hashes(tmp_path), tmp_path / "checkpoints"
+    for step in (3, 4):
+        (kept / f"checkpoint-0000000{step}" / "state.json").write_text("{")
+    run(diffusion(scans, tmp_path, **steps, resume="latest"))
+    assert hashes(tmp_path) == whole and len(list(kept.iterdir())) == 4
+    removed = [r.getMessage() for r in caplog.records if r.getMessage().startswith("removing")]
+    assert len(removed) == 2 and "checkpoint-00000003, which is damaged" in removed[0]
+
+
+def test_latest_without_checkpoints_does_not_start_over_a_model(scans, tmp_path):
+    run(diffusion(scans, tmp_path, max_steps=1))
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = everything(tmp_path)
+    with pytest.raises(OutputError, match=r"already holds a model.*--output-dir"):
+        run(diffusion(scans, tmp_path, max_steps=1, resume="latest"))
+    assert everything(tmp_path) == before
+
+
+def test_a_folder_is_refused_before_any_volume_is_read(scans, tmp_path, monkeypatch):
+    run(diffusion(scans, tmp_path / "out", max_steps=1))
+    monkeypatch.setattr("diffdiscover3d.data.loading.load_volumes", None)  # it must not come to that
+    with pytest.raises(ModelError, match="already holds a training"):
+        run(diffusion(scans, tmp_path / "out", max_steps=1))
+    with pytest.raises(ModelError, match="seed was 0 and is 1"):
+        run(diffusion(scans, tmp_path / "out", max_steps=1, seed=1, resume="latest"))
+
+
+def test_the_split_of_a_training_is_not_written_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFDISCOVER3D_CACHE", str(tmp_path / "cache"))
+    five, six = (make_brats(tmp_path / str(n), "2021", count=n) for n in (5, 6))
+    options = {"max_steps": 1, "crop": (20, 22, 19), "batch_size": 2}
+    run(diffusion(five, tmp_path / "out", **options))
+    before = everything(tmp_path / "out")
+    assert sum(map(len, json.loads((tmp_path / "out" / "split.json").read_text()).values())) == 5
+    for resume, message in ((None, "already holds"), ("latest", "another dataset")):
+        with pytest.raises(ModelError, match=message):
+            run(diffusion(six, tmp_path / "out", **options, resume=resume))
+        assert everything(tmp_path / "out") == before
+
+
 def test_batch_norm_wants_as_many_volumes_at_a_time_as_before(scans, teacher, tmp_path):
     run(discovery(scans, teacher, tmp_path / "batch", max_steps=1, norm="batch"))
     again = {"max_steps": 1, "resume": "latest", "gradient_accumulation_steps": 2}
