@@ -70,6 +70,8 @@ def run(config: TrainingConfig) -> str:
         if parent is not None:
             identity["parent"] = weights_fingerprint(parent)
         task = DiscoveryTraining(config, teacher, volumes, selection, accelerator, start, parent)
+        if task.model.config.children:
+            identity["children"] = list(task.model.config.children)
     return str(train(task, config, volumes, accelerator, identity))
 
 

@@ -19,7 +19,7 @@ CONFIG_FILE = "train_config.json"
 _FREE_OPTIONS = {
     "output_dir", "resume", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints", "preview_every",
     "report_to", "save_dtype", "init_from", "gradient_accumulation_steps", "dataset", "teacher",
-    "parent",
+    "parent", "children",
 }  # fmt: skip
 
 
@@ -167,6 +167,11 @@ def _check_identity(config: TrainingConfig, now: dict, state: dict) -> None:
         old, new = saved.get(name), now.get(name)
         if old is None and new is None:
             old, new = written.get(name), options.get(name)
+        if old != new and name == "children":
+            raise ModelError(
+                f"the checkpoint's network divides the parts of its parent into {old} and this one would into {new}; "
+                f"give --children {' '.join(map(str, old or ()))} and the same --parent."
+            )
         if old != new:
             raise ModelError(
                 f"the checkpoint was trained with another {name}: the one given has other contents; give the same "

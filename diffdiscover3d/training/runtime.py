@@ -168,6 +168,7 @@ def train(
             if not bad_steps and (done % config.checkpoint_every == 0 or done == config.max_steps or stopping):
                 save_training(task, config, optimizer.optimizer, accelerator, output, done, identity)
             if stopping and done < config.max_steps:
+                accelerator.wait_for_everyone()  # a launcher that sees one process end may kill the one that saves
                 bar.close()
                 accelerator.end_training()
                 saved = "its last good step" if bad_steps else "it"

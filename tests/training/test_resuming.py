@@ -18,6 +18,7 @@ from diffdiscover3d.data.loading import load_volumes
 from diffdiscover3d.errors import InputError, ModelError, OutputError
 from diffdiscover3d.interruption import StopRequest, TrainingInterrupted
 from diffdiscover3d.train import run
+from diffdiscover3d.training import checkpoints
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
 from diffdiscover3d.training.diffusion import DiffusionTraining
 from diffdiscover3d.training.identity import dataset_fingerprint, weights_fingerprint
@@ -309,6 +310,19 @@ def test_a_signal_lets_the_step_be_saved(scans, tmp_path, number):
     assert not (tmp_path / "cut" / "model_index.json").exists()
     run(diffusion(scans, tmp_path / "cut", max_steps=5, checkpoint_every=99, resume="latest"))
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+
+
+def test_all_processes_wait_for_the_one_that_saves(scans, tmp_path, monkeypatch):
+    config, events = diffusion(scans, tmp_path, max_steps=5, checkpoint_every=99), []
+    accelerator = make_accelerator(config)
+    save, wait, end = checkpoints.save_checkpoint, accelerator.wait_for_everyone, accelerator.end_training
+    monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *a: (save(*a), events.append("saved")))
+    monkeypatch.setattr(accelerator, "wait_for_everyone", lambda: (wait(), events.append("waited")))
+    monkeypatch.setattr(accelerator, "end_training", lambda: (end(), events.append("ended")))
+    task = _Stopped(config, (10, 8, 12), number=signal.SIGTERM, step=2)
+    with pytest.raises(TrainingInterrupted):
+        train(task, config, load_volumes(str(scans)), accelerator)
+    assert events[events.index("saved") :] == ["saved", "waited", "ended"]
 
 
 def test_a_second_signal_ends_at_once():
