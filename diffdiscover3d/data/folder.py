@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffdiscover3d.data.nifti import read_nifti
-from diffdiscover3d.data.nifti_header import SUFFIXES
+from diffdiscover3d.data.nifti_header import SUFFIXES, check_reachable
 from diffdiscover3d.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def list_volumes(source: str | Path) -> list[Path]:
         InputError: if there are none, or a listed file does not exist.
     """
     path = Path(source)
+    check_reachable(path)
     if path.is_dir():
         found = [p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES)]
         # hidden folders hold what is being written, or was when its process was killed

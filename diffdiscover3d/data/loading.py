@@ -1,6 +1,7 @@
 """One way to get volumes for training and evaluation, by name or from files."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -8,6 +9,7 @@ from diffdiscover3d.data import synthetic
 from diffdiscover3d.data.brats import BraTSOptions, is_brats
 from diffdiscover3d.data.brats_volumes import BraTSVolumes
 from diffdiscover3d.data.folder import VolumeFolder
+from diffdiscover3d.data.nifti_header import check_reachable
 from diffdiscover3d.data.transforms import min_max_normalize
 from diffdiscover3d.errors import DiffDiscoverError, InputError, NetworkError
 
@@ -107,6 +109,7 @@ def load_volumes(name_or_path: str, split: str = "train", brats: BraTSOptions | 
         return variants[0] if len(variants) == 1 else JoinedVolumes(variants)
     if name_or_path.startswith(_HUB_PREFIX):
         return _load_from_hub(name_or_path.removeprefix(_HUB_PREFIX), split)
+    check_reachable(Path(name_or_path))
     if is_brats(name_or_path):
         return BraTSVolumes(name_or_path, split, brats)
     try:
