@@ -11,7 +11,7 @@ import torch
 from diffdiscover3d import __version__
 from diffdiscover3d.data.folder import list_volumes
 from diffdiscover3d.data.nifti import read_nifti, write_like
-from diffdiscover3d.data.nifti_header import SUFFIXES
+from diffdiscover3d.data.nifti_header import SUFFIXES, check_reachable
 from diffdiscover3d.data.preflight import estimate_memory, network_config
 from diffdiscover3d.errors import DiffDiscoverError, MemoryLimitError, ModelError, NetworkError, OutputError
 from diffdiscover3d.files import check_targets, sha256, staged_folder, write_json
@@ -105,6 +105,10 @@ def segment(
             read_seconds = time.perf_counter() - clock
             if network is None:
                 network = load_discovery(model, level, revision).to(place)
+                # of a Hub model nothing was known until now
+                estimate = None if config else estimate_memory(path, network.config, place.type == "cpu")
+                if estimate and on_estimate:
+                    on_estimate(estimate)
             provenance = {
                 "diffdiscover3d": __version__,
                 "model": _describe_model(model, level, revision),
@@ -182,6 +186,7 @@ def stem(path: Path) -> str:
 
 def _expand(source: str | Path) -> list[Path]:
     path = Path(source)
+    check_reachable(path)
     # a single file is passed on as it is: reading it says best what is wrong with it
     if path.name.endswith(SUFFIXES) and not path.is_dir() and not any(c in str(path) for c in "*?["):
         return [path]

@@ -37,19 +37,17 @@ def run(config: TrainingConfig) -> str:
     check_folder(Path(config.output_dir))
     # the heavy imports wait until the options are known to be right
     from diffdiscover3d.data.loading import common_grid, has_splits, load_volumes
-    from diffdiscover3d.files import write_json
     from diffdiscover3d.hub import load_discovery, load_teacher
     from diffdiscover3d.training.identity import dataset_fingerprint, weights_fingerprint
+    from diffdiscover3d.training.resuming import check_output
     from diffdiscover3d.training.runtime import make_accelerator, train
     from diffdiscover3d.training.survey import read_all
 
+    check_output(config)
     accelerator = make_accelerator(config)
     logging.getLogger("diffdiscover3d").disabled = not accelerator.is_main_process
     brats = _brats_options(config)
     volumes = load_volumes(config.dataset, "train", brats)
-    split_ids = getattr(volumes, "split_ids", None)
-    if split_ids and accelerator.is_main_process:
-        write_json(Path(config.output_dir) / "split.json", split_ids)
     read_all(volumes, accelerator)  # a bad file is found now, not in the middle of the night
     identity = {"dataset": dataset_fingerprint(volumes)}
     if isinstance(config, DiffusionConfig):
@@ -72,6 +70,8 @@ def run(config: TrainingConfig) -> str:
         if parent is not None:
             identity["parent"] = weights_fingerprint(parent)
         task = DiscoveryTraining(config, teacher, volumes, selection, accelerator, start, parent)
+        if task.model.config.children:
+            identity["children"] = list(task.model.config.children)
     return str(train(task, config, volumes, accelerator, identity))
 
 

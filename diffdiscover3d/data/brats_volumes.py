@@ -1,5 +1,7 @@
 """BraTS for training and scoring: cropped, normalised, read once and memory-mapped afterwards."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from diffdiscover3d.data.brats import (
     split_cases,
     true_parts,
 )
+from diffdiscover3d.data.folder import files_fingerprint
 from diffdiscover3d.data.tensor_cache import CachedVolumes
 
 _CACHE_VERSION = 1  # raise it whenever what is cached changes
@@ -57,6 +60,11 @@ class BraTSVolumes(Sequence):
 
     def __getitem__(self, index: int) -> dict:
         return self._items[index]
+
+    def fingerprint(self) -> str:
+        """Of the ids of this split and its files of the modality, wherever they lie, and the other splits' ids."""
+        files = files_fingerprint((case.id, case.image(self.options.modality)) for case in self.cases)
+        return f"BraTS {hashlib.sha256(json.dumps(self.split_ids).encode()).hexdigest()} {files}"
 
     def require_masks(self) -> None:
         """Raise InputError now if a case has none, rather than in the middle of scoring."""

@@ -3,11 +3,12 @@
 import glob
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffdiscover3d.data.nifti import read_nifti
-from diffdiscover3d.data.nifti_header import SUFFIXES
+from diffdiscover3d.data.nifti_header import SUFFIXES, check_reachable
 from diffdiscover3d.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def list_volumes(source: str | Path) -> list[Path]:
         InputError: if there are none, or a listed file does not exist.
     """
     path = Path(source)
+    check_reachable(path)
     if path.is_dir():
         found = [p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES)]
         # hidden folders hold what is being written, or was when its process was killed
@@ -70,6 +72,19 @@ def _read_list(path: Path) -> list[Path]:
     return found
 
 
+def files_fingerprint(files: Iterable[tuple[str, Path]]) -> str:
+    """The sha256 over the names given, the sizes, and the first and last 4 KiB of files, in their order."""
+    digest = hashlib.sha256()
+    for name, path in files:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(_END_BYTES)
+            file.seek(max(0, size - _END_BYTES))
+            ends = head + file.read(_END_BYTES)
+        digest.update(f"{name}\0{size}\0".encode() + hashlib.sha256(ends).digest())
+    return digest.hexdigest()
+
+
 class VolumeFolder:
     """NIfTI volumes in canonical orientation, min-max normalised, as a sequence.
 
@@ -98,15 +113,7 @@ class VolumeFolder:
 
         The end of a `.nii.gz` file holds the checksum of all its data; the folder's own name and place do not count.
         """
-        digest = hashlib.sha256()
-        for path in self.paths:
-            size = path.stat().st_size
-            with open(path, "rb") as file:
-                head = file.read(_END_BYTES)
-                file.seek(max(0, size - _END_BYTES))
-                ends = head + file.read(_END_BYTES)
-            digest.update(f"{path.name}\0{size}\0".encode() + hashlib.sha256(ends).digest())
-        return digest.hexdigest()
+        return files_fingerprint((path.name, path) for path in self.paths)
 
     def __getitem__(self, index: int) -> dict:
         import torch  # here, because listing files must not cost its import

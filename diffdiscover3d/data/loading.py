@@ -1,14 +1,15 @@
 """One way to get volumes for training and evaluation, by name or from files."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from torch.utils.data import ConcatDataset
 
 from diffdiscover3d.data import synthetic
 from diffdiscover3d.data.brats import BraTSOptions, is_brats
 from diffdiscover3d.data.brats_volumes import BraTSVolumes
 from diffdiscover3d.data.folder import VolumeFolder
+from diffdiscover3d.data.nifti_header import check_reachable
 from diffdiscover3d.data.transforms import min_max_normalize
 from diffdiscover3d.errors import DiffDiscoverError, InputError, NetworkError
 
@@ -57,6 +58,34 @@ class SyntheticVolumes:
         return self._cache[index]
 
 
+class JoinedVolumes(Sequence):
+    """Synthetic cells of several variants, one variant after the other, as one sequence.
+
+    Attributes:
+        shapes: of the volumes, known without making them.
+    """
+
+    def __init__(self, parts: Sequence[SyntheticVolumes]):
+        self.parts = list(parts)
+        self.shapes = [shape for part in self.parts for shape in part.shapes]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def fingerprint(self) -> str:
+        """The parts' fingerprints in their order."""
+        return ", ".join(part.fingerprint() for part in self.parts)
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for part in self.parts:
+            if index < len(part):
+                break
+            index -= len(part)
+        return part[index]
+
+
 def load_volumes(name_or_path: str, split: str = "train", brats: BraTSOptions | None = None) -> Sequence[dict]:
     """Load a dataset of volumes.
 
@@ -77,9 +106,10 @@ def load_volumes(name_or_path: str, split: str = "train", brats: BraTSOptions | 
     """
     if name_or_path in SYNTHETIC_NAMES:
         variants = [SyntheticVolumes(variant, split) for variant in _VARIANTS_OF[name_or_path]]
-        return variants[0] if len(variants) == 1 else ConcatDataset(variants)
+        return variants[0] if len(variants) == 1 else JoinedVolumes(variants)
     if name_or_path.startswith(_HUB_PREFIX):
         return _load_from_hub(name_or_path.removeprefix(_HUB_PREFIX), split)
+    check_reachable(Path(name_or_path))
     if is_brats(name_or_path):
         return BraTSVolumes(name_or_path, split, brats)
     try:

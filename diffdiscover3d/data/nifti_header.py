@@ -1,5 +1,6 @@
 """What a NIfTI header must say before a byte of data is read: place, shape, size, affine."""
 
+import errno
 import logging
 import zlib
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ def read_header(path: Path) -> nib.Nifti1Header:
     Raises:
         InputError: if the file is missing, empty, something else than its name says, or its header is damaged.
     """
+    check_reachable(path)
     if not path.exists():
         raise InputError(f"{path}: no such file.")
     if path.is_dir():
@@ -67,6 +69,21 @@ def read_header(path: Path) -> nib.Nifti1Header:
     if header["magic"].item().rstrip(b"\0") not in (b"n+1", b"n+2"):
         raise InputError(f"{path}: not a single-file NIfTI (magic {header['magic'].item()!r}); convert it to .nii.")
     return header
+
+
+def check_reachable(path: Path) -> None:
+    """Refuse a path that the file system will not even look up; one where nothing lies is no matter here.
+
+    Raises:
+        InputError: if a name in it is too long, a folder on the way may not be searched, or reading the disk fails.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a ValueError is what a NUL in a name gives
+        pass
+    except OSError as error:
+        remedy = "shorten it" if error.errno == errno.ENAMETOOLONG else "check its folders' permissions and the disk"
+        raise InputError(f"{str(path)[:200]}: cannot be reached ({error.strerror}); {remedy}.") from error
 
 
 def check_shape(path: Path, header) -> tuple[int, ...]:
@@ -133,9 +150,11 @@ def read_affine(path: Path, header, ignore: bool, notes: list[str]) -> np.ndarra
     if header["sform_code"] == 0 and header["qform_code"] == 0:
         notes.append("neither sform nor qform is set: orientation is assumed from the voxel sizes")
     if qform is not None and header["sform_code"] > 0:
-        scale = np.abs(affine[:3]).max()
-        if not np.allclose(qform[:3], affine[:3], atol=0.01 * scale):
-            notes.append("sform and qform disagree by more than 1 %: the sform is used")
+        # in voxels: the origin may lie hundreds of mm away, and must not hide voxels of another size
+        edges = np.linalg.norm(qform[:3, :3] - affine[:3, :3], axis=0) / lengths
+        shift = np.linalg.norm(np.linalg.solve(affine[:3, :3], qform[:3, 3] - affine[:3, 3]))
+        if not (edges.max() <= 0.01 and shift <= 0.1):  # NaN is no agreement
+            notes.append("sform and qform disagree by more than 1 % or a tenth of a voxel: the sform is used")
     return affine
 
 

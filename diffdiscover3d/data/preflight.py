@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffdiscover3d.data.nifti import read_nifti
-from diffdiscover3d.data.nifti_header import SUFFIXES, check_shape, check_size, read_header
+from diffdiscover3d.data.nifti_header import SUFFIXES, check_reachable, check_shape, check_size, read_header
 from diffdiscover3d.memory import LARGE, check_memory, free_memory, segmentation_bytes
 
 _READ_WHOLE = 2**25  # bytes on disk up to which reading a file twice costs less than it saves
@@ -28,6 +28,7 @@ def refuse_early(inputs: Sequence[str], device: str = "auto", **reading) -> None
     if len(inputs) != 1 or not _DEVICE.fullmatch(device):
         return
     path = Path(inputs[0])
+    check_reachable(path)
     if not path.name.endswith(SUFFIXES) or path.is_dir() or any(c in str(path) for c in "*?["):
         return
     if path.is_file() and path.stat().st_size > _READ_WHOLE:

@@ -38,11 +38,16 @@ class CachedVolumes(Sequence):
     def __init__(self, length: int, make: Callable[[int], dict], key, folder: str | Path | None = None):
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:24]
         self.length, self.make = length, make
+        self._digest = digest
         self.folder = Path(folder or cache_folder()) / digest
         self._writable = True
 
     def __len__(self) -> int:
         return self.length
+
+    def fingerprint(self) -> str:
+        """Of the key, which decides what the items are, and their number."""
+        return f"{self._digest} of {self.length}"
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.length:

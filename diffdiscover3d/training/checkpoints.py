@@ -46,16 +46,30 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
     """
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        _check_state(path, state)
         tensors = {}
         for name, expected in state["files"].items():
             if sha256(path / name) != expected:
                 raise ModelError(f"{path / name}: damaged, its sha256 is not the one recorded.")
             tensors[name.removesuffix(".safetensors")] = load_file(path / name)
-    except (OSError, KeyError, AttributeError, ValueError, SafetensorError) as error:
+    except (OSError, KeyError, AttributeError, TypeError, ValueError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{path}: not a complete checkpoint ({type(error).__name__}: {error}).") from error
     return tensors, state
+
+
+def _check_state(path: Path, state: dict) -> None:
+    """Raise ValueError if it does not say what a checkpoint's state must, whatever else it says."""
+    step, named = state["step"], _NAME.fullmatch(path.name)
+    if type(step) is not int or step < 0 or (named and step != int(named.group(1))):
+        raise ValueError(f"its state is of step {step!r}")
+    missing = sorted({"model.safetensors", "optimizer.safetensors"} - state["files"].keys())
+    if missing:
+        raise ValueError(f"its state lists no {missing[0]}")
+    for name in ("config", "identity"):
+        if not isinstance(state.get(name, {}), dict):
+            raise ValueError(f"its {name} is no mapping")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -96,11 +110,21 @@ def find_checkpoint(folder: Path, resume: str, warn) -> tuple[dict, dict] | None
     return None
 
 
-def remove_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints of later steps, and what an interrupted write left behind."""
+def later_checkpoints(folder: Path, step: int) -> tuple[list[Path], list[Path]]:
+    """The checkpoints of later steps: those that are whole, and those that are damaged."""
+    whole, damaged = [], []
     for path in list_checkpoints(folder):
         if int(_NAME.fullmatch(path.name).group(1)) > step:
-            shutil.rmtree(path, ignore_errors=True)
+            try:
+                load_checkpoint(path)
+                whole.append(path)
+            except ModelError:
+                damaged.append(path)
+    return whole, damaged
+
+
+def remove_torn(folder: Path) -> None:
+    """Delete what an interrupted write left behind."""
     for path in folder.glob(".checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
 

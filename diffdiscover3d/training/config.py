@@ -156,6 +156,8 @@ class DiscoveryConfig(TrainingConfig):
         denoised = self.denoised_timesteps
         _require(len(denoised) >= 1 and min(denoised) >= 0, "denoised_timesteps", "one or more of 0, 1, ...", denoised)
         _require(self.children is None or self.parent, "children", "left out without --parent", self.children)
+        # a network to start from brings its own parent, or its lack of one: options that say otherwise would be lost
+        _require(not (self.parent and self.init_from), "parent", "left out with --init-from", self.parent)
         gamma = self.gamma_range
         _require(
             len(gamma) == 2 and 0 < gamma[0] <= gamma[1],

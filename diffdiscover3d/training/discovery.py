@@ -129,7 +129,8 @@ class DiscoveryTraining:
         if not self.accelerator.is_main_process or (step % self.epoch_steps and step != self.config.max_steps):
             return {}
         confidence = self.mean_confidence()
-        if self.best is None or confidence > self.best_confidence or self.config.selection == "last":
+        better = self.best is None or confidence > self.best_confidence or self.config.selection == "last"
+        if better and math.isfinite(confidence):
             self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
             self.best_confidence, self.best_step = confidence, step
         return {"confidence": confidence}
@@ -160,6 +161,11 @@ class DiscoveryTraining:
 
     def save(self, folder: Path) -> None:
         """Write the kept network, its parts renumbered so that the largest over the selection volumes comes first."""
+        if self.best is None:
+            raise ModelError(
+                "the network's confidence was not finite at the end of any epoch, so none can be kept; lower "
+                "--learning-rate, or use --mixed-precision no."
+            )
         self.model.load_state_dict(self.best)
         sizes = sum(self._segment(v).probabilities.mean(dim=(0, 2, 3, 4)) for v in self._selection())
         self.model.order_parts(sizes)

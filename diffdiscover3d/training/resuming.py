@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ CONFIG_FILE = "train_config.json"
 _FREE_OPTIONS = {
     "output_dir", "resume", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints", "preview_every",
     "report_to", "save_dtype", "init_from", "gradient_accumulation_steps", "dataset", "teacher",
-    "parent",
+    "parent", "children",
 }  # fmt: skip
 
 
@@ -50,28 +51,55 @@ def save_training(task, config, optimizer, accelerator, output: Path, step: int,
     checkpoints.prune_checkpoints(output / "checkpoints", config.keep_checkpoints)
 
 
+def check_output(config: TrainingConfig) -> None:
+    """Refuse an output folder by what lies in it, before any data are read.
+
+    Raises:
+        ModelError: if it holds a training, and going on was not asked for or the options are others.
+        OutputError: if it holds a model and no checkpoint to go on from.
+    """
+    output = Path(config.output_dir)
+    if config.resume is not None:
+        _check_options(config, _written_options(output / CONFIG_FILE), output / CONFIG_FILE)
+    if config.resume is None or not _in_folder(config.resume, output / "checkpoints"):
+        _refuse_to_overwrite(output)
+
+
+def _in_folder(resume: str, folder: Path) -> bool:
+    """Whether a folder holds the checkpoint asked for, or, of `latest`, any."""
+    if resume == "latest":
+        return bool(checkpoints.list_checkpoints(folder))
+    return Path(resume).resolve().parent == folder.resolve()
+
+
 def resume_training(task, config, optimizer, accelerator, output: Path, identity: dict) -> int:
     """Load the checkpoint asked for, if any, into task, optimiser and scaler; return the step to start from.
 
     Raises:
-        ModelError: if the checkpoint is damaged or of another training.
-        OutputError: if the output folder holds a training and going on was not asked for.
+        ModelError: if the checkpoint is damaged or of another training, if there are later ones, or if the output
+            folder holds a training and going on was not asked for.
+        OutputError: if the output folder holds a model and no checkpoint to go on from.
     """
+    check_output(config)
     if config.resume is None:
-        _refuse_to_overwrite(output)
         return 0
-    _check_options(config, _written_options(output / CONFIG_FILE), output / CONFIG_FILE)
     found = checkpoints.find_checkpoint(output / "checkpoints", config.resume, logger.warning)
+    whole, damaged = checkpoints.later_checkpoints(output / "checkpoints", found[1]["step"]) if found else ([], [])
     steps = accelerator.gather(torch.tensor([found[1]["step"] if found else 0], device=accelerator.device))
     if steps.unique().numel() > 1:
         raise ModelError(f"the processes found checkpoints of different steps {steps.tolist()}; share --output-dir.")
     if found is None:
         if accelerator.is_main_process:
-            checkpoints.remove_after(output / "checkpoints", 0)
+            checkpoints.remove_torn(output / "checkpoints")
         return 0
+    if whole:
+        raise ModelError(
+            f"{output} holds later checkpoints, up to {whole[-1].name}, which going on from step {found[1]['step']} "
+            "would replace; choose another --output-dir, or remove them."
+        )
     tensors, state = found
     _check_options(config, state.get("config", {}), "the checkpoint")
-    _check_identity(identity, state.get("identity", {}))
+    _check_identity(config, identity, state)
     before, now = state.get("micro_batch"), _micro_batch(config, accelerator)
     if before not in (None, now) and sees_its_own_batch_only(task.model):
         raise ModelError(
@@ -87,8 +115,10 @@ def resume_training(task, config, optimizer, accelerator, output: Path, identity
     except (KeyError, RuntimeError) as error:
         raise ModelError(f"the checkpoint does not fit this model ({str(error)[:200]}).") from error
     if accelerator.is_main_process:
-        # what lies beyond is damaged or abandoned; left there, it would be found by the next `latest`
-        checkpoints.remove_after(output / "checkpoints", state["step"])
+        checkpoints.remove_torn(output / "checkpoints")
+        for path in damaged:  # left there, it would stand in the way of the one that is written at its step
+            logger.warning("removing %s, which is damaged", path)
+            shutil.rmtree(path, ignore_errors=True)
     logger.info("resumed after step %d", state["step"])
     return state["step"]
 
@@ -130,9 +160,19 @@ def _check_options(config: TrainingConfig, saved: dict, source) -> None:
         raise ModelError(f"{source} is of another training ({listed}); use the same options to resume it.")
 
 
-def _check_identity(now: dict, saved: dict) -> None:
-    for name, value in saved.items():
-        if value is not None and now.get(name) is not None and now[name] != value:
+def _check_identity(config: TrainingConfig, now: dict, state: dict) -> None:
+    """Compare what the training is made of with what it was made of; what has no fingerprint is known by its name."""
+    saved, written, options = state.get("identity", {}), state.get("config", {}), as_dict(config)
+    for name in sorted({"dataset", *now, *saved}):
+        old, new = saved.get(name), now.get(name)
+        if old is None and new is None:
+            old, new = written.get(name), options.get(name)
+        if old != new and name == "children":
+            raise ModelError(
+                f"the checkpoint's network divides the parts of its parent into {old} and this one would into {new}; "
+                f"give --children {' '.join(map(str, old or ()))} and the same --parent."
+            )
+        if old != new:
             raise ModelError(
                 f"the checkpoint was trained with another {name}: the one given has other contents; give the same "
                 f"--{name}, wherever it lies now."

@@ -108,7 +108,8 @@ def train(
         identity: fingerprints of what the training is made of; a checkpoint with others is not resumed.
 
     Returns:
-        The output folder: the model, `train_config.json`, `log.jsonl`, `checkpoints/` and `previews/`.
+        The output folder: the model, `train_config.json`, `log.jsonl`, `checkpoints/` and `previews/`, and of a dataset
+        that is split `split.json`.
 
     Raises:
         ModelError: if the loss stops being finite, or the checkpoint to resume from cannot be used.
@@ -126,6 +127,8 @@ def train(
     start = resume_training(task, config, optimizer.optimizer, accelerator, output, identity)
     if accelerator.is_main_process:
         _begin_log(output, config, start)
+        if getattr(volumes, "split_ids", None):
+            write_json(output / "split.json", volumes.split_ids)
     if config.report_to:
         accelerator.init_trackers(f"diffdiscover3d-{task.name}", config=_tracker_config(config))
     if accelerator.num_processes > 1 and sees_its_own_batch_only(task.model):
@@ -165,6 +168,7 @@ def train(
             if not bad_steps and (done % config.checkpoint_every == 0 or done == config.max_steps or stopping):
                 save_training(task, config, optimizer.optimizer, accelerator, output, done, identity)
             if stopping and done < config.max_steps:
+                accelerator.wait_for_everyone()  # a launcher that sees one process end may kill the one that saves
                 bar.close()
                 accelerator.end_training()
                 saved = "its last good step" if bad_steps else "it"

@@ -2,9 +2,11 @@
 
 import gzip
 import itertools
+import os
 import struct
 import time
 import tracemalloc
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -12,8 +14,12 @@ import pytest
 import torch
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
+from diffdiscover3d.data.folder import list_volumes
+from diffdiscover3d.data.loading import load_volumes
 from diffdiscover3d.data.nifti import as_volume_tensor, read_nifti, write_like, write_volume
+from diffdiscover3d.data.preflight import refuse_early
 from diffdiscover3d.errors import InputError, MemoryLimitError, OutputError
+from diffdiscover3d.segmentation import segment
 
 SHAPE = (5, 6, 7)
 ORIENTATIONS = [
@@ -253,6 +259,49 @@ def test_sform_unlike_qform_is_noted(tmp_path, factor, noted):
     np.testing.assert_allclose(back.get_qform(), affine, atol=1e-4)
     np.testing.assert_allclose(back.get_sform(), larger, atol=1e-5)
     assert (back.header["qform_code"], back.header["sform_code"]) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("voxel", "shift", "noted"),
+    [(1, 0, False), (2, 0, True), (1.005, 0, False), (1.02, 0, True), (1, 0.05, False), (1, 0.5, True)],
+)
+def test_a_far_origin_hides_no_disagreement(tmp_path, voxel, shift, noted):
+    sform = np.diag([1.0, 1, 1, 1])
+    sform[:3, 3] = (-126, -126, -72)
+    qform = np.diag([voxel, voxel, voxel, 1.0])
+    qform[:3, 3] = sform[:3, 3] + (shift, 0, 0)
+    image = nib.Nifti1Image(integers().astype(np.float32), sform)
+    image.set_sform(sform, 1)
+    image.set_qform(qform, 1)
+    nib.save(image, tmp_path / "in.nii.gz")
+    scan = read_nifti(tmp_path / "in.nii.gz")
+    assert any("disagree" in note for note in scan.notes) == noted
+    np.testing.assert_allclose(scan.affine, sform, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [f"{'x' * 300}.nii.gz", f"{'folder/' * 1000}in.nii", f"{'x' * 300}/in.nii.gz"])
+def test_paths_too_long_to_be_looked_up(tmp_path, name):
+    for look in (read_nifti, list_volumes, load_volumes, lambda path: refuse_early([path]), segment):
+        with pytest.raises(InputError, match=r"cannot be reached \(File name too long\); shorten it") as error:
+            look(Path(tmp_path / name) if look is read_nifti else str(tmp_path / name))
+        assert len(str(error.value)) < 300
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions as POSIX has them")
+def test_a_folder_that_may_not_be_searched(tmp_path, make_nifti):
+    path = make_nifti(tmp_path / "closed" / "in.nii", integers().astype(np.float32))
+    path.parent.chmod(0)
+    root = os.geteuid() == 0
+    if root:  # to whom nothing is closed
+        os.seteuid(65534)
+    try:
+        for look in (read_nifti, list_volumes, load_volumes, lambda p: refuse_early([p]), segment):
+            with pytest.raises(InputError, match=r"cannot be reached \(Permission denied\); check its folders'"):
+                look(path if look is read_nifti else str(path))
+    finally:
+        if root:
+            os.seteuid(0)
+        path.parent.chmod(0o755)
 
 
 AFFINE_DAMAGE = {

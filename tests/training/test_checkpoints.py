@@ -8,18 +8,20 @@ import torch
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.training.checkpoints import (
     find_checkpoint,
+    later_checkpoints,
     list_checkpoints,
     load_checkpoint,
     pack_optimizer,
     prune_checkpoints,
-    remove_after,
+    remove_torn,
     save_checkpoint,
     unpack_optimizer,
 )
 
 
 def save(folder, step):
-    return save_checkpoint(folder, step, {"model": {"w": torch.full((3,), float(step))}}, {"note": "x"})
+    tensors = {"model": {"w": torch.full((3,), float(step))}, "optimizer": {}}
+    return save_checkpoint(folder, step, tensors, {"note": "x"})
 
 
 def test_round_trip(tmp_path):
@@ -70,12 +72,43 @@ def test_pruning_keeps_the_newest(tmp_path):
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-00000003", "checkpoint-00000020"]
 
 
-def test_later_and_torn_ones_are_removed(tmp_path):
-    for step in (1, 2, 3):
+def test_later_and_torn_ones(tmp_path):
+    for step in (1, 2, 3, 4):
         save(tmp_path, step)
+    (tmp_path / "checkpoint-00000003" / "model.safetensors").write_bytes(b"torn")
     (tmp_path / ".checkpoint-00000004.abc").mkdir()
-    remove_after(tmp_path, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-00000001", "checkpoint-00000002"]
+    whole, damaged = later_checkpoints(tmp_path, 1)
+    assert [p.name[-1] for p in whole] == ["2", "4"] and [p.name[-1] for p in damaged] == ["3"]
+    assert later_checkpoints(tmp_path, 4) == ([], [])
+    remove_torn(tmp_path)
+    assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["1", "2", "3", "4"]
+
+
+DAMAGE = {
+    "another step": lambda state: {**state, "step": 4},
+    "a step that is no number": lambda state: {**state, "step": "5"},
+    "no step": lambda state: {k: v for k, v in state.items() if k != "step"},
+    "no model": lambda state: {**state, "files": {k: v for k, v in state["files"].items() if "model" not in k}},
+    "no optimizer": lambda state: {**state, "files": {k: v for k, v in state["files"].items() if "optim" not in k}},
+    "no files": lambda state: {**state, "files": {}},
+    "files that are a list": lambda state: {**state, "files": list(state["files"])},
+    "options that are none": lambda state: {**state, "config": "seed"},
+    "a list": lambda state: [state],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_state_that_cannot_be_is_damage(tmp_path, damage):
+    save(tmp_path, 3)
+    path = save(tmp_path, 5)
+    load_checkpoint(path)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(DAMAGE[damage](state)))
+    with pytest.raises(ModelError, match="checkpoint-00000005: not a complete checkpoint"):
+        load_checkpoint(path)
+    lines = []
+    assert find_checkpoint(tmp_path, "latest", lines.append)[1]["step"] == 3
+    assert len(lines) == 1 and "skipping checkpoint-00000005" in lines[0]
 
 
 def test_optimizer_goes_on_as_if_uninterrupted():

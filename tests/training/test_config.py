@@ -81,6 +81,9 @@ def test_bad_files_are_named(tmp_path, name, text, message):
         (DiscoveryConfig, {"lambda_visual": -1.0}),
         (DiscoveryConfig, {"num_noise": 0}),
         (DiscoveryConfig, {"invert_probability": 1.5}),
+        (DiscoveryConfig, {"children": (1, 3)}),
+        (DiscoveryConfig, {"parent": "coarse", "init_from": "start"}),
+        (DiscoveryConfig, {"parent": "coarse", "children": (1, 3), "init_from": "start"}),
     ],
 )
 def test_rules_name_option_and_value(kind, options):

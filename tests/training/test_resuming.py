@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from brats_folders import make_brats
 from training_runs import DIFFUSION, DISCOVERY, command, finish, hashes, log_steps, start, write_scans
 
+from diffdiscover3d.data.brats import BraTSOptions
 from diffdiscover3d.data.loading import load_volumes
 from diffdiscover3d.errors import InputError, ModelError, OutputError
 from diffdiscover3d.interruption import StopRequest, TrainingInterrupted
 from diffdiscover3d.train import run
+from diffdiscover3d.training import checkpoints
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
 from diffdiscover3d.training.diffusion import DiffusionTraining
 from diffdiscover3d.training.identity import dataset_fingerprint, weights_fingerprint
@@ -97,6 +100,65 @@ def test_fingerprints(scans, tmp_path):
     assert weights_fingerprint(one) != weights_fingerprint(two.to(torch.bfloat16))
 
 
+def test_every_dataset_has_a_fingerprint(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFDISCOVER3D_CACHE", str(tmp_path / "cache"))
+    names = ["synthetic", "synthetic-regular", "synthetic-irregular"]
+    joined, regular, irregular = [dataset_fingerprint(load_volumes(name)) for name in names]
+    assert regular in joined and irregular in joined and joined not in (regular, irregular)
+    cells = load_volumes("synthetic", "test")
+    half = len(cells) // 2
+    assert [cells[i]["name"] for i in (half - 1, half)] == [f"regular-test-{half - 1:03d}", "irregular-test-000"]
+    root = make_brats(tmp_path / "brats", "2021")
+    first = dataset_fingerprint(load_volumes(str(root)))
+    moved = tmp_path / "moved"
+    shutil.copytree(root, moved)
+    assert dataset_fingerprint(load_volumes(str(moved))) == first
+    t1 = dataset_fingerprint(load_volumes(str(root), brats=BraTSOptions(modality="t1")))
+    validation = dataset_fingerprint(load_volumes(str(root), "validation"))
+    changed = load_volumes(str(moved)).cases[0].image("flair")
+    changed.write_bytes(changed.read_bytes()[:-1] + b"x")
+    assert len({first, t1, validation, dataset_fingerprint(load_volumes(str(moved)))}) == 4
+
+
+def test_datasets_of_the_hub_have_fingerprints(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    from diffdiscover3d.data.builders import as_training_volumes
+
+    rows = np.random.default_rng(0).random((4, 5, 6, 7), dtype=np.float32)
+    tables = [datasets.Dataset.from_dict({"volume": list(kept)}) for kept in (rows, rows, rows[:3], 1 - rows)]
+    found = [dataset_fingerprint(as_training_volumes(table, tmp_path / str(i))) for i, table in enumerate(tables)]
+    assert found[0] == found[1] and len(set(found)) == 3 and None not in found
+
+
+class _Bare:
+    """Volumes that cannot say what they are."""
+
+    def __init__(self, volumes):
+        self.volumes = [volumes[i] for i in range(len(volumes))]
+
+    def __len__(self):
+        return len(self.volumes)
+
+    def __getitem__(self, index):
+        return self.volumes[index]
+
+
+def test_data_without_a_fingerprint_are_known_by_name(scans, tmp_path):
+    volumes = load_volumes(str(scans))
+
+    def go(identity, **options):
+        config = diffusion(**{"scans": scans, "output": tmp_path, "max_steps": 1, **options})
+        train(DiffusionTraining(config, (10, 8, 12)), config, _Bare(volumes), make_accelerator(config), identity)
+
+    go({"dataset": None})
+    go({"dataset": None}, resume="latest")
+    go(None, resume="latest")
+    with pytest.raises(ModelError, match="another dataset"):
+        go({"dataset": None}, scans="elsewhere", resume="latest")
+    with pytest.raises(ModelError, match="another dataset"):
+        go({"dataset": dataset_fingerprint(volumes)}, resume="latest")
+
+
 # with which options
 
 
@@ -123,6 +185,69 @@ def test_a_model_in_the_folder_is_not_written_over(scans, tmp_path):
     with pytest.raises(OutputError, match=r"already holds a model.*--output-dir"):
         run(diffusion(scans, tmp_path, max_steps=1))
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def everything(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_an_earlier_checkpoint_does_not_replace_later_ones(scans, tmp_path):
+    steps = {"max_steps": 4, "checkpoint_every": 1, "keep_checkpoints": 4}
+    run(diffusion(scans, tmp_path / "out", **steps))
+    before, kept = everything(tmp_path / "out"), tmp_path / "out" / "checkpoints"
+    second = str(kept / "checkpoint-00000002")
+    with pytest.raises(ModelError, match=r"later checkpoints, up to checkpoint-00000004.*--output-dir, or remove"):
+        run(diffusion(scans, tmp_path / "out", **steps, resume=second))
+    assert everything(tmp_path / "out") == before
+    run(diffusion(scans, tmp_path / "branch", **steps, resume=second))
+    assert hashes(tmp_path / "branch") == hashes(tmp_path / "out")
+    branch = everything(tmp_path / "branch")
+    with pytest.raises(ModelError, match="already holds a training"):  # of its own, which was not asked for
+        run(diffusion(scans, tmp_path / "branch", **steps, resume=str(kept / "checkpoint-00000004")))
+    assert everything(tmp_path / "branch") == branch
+
+
+def test_only_what_is_damaged_is_removed_and_said(scans, tmp_path, caplog):
+    steps = {"max_steps": 4, "checkpoint_every": 1, "keep_checkpoints": 4}
+    run(diffusion(scans, tmp_path, **steps))
+    whole, kept = hashes(tmp_path), tmp_path / "checkpoints"
+    for step in (3, 4):
+        (kept / f"checkpoint-0000000{step}" / "state.json").write_text("{")
+    run(diffusion(scans, tmp_path, **steps, resume="latest"))
+    assert hashes(tmp_path) == whole and len(list(kept.iterdir())) == 4
+    removed = [r.getMessage() for r in caplog.records if r.getMessage().startswith("removing")]
+    assert len(removed) == 2 and "checkpoint-00000003, which is damaged" in removed[0]
+
+
+def test_latest_without_checkpoints_does_not_start_over_a_model(scans, tmp_path):
+    run(diffusion(scans, tmp_path, max_steps=1))
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = everything(tmp_path)
+    with pytest.raises(OutputError, match=r"already holds a model.*--output-dir"):
+        run(diffusion(scans, tmp_path, max_steps=1, resume="latest"))
+    assert everything(tmp_path) == before
+
+
+def test_a_folder_is_refused_before_any_volume_is_read(scans, tmp_path, monkeypatch):
+    run(diffusion(scans, tmp_path / "out", max_steps=1))
+    monkeypatch.setattr("diffdiscover3d.data.loading.load_volumes", None)  # it must not come to that
+    with pytest.raises(ModelError, match="already holds a training"):
+        run(diffusion(scans, tmp_path / "out", max_steps=1))
+    with pytest.raises(ModelError, match="seed was 0 and is 1"):
+        run(diffusion(scans, tmp_path / "out", max_steps=1, seed=1, resume="latest"))
+
+
+def test_the_split_of_a_training_is_not_written_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFDISCOVER3D_CACHE", str(tmp_path / "cache"))
+    five, six = (make_brats(tmp_path / str(n), "2021", count=n) for n in (5, 6))
+    options = {"max_steps": 1, "crop": (20, 22, 19), "batch_size": 2}
+    run(diffusion(five, tmp_path / "out", **options))
+    before = everything(tmp_path / "out")
+    assert sum(map(len, json.loads((tmp_path / "out" / "split.json").read_text()).values())) == 5
+    for resume, message in ((None, "already holds"), ("latest", "another dataset")):
+        with pytest.raises(ModelError, match=message):
+            run(diffusion(six, tmp_path / "out", **options, resume=resume))
+        assert everything(tmp_path / "out") == before
 
 
 def test_batch_norm_wants_as_many_volumes_at_a_time_as_before(scans, teacher, tmp_path):
@@ -179,12 +304,25 @@ def test_a_signal_lets_the_step_be_saved(scans, tmp_path, number):
     before = signal.getsignal(number)
     task = _Stopped(config, (10, 8, 12), number=number, step=2)
     with pytest.raises(TrainingInterrupted, match="interrupted after step 3; --resume latest"):
-        train(task, config, volumes, make_accelerator(config))
+        train(task, config, volumes, make_accelerator(config), {"dataset": dataset_fingerprint(volumes)})
     assert signal.getsignal(number) is before
     assert hashes(tmp_path / "cut")["step"] == 3  # the signal came during the wait for the third
     assert not (tmp_path / "cut" / "model_index.json").exists()
     run(diffusion(scans, tmp_path / "cut", max_steps=5, checkpoint_every=99, resume="latest"))
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+
+
+def test_all_processes_wait_for_the_one_that_saves(scans, tmp_path, monkeypatch):
+    config, events = diffusion(scans, tmp_path, max_steps=5, checkpoint_every=99), []
+    accelerator = make_accelerator(config)
+    save, wait, end = checkpoints.save_checkpoint, accelerator.wait_for_everyone, accelerator.end_training
+    monkeypatch.setattr(checkpoints, "save_checkpoint", lambda *a: (save(*a), events.append("saved")))
+    monkeypatch.setattr(accelerator, "wait_for_everyone", lambda: (wait(), events.append("waited")))
+    monkeypatch.setattr(accelerator, "end_training", lambda: (end(), events.append("ended")))
+    task = _Stopped(config, (10, 8, 12), number=signal.SIGTERM, step=2)
+    with pytest.raises(TrainingInterrupted):
+        train(task, config, load_volumes(str(scans)), accelerator)
+    assert events[events.index("saved") :] == ["saved", "waited", "ended"]
 
 
 def test_a_second_signal_ends_at_once():

@@ -17,6 +17,7 @@ from diffdiscover3d.hub import load_discovery, load_teacher
 from diffdiscover3d.train import main, run
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
 from diffdiscover3d.training.diffusion import DiffusionTraining
+from diffdiscover3d.training.discovery import DiscoveryTraining
 from diffdiscover3d.training.runtime import learning_rate_at, make_accelerator, train
 
 GRID = (10, 8, 12)
@@ -181,6 +182,44 @@ def test_discovery_resumes_bit_equal(scans, teacher, tmp_path, options):
     (last / "model.safetensors").write_bytes(b"torn")
     run(discovery(scans, teacher, parts, max_steps=7, resume="latest", **options))
     assert_same(weights(whole), weights(parts))  # dropout, batch statistics and the kept epoch included
+
+
+def test_nested_discovery_resumes_bit_equal(scans, teacher, tmp_path):
+    run(discovery(scans, teacher, tmp_path / "coarse", max_steps=3, num_parts=2))
+    options = {"parent": str(tmp_path / "coarse"), "num_parts": 4, "teacher_noise": "fixed", "selection": "last"}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(discovery(scans, teacher, whole, max_steps=7, **options))
+    run(discovery(scans, teacher, parts, max_steps=7, checkpoint_every=5, keep_checkpoints=3, **options))
+    (parts / "checkpoints" / "checkpoint-00000007" / "model.safetensors").write_bytes(b"torn")
+    run(discovery(scans, teacher, parts, max_steps=7, resume="latest", **options))
+    assert_same(weights(whole), weights(parts))
+    assert json.loads((parts / "selection.json").read_text())["kept_step"] == 7
+    for name in ("config.json", "selection.json"):
+        assert (parts / name).read_text() == (whole / name).read_text()
+
+
+def test_children_chosen_otherwise_are_not_resumed(scans, teacher, tmp_path, monkeypatch):
+    run(discovery(scans, teacher, tmp_path / "coarse", max_steps=1, num_parts=2))
+    options = {"parent": str(tmp_path / "coarse"), "num_parts": 4, "max_steps": 1}
+    monkeypatch.setattr("diffdiscover3d.training.discovery.choose_children", lambda *_: (1, 3))
+    run(discovery(scans, teacher, tmp_path / "out", **options))
+    run(discovery(scans, teacher, tmp_path / "out", **options, resume="latest"))
+    # as another machine might choose; the weights would have the same shapes
+    monkeypatch.setattr("diffdiscover3d.training.discovery.choose_children", lambda *_: (3, 1))
+    with pytest.raises(ModelError, match=r"into \[1, 3\] and this one would into \[3, 1\]; give --children 1 3"):
+        run(discovery(scans, teacher, tmp_path / "out", **options, resume="latest"))
+    run(discovery(scans, teacher, tmp_path / "out", **options, resume="latest", children=(1, 3)))
+
+
+def test_a_confidence_that_is_not_finite_is_never_the_best(scans, teacher, tmp_path, monkeypatch):
+    confidences = iter([float("nan"), 0.6, float("inf"), 0.5])
+    monkeypatch.setattr(DiscoveryTraining, "mean_confidence", lambda self: next(confidences))
+    run(discovery(scans, teacher, tmp_path / "out", max_steps=12))  # epochs of 3 steps
+    assert json.loads((tmp_path / "out" / "selection.json").read_text()) == {"kept_step": 6, "mean_confidence": 0.6}
+    monkeypatch.setattr(DiscoveryTraining, "mean_confidence", lambda self: float("nan"))
+    with pytest.raises(ModelError, match=r"confidence was not finite.*--learning-rate"):
+        run(discovery(scans, teacher, tmp_path / "none", max_steps=3))
+    assert not (tmp_path / "none" / "config.json").exists()
 
 
 def test_scans_of_different_shapes_are_brought_to_one(scans, teacher, tmp_path):
