@@ -1,11 +1,13 @@
 """The command line: parse, call one function, print. Heavy imports wait inside the commands."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from diffdiscover3d.commands.discover import discover
 from diffdiscover3d.errors import DiffDiscoverError, OutputError, exit_code, reportable_errors
 
 app = typer.Typer(
@@ -16,6 +18,16 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="The pretrained models that come with the package.", no_args_is_help=True)
 app.add_typer(models_app, name="models", rich_help_panel="Models")
+
+
+class Level(StrEnum):
+    """Levels of the hierarchy, as the command line offers them."""
+
+    ONE = "1"
+    TWO = "2"
+    THREE = "3"
+    ALL = "all"
+
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Embedded model, folder or Hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
@@ -28,6 +40,9 @@ Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
 
 _debug = False
+app.command(rich_help_panel="Use", epilog="Example: diffdiscover3d discover scans/ --preset quick -o discovered")(
+    discover
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -57,18 +72,35 @@ def segment(
     ] = None,
     model: Model = "synthetic-regular",
     level: Annotated[
-        int | None, typer.Option(min=1, max=3, help="1, 2 or 3: coarse to fine, 2, 4 or 8 parts (default: 2).")
+        Level | None, typer.Option(help="Coarse to fine, of a model with levels; all writes each (default: 2).")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     device: Device = "auto",
+    fast: Annotated[bool, typer.Option("--fast", help="At half the resolution: several times faster.")] = False,
     preview: Annotated[bool, typer.Option("--preview", help="Also write a picture of three slices.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also write a page with a 3D viewer; opens without a network.")
+    ] = False,
+    statistics: Annotated[
+        bool, typer.Option("--statistics", help="Also measure spread, centroid, components and neighbours.")
+    ] = False,
+    tables: Annotated[
+        bool, typer.Option("--tables", help="Also write names and colours for ITK-SNAP and 3D Slicer.")
+    ] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write the probability of every part.")
+    ] = False,
+    order: Annotated[
+        str, typer.Option(help="Number parts as the model does (the same in every scan), or by size in each scan.")
+    ] = "model",
     overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip scans whose results are there.")] = False,
     volume: VolumeNumber = None,
     nan_to_zero: NanToZero = False,
     ignore_affine: IgnoreAffine = False,
     quiet: Quiet = False,
 ) -> None:
-    """Divide volumes into parts: writes STEM_dseg.nii.gz and STEM_dseg.json on each input's own grid."""
+    """Divide volumes into parts: writes STEM_dseg.nii.gz, .json and .tsv, on each input's own grid."""
     from diffdiscover3d.segmentation import segment as run
 
     errors: list[DiffDiscoverError] = []
@@ -84,23 +116,38 @@ def segment(
             for note in result.notes:
                 print(f"{result.input}: note: {note}", file=sys.stderr)
             shares = ", ".join(f"{100 * f:.1f} %" for f in result.fractions)
-            print(f"{result.labels}  parts: {shares}  ({result.seconds:.1f} s)")
+            shares = f"levels {', '.join(map(str, result.levels))}" if len(result.levels) > 1 else f"parts: {shares}"
+            print(f"{result.labels}  {shares}  ({result.seconds:.1f} s)")
+            if result.report:
+                print(result.report)
+
+    def skipped(path: Path) -> None:
+        if not quiet:
+            print(f"{path}: finished already, skipped", file=sys.stderr)
 
     run(
         inputs,
         output,
         model=model,
-        level=level,
+        level=None if level is None else "all" if level is Level.ALL else int(level),
         revision=revision,
         device=device,
+        fast=fast,
+        order=order,
         preview=preview,
+        statistics=statistics,
+        tables=tables,
+        probabilities=probabilities,
+        report=report,
         overwrite=overwrite,
+        resume=resume,
         volume=volume,
         nan_to_zero=nan_to_zero,
         ignore_affine=ignore_affine,
-        progress=not quiet and sys.stderr.isatty(),
+        progress=not quiet,
         on_done=done,
         on_error=failed,
+        on_skip=skipped,
     )
     if errors:
         raise typer.Exit(errors[0].exit_code)

@@ -37,16 +37,32 @@ class EmbeddedModel:
     @property
     def levels(self) -> tuple[int, ...]:
         """The levels of the hierarchy, 1 the coarsest."""
-        config, depth = read_json(self.discovery / "config.json"), 1
-        while config := config.get("parent"):
-            depth += 1
-        return tuple(range(1, depth + 1))
+        return _nested_levels(self.discovery / "config.json")
 
 
 def embedded_models() -> dict[str, EmbeddedModel]:
     """The models that come with the package, by name."""
     folders = sorted(p for p in ASSETS.iterdir() if p.is_dir() and (p / "discovery").is_dir())
     return {p.name: EmbeddedModel(p.name, p) for p in folders}
+
+
+def model_levels(name: str) -> tuple[int, ...]:
+    """The levels of an embedded model or of a folder that holds several; none for a single network or a Hub id."""
+    embedded = embedded_models()
+    if name in embedded:
+        return embedded[name].levels
+    if folders := _level_folders(name):
+        return tuple(sorted(folders))
+    config = Path(name) / "config.json"
+    levels = _nested_levels(config) if config.is_file() else ()
+    return levels if len(levels) > 1 else ()
+
+
+def _nested_levels(file: Path) -> tuple[int, ...]:
+    config, depth = read_json(file), 1
+    while config := config.get("parent"):
+        depth += 1
+    return tuple(range(1, depth + 1))
 
 
 def load_teacher(name: str) -> DiffusionFeaturePipeline:
@@ -76,9 +92,9 @@ def load_discovery(name: str, level: int | None = None, revision: str | None = N
         ModelError: if there is no such model or level, or it is damaged.
         NetworkError: if the Hub cannot be reached.
     """
-    source = discovery_source(name)
+    source = discovery_source(name, level)
     levels = _load(StructureDiscoveryModel, source, marker="config.json", revision=revision).eval().levels
-    if level is None:
+    if level is None or _level_folders(name):
         return levels[-1]
     if not 1 <= level <= len(levels):
         raise ModelError(f"{name} has the levels {list(range(1, len(levels) + 1))}, not {level}.")
@@ -86,9 +102,23 @@ def load_discovery(name: str, level: int | None = None, revision: str | None = N
 
 
 def discovery_source(name: str, level: int | None = None) -> str:
-    """The folder or Hub id that `load_discovery` loads from; all levels are in one place."""
+    """The folder or Hub id that `load_discovery` loads from: one place for all levels, or a folder for each."""
     embedded = embedded_models()
-    return str(embedded[name].discovery) if name in embedded else name
+    if name in embedded:
+        return str(embedded[name].discovery)
+    folders = _level_folders(name)
+    if not folders:
+        return name
+    level = max(folders) if level is None else level
+    if level not in folders:
+        raise ModelError(f"{name} has the levels {sorted(folders)}, not {level}.")
+    return str(folders[level])
+
+
+def _level_folders(name: str) -> dict[int, Path]:
+    """The `discovery-level<L>` folders in a folder that `discover` wrote, by level."""
+    found = sorted(Path(name).glob("discovery-level[0-9]")) if Path(name).is_dir() else []
+    return {int(p.name.removeprefix("discovery-level")): p for p in found}
 
 
 def _load(kind, source: str, marker: str, **options):

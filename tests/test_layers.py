@@ -10,13 +10,15 @@ ROOT = Path(diffdiscover3d.__file__).parent
 # lowest first; a module may import from its own layer and from those before it
 LAYERS = [
     ["", "errors"],
-    ["files", "losses", "metrics", "models.blocks", "models.loading", "data.transforms", "data.synthetic"],
+    ["files", "progress", "losses", "metrics", "models.blocks", "models.loading", "data.transforms", "data.synthetic"],
     ["data.nifti_header", "data.nifti", "training.config", "training.sampling", "training.checkpoints", "reporting"],
     ["models", "data"],
     ["pipelines"],
-    ["hub", "baselines", "training"],
+    ["hub", "baselines", "training", "results"],
     ["segmentation", "extraction", "evaluation"],
     ["benchmark"],
+    ["discover"],
+    ["commands"],
     ["train", "cli"],
 ]
 

@@ -12,10 +12,11 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.files import atomic_file, write_json
+from diffdiscover3d.progress import Stages
+from diffdiscover3d.reporting.plots import save_loss_curves
 from diffdiscover3d.training import checkpoints
 from diffdiscover3d.training.config import TrainingConfig, as_dict
 from diffdiscover3d.training.sampling import StepBatches, TrainingVolumes, draw_generator
@@ -119,41 +120,36 @@ def train(task: Task, config: TrainingConfig, volumes: Sequence, accelerator: Ac
     model.train()
     loader = _make_loader(task, config, volumes, accelerator, start)
     batches = iter(loader)
-    bar = tqdm(
-        total=config.max_steps,
-        initial=start,
-        desc=task.name,
-        unit="step",
-        disable=None if accelerator.is_main_process else True,
-    )
     bad_steps, clock, timed = 0, time.perf_counter(), start
-    for step in range(start, config.max_steps):
-        figures, finite = _take_step(task, model, optimizer, batches, config, accelerator, step)
-        bad_steps = 0 if finite else bad_steps + 1
-        if bad_steps >= MAX_BAD_STEPS:
-            raise ModelError(
-                f"the loss is not finite since step {step + 2 - bad_steps}; the checkpoints in {output} are from "
-                "before. Lower --learning-rate, or use --mixed-precision no."
-            )
-        done = step + 1
-        further = task.after_step(done)
-        figures |= further
-        bar.update()
-        bar.set_postfix({k: f"{v:.4f}" for k, v in figures.items()})
-        if done % config.log_every == 0 or further or done == config.max_steps:
-            if accelerator.is_main_process:
-                _log(output, done, config, figures, (time.perf_counter() - clock) / (done - timed))
-            accelerator.log(figures, step=done)
-            clock, timed = time.perf_counter(), done
-        if done % config.checkpoint_every == 0 or done == config.max_steps:
-            _save_checkpoint(task, config, optimizer, accelerator, output, done)
-        wants_preview = config.preview_every and (done % config.preview_every == 0 or done == config.max_steps)
-        if wants_preview and accelerator.is_main_process:
-            task.preview(done, output / "previews")
-    bar.close()
+    with Stages(config.max_steps, accelerator.is_main_process, start) as bar:
+        bar.show(f"training, {task.name}")
+        for step in range(start, config.max_steps):
+            figures, finite = _take_step(task, model, optimizer, batches, config, accelerator, step)
+            bad_steps = 0 if finite else bad_steps + 1
+            if bad_steps >= MAX_BAD_STEPS:
+                raise ModelError(
+                    f"the loss is not finite since step {step + 2 - bad_steps}; the checkpoints in {output} are from "
+                    "before. Lower --learning-rate, or use --mixed-precision no."
+                )
+            done = step + 1
+            further = task.after_step(done)
+            figures |= further
+            bar.done()
+            bar.show(f"training, {task.name}", "  ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+            if done % config.log_every == 0 or further or done == config.max_steps:
+                if accelerator.is_main_process:
+                    _log(output, done, config, figures, (time.perf_counter() - clock) / (done - timed))
+                accelerator.log(figures, step=done)
+                clock, timed = time.perf_counter(), done
+            if done % config.checkpoint_every == 0 or done == config.max_steps:
+                _save_checkpoint(task, config, optimizer, accelerator, output, done)
+            wants_preview = config.preview_every and (done % config.preview_every == 0 or done == config.max_steps)
+            if wants_preview and accelerator.is_main_process:
+                task.preview(done, output / "previews")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         task.save(output)
+        save_loss_curves(output / "losses.png", output / "log.jsonl")
     accelerator.end_training()
     return output
 
