@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from diffdiscover3d.commands.discover import discover
+from diffdiscover3d.commands.doctor import doctor
+from diffdiscover3d.commands.report import report
 from diffdiscover3d.errors import DiffDiscoverError, OutputError, exit_code, reportable_errors
 
 app = typer.Typer(
@@ -40,9 +42,12 @@ Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
 
 _debug = False
-app.command(rich_help_panel="Use", epilog="Example: diffdiscover3d discover scans/ --preset quick -o discovered")(
-    discover
-)
+for _command, _panel, _example in (
+    (discover, "Use", "discover scans/ --preset quick -o discovered"),
+    (report, "Use", "report scans/ --parts parts/"),
+    (doctor, "Help", "doctor --json"),
+):
+    app.command(rich_help_panel=_panel, epilog=f"Example: diffdiscover3d {_example}")(_command)
 
 
 def _print_version(wanted: bool) -> None:

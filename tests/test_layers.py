@@ -15,7 +15,7 @@ LAYERS = [
     ["models", "data"],
     ["pipelines"],
     ["hub", "baselines", "training", "results"],
-    ["segmentation", "extraction", "evaluation"],
+    ["segmentation", "extraction", "evaluation", "report", "doctor"],
     ["benchmark"],
     ["discover"],
     ["commands"],
