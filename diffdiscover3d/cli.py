@@ -171,6 +171,9 @@ def features(
     timestep: Annotated[int, typer.Option(help="Noise step t.")] = 25,
     num_noise: Annotated[int, typer.Option(help="Noise draws to average over.")] = 1,
     upsample: Annotated[bool, typer.Option("--upsample", help="Bring the features to the scan's grid.")] = False,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Also write a picture: three principal components as colours.")
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -191,6 +194,7 @@ def features(
         upsample=upsample,
         seed=seed,
         device=device,
+        preview=preview,
         overwrite=overwrite,
         volume=volume,
         nan_to_zero=nan_to_zero,
@@ -257,7 +261,9 @@ def evaluate(
     dataset: Annotated[str, typer.Option(help="synthetic-regular or synthetic-irregular.")] = "synthetic-regular",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     level: Annotated[list[int] | None, typer.Option(min=1, max=3, help="Level to score; repeatable.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON, and bars as PNG beside it.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of k-means.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -265,14 +271,17 @@ def evaluate(
     from diffdiscover3d.files import check_targets, write_json
 
     if output is not None:
-        check_targets([output], overwrite)
+        check_targets([output, output.with_suffix(".png")], overwrite)
     from diffdiscover3d.evaluation import evaluate as run
     from diffdiscover3d.evaluation import format_rows
 
     result = run(model, dataset, split, level, seed, report=lambda row: print(format_rows([row]).splitlines()[-1]))
     print("\n" + format_rows(result["rows"]))
     if output is not None:
+        from diffdiscover3d.reporting.plots import save_dice_bars
+
         write_json(output, result)
+        save_dice_bars(output.with_suffix(".png"), result["rows"])
 
 
 @app.command(rich_help_panel="Data and scores", epilog="Example: diffdiscover3d benchmark --table 1 -o tables/one")

@@ -14,7 +14,7 @@ LAYERS = [
     ["data.nifti_header", "data.nifti", "training.config", "training.sampling", "training.checkpoints", "reporting"],
     ["models", "data"],
     ["pipelines"],
-    ["hub", "baselines", "training", "results"],
+    ["hub", "baselines", "training", "results", "labelling"],
     ["segmentation", "extraction", "evaluation", "report", "doctor"],
     ["benchmark"],
     ["discover"],

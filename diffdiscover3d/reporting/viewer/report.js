@@ -24,7 +24,7 @@ async function start() {
   const { Niivue, NVImage, SLICE_TYPE, SHOW_RENDER } = window.niivue;
 
   const nv = new Niivue({
-    backColor: [0, 0, 0, 1], crosshairColor: [1, 1, 1, 0.6], show3Dcrosshair: true, isColorbar: false,
+    backColor: [0, 0, 0, 1], crosshairColor: [1, 1, 1, 0.6], crosshairWidth: 0.4, show3Dcrosshair: true, isColorbar: false,
     dragAndDropEnabled: false, loadingText: "", logLevel: "error", multiplanarShowRender: SHOW_RENDER.ALWAYS,
     onLocationChange: (location) => {
       const [scan, ...parts] = location.values;

@@ -1,0 +1,193 @@
+"""One scan: find its parts at every level, and write its files."""
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from diffdiscover3d.data.nifti import NiftiVolume, write_like
+from diffdiscover3d.data.transforms import resize_volume
+from diffdiscover3d.errors import MemoryLimitError
+from diffdiscover3d.files import sha256, write_json
+from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+from diffdiscover3d.progress import Stages
+from diffdiscover3d.reporting.parts import measure_parts, nest_levels, number_by_size
+from diffdiscover3d.reporting.pictures import save_slices
+from diffdiscover3d.reporting.provenance import peak_memory_mib
+from diffdiscover3d.reporting.tables import (
+    COLUMNS,
+    STATISTICS_COLUMNS,
+    write_itksnap_labels,
+    write_part_table,
+    write_slicer_colours,
+)
+from diffdiscover3d.results import CaseFiles, Extras, LevelFiles
+
+FAST_MIN_SIZE = 32  # voxels; where an axis is shorter, half of them would be too few
+
+
+@dataclass(frozen=True)
+class SegmentedFile:
+    """One input and what was written for it; paths are `None` for what was not asked for.
+
+    Attributes:
+        input, preview, tree, report: paths.
+        labels, sidecar: paths of the first level.
+        levels: the files of every level.
+        fractions: share of the voxels in each part of the first level.
+        notes: what was unusual about the input.
+        seconds: from reading to writing, without loading the model.
+    """
+
+    input: Path
+    labels: Path
+    sidecar: Path
+    preview: Path | None
+    fractions: tuple[float, ...]
+    notes: tuple[str, ...]
+    seconds: float
+    levels: dict[int | None, LevelFiles]
+    tree: Path | None = None
+    report: Path | None = None
+
+
+def label_scan(
+    networks: dict[int | None, StructureDiscoveryModel],
+    working: tuple[int, int, int] | None,
+    case: CaseFiles,
+    scan: NiftiVolume,
+    provenance: dict[int | None, dict],
+    extras: Extras,
+    read_seconds: float,
+    stages: Stages,
+) -> SegmentedFile:
+    """Label one scan at every level and write its results; if anything fails, none of what was written stays.
+
+    Args:
+        networks: by level.
+        working: the grid the scan is brought to first; `None` for its own.
+        case, extras: the files to write.
+        provenance: of each level, for its sidecar; its "arguments" say how to label.
+        read_seconds: how long the reading took.
+        stages: told what is being done.
+
+    Raises:
+        MemoryLimitError: if the scan does not fit into the device's memory.
+        OutputError: if a file cannot be written.
+    """
+    maps: dict[int | None, np.ndarray] = {}
+    num_parts = {level: network.config.num_parts for level, network in networks.items()}
+    notes = list(scan.notes)
+    fractions: dict[int | None, tuple[float, ...]] = {}
+    arguments = next(iter(provenance.values()))["arguments"]
+    digest = sha256(case.input)
+    with contextlib.ExitStack() as written:
+        clock = time.perf_counter()
+        sidecars = {}
+        for level, network in networks.items():
+            stages.show("finding the parts" + (f" of level {level}" if len(networks) > 1 else ""))
+            files = case.levels[level]
+            soft = _probabilities(network, case.input, scan, arguments["fast"], working, notes)
+            labels = soft.argmax(dim=0).to(torch.uint8 if len(soft) <= 256 else torch.int32).cpu().numpy()
+            labels = labels if labels.dtype == np.uint8 else labels.astype(np.uint16)
+            if arguments["order"] == "size":
+                numbers = number_by_size(labels, num_parts[level])
+                labels = np.argsort(numbers).astype(labels.dtype)[labels]
+                soft = soft[torch.as_tensor(numbers, device=soft.device)]
+            maps[level] = labels
+            write_like(files.labels, labels, scan, labels=True)
+            written.callback(files.labels.unlink, missing_ok=True)
+            if files.probabilities:
+                write_like(files.probabilities, np.moveaxis(soft.cpu().numpy(), 0, -1), scan)
+                written.callback(files.probabilities.unlink, missing_ok=True)
+            del soft
+            parts = measure_parts(labels, scan.data, scan.affine, num_parts[level], topology=extras.statistics)
+            _write_tables(files, parts, written)
+            fractions[level] = tuple(p.voxels / labels.size for p in parts)
+            sidecars[level] = {
+                "parts": [{"index": k, "fraction": round(f, 6)} for k, f in enumerate(fractions[level])],
+                **COLUMNS,
+                **(STATISTICS_COLUMNS if extras.statistics else {}),
+            }
+            stages.done()
+        stages.show("writing the results")
+        if case.tree:
+            write_json(case.tree, {"input": case.input.name, "tree": nest_levels(maps, num_parts)})
+            written.callback(case.tree.unlink, missing_ok=True)
+        if case.preview:
+            titles = [f"level {level}" for level in maps] if len(maps) > 1 else None
+            most, rows = max(num_parts.values()), [scan.data] * len(maps)
+            save_slices(
+                case.preview, rows, list(maps.values()), spacing_mm=scan.spacing_mm, titles=titles, num_parts=most
+            )
+            written.callback(case.preview.unlink, missing_ok=True)
+        seconds = read_seconds + time.perf_counter() - clock
+        for level, files in case.levels.items():
+            sidecar = {
+                **provenance[level],
+                "input": {"name": case.input.name, "sha256": digest, "shape": list(scan.header.get_data_shape())},
+                **sidecars[level],
+                "notes": notes,
+                "seconds": round(seconds, 3),
+                "peak_memory_mib": peak_memory_mib(),
+            }
+            write_json(files.sidecar, sidecar)
+            written.callback(files.sidecar.unlink, missing_ok=True)
+        if case.report:
+            from diffdiscover3d.reporting.page import write_report
+
+            write_report(case.report, scan, case.input.name, [files.labels for files in case.levels.values()])
+        # a label map without its sidecar would pass for a result, so all vanish if one fails; now none has
+        written.pop_all()
+        stages.done()
+    first = next(iter(case.levels))
+    return SegmentedFile(
+        case.input,
+        case.levels[first].labels,
+        case.levels[first].sidecar,
+        case.preview,
+        fractions[first],
+        tuple(notes),
+        seconds,
+        case.levels,
+        case.tree,
+        case.report,
+    )
+
+
+def _write_tables(files: LevelFiles, parts, written: contextlib.ExitStack) -> None:
+    write_part_table(files.table, parts)
+    written.callback(files.table.unlink, missing_ok=True)
+    for path, write in ((files.itksnap, write_itksnap_labels), (files.slicer, write_slicer_colours)):
+        if path:
+            write(path, len(parts))
+            written.callback(path.unlink, missing_ok=True)
+
+
+def _probabilities(network, path: Path, scan: NiftiVolume, fast: bool, working, notes: list[str]) -> torch.Tensor:
+    """(K, H, W, D) soft parts; on a working grid, or with `fast` at half the resolution, linearly interpolated."""
+    volume = torch.from_numpy(scan.data)
+    grid = tuple(volume.shape)
+    try:
+        size = working or grid
+        if fast and min(size) >= FAST_MIN_SIZE:
+            size = tuple((n + 1) // 2 for n in size)
+        if size != grid:
+            found = network.segment(resize_volume(volume[None, None].to(network.device), size))
+            return F.interpolate(found.probabilities, size=grid, mode="trilinear", align_corners=False)[0]
+        note = f"too small to be halved ({FAST_MIN_SIZE} voxels are needed along each axis); done at full resolution"
+        if fast and not working and note not in notes:
+            notes.append(note)
+        return network.segment(volume).probabilities[0]
+    except (MemoryError, RuntimeError) as error:
+        # on the CPU torch raises a bare RuntimeError when memory runs out
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise MemoryLimitError(
+            f"{path}: a volume of shape {grid} does not fit into the memory of {network.device}; "
+            "use --fast, resample it, or use --device cpu or a larger machine."
+        ) from error
