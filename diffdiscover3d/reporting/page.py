@@ -249,7 +249,7 @@ def _provenance(maps: Sequence[LabelMap], notes: Sequence[str]) -> str:
             ("time and memory", f"{first.get('seconds')} s, at most {first.get('peak_memory_mib')} MiB"),
         ]
     rows += [("note", note) for note in dict.fromkeys([*notes, *(first or {}).get("notes", [])])]
-    if not rows:
-        return '<p class="soft">The label maps came without a record of how they were made.</p>'
+    if not first:
+        rows.insert(0, ("labels", "the label maps came without a record of how they were made"))
     body = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in rows)
     return f'<table class="plain">{body}</table>'

@@ -1,0 +1,106 @@
+"""From scans to pictures: the plan by its rules, and the whole of it on tiny scans."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from diffdiscover3d import discover as module
+from diffdiscover3d.discover import PRESETS, describe_plan, discover, make_plan, read_plan
+from diffdiscover3d.errors import InputError, ModelError, OutputError
+
+PLENTY = 2**40
+
+
+def plan(shapes, preset="standard", memory=PLENTY, **options):
+    return make_plan(shapes, [(1, 1, 2)] * len(shapes), [f"s{i}" for i in range(len(shapes))], preset=preset,
+                     memory_bytes=memory, **options)  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("shape", [(50, 50, 50), (512, 512, 40), (9, 8, 7), (320, 320, 36)])
+def test_grids_follow_the_scans(preset, shape):
+    found = plan([shape] * 5, preset)
+    grid, options = found.diffusion_grid, PRESETS[preset]
+    assert all(n % 8 == 0 and n >= 8 for n in grid)
+    assert math.prod(grid) <= 1.6 * max(options["grid"], 8) ** 3  # rounding to multiples of 8 included
+    if found.working_grid is None:
+        assert math.prod(shape) <= options["volume"] ** 3
+    else:
+        ratios = np.array(found.working_grid) / shape
+        assert ratios.max() / ratios.min() < 1.1 and math.prod(found.working_grid) <= 1.1 * options["volume"] ** 3
+    assert (found.diffusion_steps, found.discovery_steps) == (options["diffusion"], options["discovery"])
+
+
+def test_mixed_shapes_get_the_median_grid():
+    found = plan([(40, 50, 30), (42, 52, 32), (60, 70, 50)])
+    assert found.median_shape == found.working_grid == (42, 52, 32) and found.median_spacing_mm == (1, 1, 2)
+    assert "3 scans, typically 42×52×32 voxels of 1×1×2 mm" in describe_plan(found)
+
+
+def test_little_memory_shrinks_batch_then_grid():
+    plenty, some, little = (plan([(64, 64, 64)] * 8, memory=m) for m in (PLENTY, 3 * 2**30, 2**29))
+    assert plenty.batch_size == 4 and some.batch_size < 4 and little.batch_size == 1
+    assert some.diffusion_grid == plenty.diffusion_grid > little.diffusion_grid
+    assert math.prod(little.diffusion_grid) * module._BYTES_PER_VOXEL <= 2**28
+    assert plan([(64, 64, 64)]).batch_size == 1  # no more than there are scans
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match="preset"):
+        plan([(8, 8, 8)], "slow")
+    with pytest.raises(ValueError, match="levels"):
+        plan([(8, 8, 8)], levels=(4,))
+
+
+@pytest.fixture
+def scans(tmp_path, make_nifti):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        values = rng.normal(0, 0.1, (18, 16, 14 + i)).astype(np.float32)
+        values[4:12, 4:11, 3:10] += 1
+        make_nifti(tmp_path / "in" / f"s{i}.nii.gz", values)
+    return tmp_path / "in"
+
+
+def test_folder_without_a_readable_scan(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.nii.gz").write_bytes(b"<html>")
+    errors = []
+    with pytest.raises(InputError, match="none of its scans"):
+        discover(tmp_path / "in", tmp_path / "out", on_error=errors.append)
+    assert len(errors) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_from_scans_to_pictures_and_resumed(scans, tmp_path, monkeypatch, make_nifti):
+    monkeypatch.setitem(PRESETS, "quick", {**PRESETS["quick"], "grid": 16, "diffusion": 3, "discovery": 2})
+    out, lines = tmp_path / "out", []
+    options = {"preset": "quick", "levels": (1, 2), "device": "cpu", "tell": lines.append}
+    real, stages = module._train, []
+
+    def stop_before_level_2(stage, settings, *rest):
+        stages.append(settings["output_dir"])
+        if settings["output_dir"].endswith("level2") and len(stages) == 3:
+            raise KeyboardInterrupt
+        real(stage, settings, *rest)
+
+    monkeypatch.setattr(module, "_train", stop_before_level_2)
+    with pytest.raises(KeyboardInterrupt):
+        discover(scans, out, **options)
+    with pytest.raises(OutputError, match="--resume"):
+        discover(scans, out, **options)
+    finished = (out / "model" / "discovery-level1" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    results = discover(scans, out, resume=True, **options)
+    assert finished == (out / "model" / "discovery-level1" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    assert len(results) == 3 and [list(r.levels) for r in results] == [[1, 2]] * 3
+    assert (out / "index.html").read_text().count("_report.html") == 3
+    working = json.loads((out / "model" / "working_grid.json").read_text())["grid"]
+    assert tuple(working) == read_plan(out / "plan.json").working_grid == (18, 16, 15)
+    assert any(line.startswith("Step 4 of 4") for line in lines)
+    for folder in ("diffusion", "discovery-level1", "discovery-level2"):
+        assert (out / "model" / folder / "losses.png").exists()
+    make_nifti(scans / "new.nii.gz", np.random.default_rng(5).normal(size=(9, 8, 7)).astype(np.float32))
+    with pytest.raises(ModelError, match="other scans"):
+        discover(scans, out, resume=True, **options)
