@@ -17,6 +17,7 @@ _HOMES = {
     "VolumeGenerationPipeline": "pipelines.generation",
     "region_consistency": "losses",
     "photometric_invariance": "losses",
+    "load_dataset": "data.hf_datasets",
     "load_volumes": "data.loading",
     "read_nifti": "data.nifti",
     "synthesize": "data.synthetic",
@@ -27,6 +28,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from diffdiscover3d.data.hf_datasets import load_dataset
     from diffdiscover3d.data.loading import load_volumes
     from diffdiscover3d.data.nifti import read_nifti
     from diffdiscover3d.data.synthetic import synthesize

@@ -7,10 +7,20 @@ from typing import Annotated
 
 import typer
 
+from diffdiscover3d import cli_data, cli_hub
 from diffdiscover3d.commands.discover import discover
 from diffdiscover3d.commands.doctor import doctor
 from diffdiscover3d.commands.report import report
-from diffdiscover3d.errors import DiffDiscoverError, OutputError, exit_code, reportable_errors
+from diffdiscover3d.errors import (
+    OUT_OF_MEMORY,
+    DiffDiscoverError,
+    MemoryLimitError,
+    OutputError,
+    exit_code,
+    is_out_of_memory,
+    reportable_errors,
+)
+from diffdiscover3d.interruption import interrupt_on_sigterm
 
 app = typer.Typer(
     name="diffdiscover3d",
@@ -20,6 +30,13 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="The pretrained models that come with the package.", no_args_is_help=True)
 app.add_typer(models_app, name="models", rich_help_panel="Models")
+for _panel, _command, _example in (
+    ("Models", cli_hub.push, "push out/discovery user/my-parts"),
+    ("Models", cli_hub.pull, "pull user/my-parts my-parts"),
+    ("Data and scores", cli_data.evaluate_brats, "evaluate-brats BraTS2021/ -m ours=out/ours -o scores.json"),
+    ("Data and scores", cli_data.import_authors_archive, "import-authors-archive synthetic_data/ cells"),
+):
+    app.command(rich_help_panel=_panel, epilog=f"Example: diffdiscover3d {_example}")(_command)
 
 
 class Level(StrEnum):
@@ -106,6 +123,9 @@ def segment(
     quiet: Quiet = False,
 ) -> None:
     """Divide volumes into parts: writes STEM_dseg.nii.gz, .json and .tsv, on each input's own grid."""
+    from diffdiscover3d.data.preflight import refuse_early
+
+    refuse_early(inputs, device, volume=volume, nan_to_zero=nan_to_zero, ignore_affine=ignore_affine)
     from diffdiscover3d.segmentation import segment as run
 
     errors: list[DiffDiscoverError] = []
@@ -153,6 +173,7 @@ def segment(
         on_done=done,
         on_error=failed,
         on_skip=skipped,
+        on_estimate=None if quiet else lambda line: print(line, file=sys.stderr),
     )
     if errors:
         raise typer.Exit(errors[0].exit_code)
@@ -182,6 +203,9 @@ def features(
     ignore_affine: IgnoreAffine = False,
 ) -> None:
     """Write the diffusion features of a scan, one 4-D NIfTI per stage, lying on the scan."""
+    from diffdiscover3d.data.preflight import refuse_early
+
+    refuse_early([input], device, volume=volume, nan_to_zero=nan_to_zero, ignore_affine=ignore_affine)
     from diffdiscover3d.extraction import extract_features
 
     paths = extract_features(
@@ -345,13 +369,17 @@ def convert_authors_checkpoint(
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a checkpoint released by the paper's authors into a pipeline folder. Nothing in it is executed."""
+    from diffdiscover3d.files import check_folder, staged_folder
+
+    check_folder(output)
     if output.exists() and any(output.iterdir()) and not overwrite:
         raise OutputError(f"{output}: exists already; --overwrite replaces it.")
     from diffdiscover3d.models.authors_checkpoint import load_authors_checkpoint
     from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
 
     unet = load_authors_checkpoint(checkpoint)
-    DiffusionFeaturePipeline(unet, make_scheduler(num_train_timesteps)).save_pretrained(output)
+    with staged_folder(output) as folder:
+        DiffusionFeaturePipeline(unet, make_scheduler(num_train_timesteps)).save_pretrained(folder)
     print(output)
 
 
@@ -361,13 +389,19 @@ def _print_error(error: BaseException | str) -> None:
 
 def main() -> None:
     """Run a command; errors end in one line on stderr and their exit code, see `errors`."""
+    interrupt_on_sigterm()
     try:
         app()
     except reportable_errors() as error:
         if _debug:
             raise
-        _print_error(error if str(error) else "out of memory; resample the volume or use a larger machine.")
+        _print_error(error if str(error) else OUT_OF_MEMORY)
         sys.exit(exit_code(error))
+    except RuntimeError as error:
+        if _debug or not is_out_of_memory(error):
+            raise
+        _print_error(OUT_OF_MEMORY)
+        sys.exit(MemoryLimitError.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

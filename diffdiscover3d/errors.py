@@ -39,6 +39,16 @@ class MemoryLimitError(DiffDiscoverError, MemoryError):
     exit_code = 7
 
 
+OUT_OF_MEMORY = "out of memory; resample the volume or use a larger machine."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; on the CPU torch raises a bare RuntimeError then."""
+    if isinstance(error, MemoryError | _torch_out_of_memory()):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def reportable_errors() -> tuple[type[BaseException], ...]:
     """What the command lines answer with one line: this package's errors, bad values, the disk and the memory."""
     return (DiffDiscoverError, ValueError, OSError, MemoryError, _torch_out_of_memory())

@@ -9,7 +9,7 @@ import torch
 from diffdiscover3d.data.nifti import NiftiVolume, read_nifti, write_like, write_volume
 from diffdiscover3d.data.synthetic import LEVEL_PARTS, SPLITS
 from diffdiscover3d.data.synthetic import synthesize as make_cells
-from diffdiscover3d.files import check_targets
+from diffdiscover3d.files import check_targets, staged_folder
 from diffdiscover3d.hub import DEFAULT_MODEL, load_teacher
 from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline, make_ddim_scheduler
 from diffdiscover3d.reporting.pictures import save_slices
@@ -54,16 +54,17 @@ def extract_features(
     pipeline = load_teacher(model).to(place)
     generator = torch.Generator().manual_seed(seed)
     found = pipeline(scan.data, timestep, stages, generator, num_noise, upsample)
-    for target, features in zip(targets, found.features, strict=True):
-        array = np.moveaxis(features[0].cpu().numpy(), 0, -1)
-        write_like(target, array, _on_grid(scan, array.shape[:3], found.extent))
-    for target in picture:
-        save_slices(
-            target,
-            [scan.data, *(_rgb_on_scan(f, found.extent, scan.data.shape) for f in found.features)],
-            spacing_mm=scan.spacing_mm,
-            titles=["scan", *(f"stage {stage}" for stage in stages)],
-        )
+    with staged_folder(output) as folder:
+        for target, features in zip(targets, found.features, strict=True):
+            array = np.moveaxis(features[0].cpu().numpy(), 0, -1)
+            write_like(folder / target.name, array, _on_grid(scan, array.shape[:3], found.extent))
+        for target in picture:
+            save_slices(
+                folder / target.name,
+                [scan.data, *(_rgb_on_scan(f, found.extent, scan.data.shape) for f in found.features)],
+                spacing_mm=scan.spacing_mm,
+                titles=["scan", *(f"stage {stage}" for stage in stages)],
+            )
     return [*targets, *picture]
 
 
@@ -111,12 +112,13 @@ def generate_volumes(
     pipeline = VolumeGenerationPipeline(teacher.unet, scheduler).to(choose_device(device))
     pipeline.set_progress_bar_config(disable=not progress)
     volumes = []
-    for i, target in enumerate(targets):  # a seed for each: sample 3 is the same however many are asked for
-        generator = torch.Generator().manual_seed(seed + i)
-        size = None if grid is None else tuple(grid) if len(grid) == 3 else grid[0]
-        volumes.append(pipeline(size, 1, steps, generator).volumes[0, 0].cpu().numpy())
-        write_volume(target, volumes[-1])
-    save_slices(picture, volumes[:8])
+    with staged_folder(output) as folder:
+        for i, target in enumerate(targets):  # a seed for each: sample 3 is the same however many are asked for
+            generator = torch.Generator().manual_seed(seed + i)
+            size = None if grid is None else tuple(grid) if len(grid) == 3 else grid[0]
+            volumes.append(pipeline(size, 1, steps, generator).volumes[0, 0].cpu().numpy())
+            write_volume(folder / target.name, volumes[-1])
+        save_slices(folder / picture.name, volumes[:8])
     return [*targets, picture]
 
 
@@ -139,11 +141,12 @@ def write_synthetic(
     targets = [Path(output) / f"{name}.nii.gz" for name in names]
     level_targets = [{x: Path(output) / f"{name}_level-{x}_dseg.nii.gz" for x in LEVEL_PARTS} for name in names]
     check_targets([*targets, *(path for paths in level_targets for path in paths.values())], overwrite)
-    for index, (target, paths) in enumerate(zip(targets, level_targets, strict=True)):
-        sample = make_cells(variant, split, index)
-        write_volume(target, sample.volume)
-        for level, path in paths.items():
-            write_volume(path, sample.labels[level - 1], labels=True)
+    with staged_folder(output) as folder:
+        for index, (target, paths) in enumerate(zip(targets, level_targets, strict=True)):
+            sample = make_cells(variant, split, index)
+            write_volume(folder / target.name, sample.volume)
+            for level, path in paths.items():
+                write_volume(folder / path.name, sample.labels[level - 1], labels=True)
     return targets
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from diffdiscover3d.errors import DiffDiscoverError, OutputError
 
+_MARKERS = ("model_index.json", "config.json")  # a folder holding one of these is taken for a model
+
 
 @contextlib.contextmanager
 def atomic_file(target: str | Path, suffix: str = "") -> Iterator[Path]:
@@ -33,16 +35,13 @@ def atomic_file(target: str | Path, suffix: str = "") -> Iterator[Path]:
         raise _output_error(target, error) from error
     temporary = Path(name)
     try:
-        yield temporary
-        _sync(temporary)
-        # mkstemp makes private files; the result gets the permissions any new file would get
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, target)
-        _sync(target.parent)
-    except DiffDiscoverError:  # some are OSErrors and say already what went wrong
-        raise
-    except OSError as error:
-        raise _output_error(target, error) from error
+        with _output_errors(target):
+            yield temporary
+            _sync(temporary)
+            # mkstemp makes private files; the result gets the permissions any new file would get
+            temporary.chmod(0o666 & ~_umask())
+            os.replace(temporary, target)
+            _sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -57,19 +56,70 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise _output_error(target, error) from error
     try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            _sync(path)
-        _sync(temporary)
-        temporary.chmod(0o777 & ~_umask())
-        os.rename(temporary, target)
-        _sync(target.parent)
-    except DiffDiscoverError:
-        raise
-    except OSError as error:
-        raise _output_error(target, error) from error
+        with _output_errors(target):
+            yield temporary
+            for path in temporary.rglob("*"):
+                _sync(path)
+            _sync(temporary)
+            temporary.chmod(0o777 & ~_umask())
+            os.rename(temporary, target)
+            _sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staged_folder(target: str | Path) -> Iterator[Path]:
+    """Yield an empty folder whose files, on success, all move into `target`; on an error none does.
+
+    For results of several files. What `target` already holds under other names stays. The file by which a model is
+    recognised goes last, and its older version first, so that no mixture of an old and a new model ever loads.
+
+    Raises:
+        OutputError: if the folder cannot be made or written to, or the disk is full.
+    """
+    target = Path(target)
+    missing = [p for p in (target, *target.parents) if not p.exists()]
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".diffdiscover3d.", dir=target))
+    except OSError as error:
+        _remove_empty(missing)
+        raise _output_error(target, error) from error
+    try:
+        with _output_errors(target):
+            yield temporary
+            _move_all(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _remove_empty(missing)
+
+
+def _move_all(source: Path, target: Path) -> None:
+    def order(path: Path):
+        return path.parent == source and path.name in _MARKERS, path.suffix == ".json", path
+
+    files = sorted((p for p in source.rglob("*") if p.is_file()), key=order)
+    moves = [(p, target / p.relative_to(source)) for p in files]
+    for file, place in moves:
+        if place.is_dir():
+            raise OutputError(f"{place}: is a folder where a file must be written; choose another output folder.")
+        _sync(file)
+    for marker in _MARKERS:
+        if (source / marker).exists():
+            (target / marker).unlink(missing_ok=True)
+    for file, place in moves:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)
+    for folder in {place.parent for _, place in moves}:
+        _sync(folder)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders that were made for nothing, deepest first."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def check_folder(folder: Path) -> None:
@@ -79,7 +129,7 @@ def check_folder(folder: Path) -> None:
         existing = existing.parent
     if not existing.is_dir():
         raise OutputError(f"{folder}: {existing} is no folder; choose another --output folder.")
-    probe = existing / f".diffdiscover3d-{time.time_ns()}"
+    probe = existing / f".diffdiscover3d-{os.getpid()}-{time.time_ns()}"
     try:
         probe.touch()
         probe.unlink()
@@ -132,6 +182,20 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _output_error(target: Path, error: OSError) -> OutputError:
-    reason = error.strerror or str(error)
+@contextlib.contextmanager
+def _output_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except DiffDiscoverError:  # some are OSErrors and say already what went wrong
+        raise
+    except OSError as error:
+        raise _output_error(target, error) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # what safetensors makes of a full disk
+            raise
+        raise _output_error(target, error) from error
+
+
+def _output_error(target: Path, error: Exception) -> OutputError:
+    reason = getattr(error, "strerror", None) or str(error)
     return OutputError(f"{target}: cannot be written ({reason}); choose another folder or free some space.")

@@ -1,19 +1,25 @@
-"""Find models: the embedded ones by name, others by folder or Hub id."""
+"""Find models: the embedded ones by name, others by folder or Hub id; push them, pull them."""
 
-import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers.utils import logging as diffusers_logging
 
-from diffdiscover3d.errors import ModelError, NetworkError
-from diffdiscover3d.files import read_json
+from diffdiscover3d.cards import folder_kind
+from diffdiscover3d.errors import ModelError, NetworkError, OutputError
+from diffdiscover3d.files import atomic_folder, check_folder, read_json
+from diffdiscover3d.hub_files import fetch_snapshot, is_repo_id
+from diffdiscover3d.hub_upload import push_folder
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
 
 ASSETS = Path(__file__).parent / "assets"
 DEFAULT_MODEL = "synthetic-regular"
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_MODEL_CLASSES = {"diffusion": DiffusionFeaturePipeline, "discovery": StructureDiscoveryModel, "unet": UNet3DModel}
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,12 @@ def _nested_levels(file: Path) -> tuple[int, ...]:
     return tuple(range(1, depth + 1))
 
 
-def load_teacher(name: str) -> DiffusionFeaturePipeline:
+def load_teacher(name: str, revision: str | None = None) -> DiffusionFeaturePipeline:
     """Load a diffusion model as a feature pipeline.
 
     Args:
         name: the name of an embedded model, a folder written by the diffusion training, or a Hub id.
+        revision: branch, tag or commit of a Hub id.
 
     Raises:
         ModelError: if there is no such model, or it is damaged.
@@ -77,7 +84,7 @@ def load_teacher(name: str) -> DiffusionFeaturePipeline:
     """
     embedded = embedded_models()
     source = str(embedded[name].diffusion) if name in embedded else name
-    return _load(DiffusionFeaturePipeline, source, marker="model_index.json")
+    return _load(DiffusionFeaturePipeline, source, marker="model_index.json", revision=revision)
 
 
 def load_discovery(name: str, level: int | None = None, revision: str | None = None) -> StructureDiscoveryModel:
@@ -121,24 +128,96 @@ def _level_folders(name: str) -> dict[int, Path]:
     return {int(p.name.removeprefix("discovery-level")): p for p in found}
 
 
+def push(folder: str | Path, repo_id: str, **options) -> str:
+    """Push a model folder to the Hub after loading it once, so that nothing broken is published.
+
+    Args:
+        folder: a trained discovery network, UNet or diffusion pipeline.
+        options: of [`push_folder`].
+
+    Returns:
+        The address of the commit or pull request.
+
+    Raises:
+        ModelError: if the folder holds no whole model, or the id is no proper one.
+        NetworkError: if the Hub refuses or cannot be reached.
+    """
+    kind = folder_kind(folder)
+    _load(_MODEL_CLASSES[kind], str(folder), marker="model_index.json" if kind == "diffusion" else "config.json")
+    return push_folder(folder, repo_id, **options)
+
+
+def pull(
+    repo_id: str,
+    folder: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Fetch a model repository, verify every file, load it once, and copy it to a folder if one is given.
+
+    Args:
+        repo_id: `user/name`.
+        folder: where to copy it; appears whole or not at all. Default: it stays in the Hub's cache.
+        revision: branch, tag or commit.
+        local_files_only: take what the cache holds, without a network.
+        overwrite: replace a model folder that exists.
+
+    Returns:
+        The folder, or the snapshot in the cache.
+
+    Raises:
+        OutputError: if the folder exists or cannot be written.
+        ModelError: if the repository, or a folder to be replaced, holds no model of this package.
+        NetworkError: if it cannot be fetched whole.
+    """
+    target = Path(folder) if folder is not None else None
+    if target is not None:
+        check_folder(target.parent)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
+            raise OutputError(f"{target}: exists already; --overwrite replaces it.")
+        if target.is_dir() and any(target.iterdir()):
+            folder_kind(target)  # replacing means deleting: only ever a model
+    snapshot = fetch_snapshot(repo_id, revision=revision, local_files_only=local_files_only)
+    kind = folder_kind(snapshot)
+    _load(_MODEL_CLASSES[kind], str(snapshot), marker="model_index.json" if kind == "diffusion" else "config.json")
+    if target is None:
+        return snapshot
+    with atomic_folder(target) as temporary:
+        shutil.copytree(snapshot, temporary, dirs_exist_ok=True)
+        if target.is_dir():
+            shutil.rmtree(target)
+    return target
+
+
 def _load(kind, source: str, marker: str, **options):
     folder = Path(source)
     if folder.is_dir():
         if not (folder / marker).is_file():
             raise ModelError(f"{source}: no {kind.__name__} in this folder ({marker} is missing).")
-    elif not _REPO_ID.fullmatch(source):
+    elif not is_repo_id(source):
         known = ", ".join(embedded_models())
         raise ModelError(f"{source!r}: no such folder, and no Hub id (user/name); embedded models: {known}.")
     if options.get("revision") and folder.is_dir():
         raise ModelError(f"{source}: a folder has no revisions; --revision goes with a Hub id.")
-    diffusers_logging.disable_progress_bar()  # two small files: a bar says nothing
     try:
-        return kind.from_pretrained(source, **options)
-    except ModelError:
+        with _no_progress_bar():  # two small files: a bar says nothing
+            return kind.from_pretrained(source, **options)
+    except (ModelError, NetworkError):
         raise
-    except Exception as error:  # diffusers, safetensors and the Hub's client raise many kinds
+    except Exception as error:  # diffusers and safetensors raise many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        from_network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
-        if from_network and not folder.is_dir():
-            raise NetworkError(f"{source}: cannot be fetched from the Hub: {reason}") from error
         raise ModelError(f"{source}: cannot be loaded as {kind.__name__}: {reason}") from error
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """diffusers' bars off for a while; whoever uses diffusers beside this package keeps the setting."""
+    enabled = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            diffusers_logging.enable_progress_bar()

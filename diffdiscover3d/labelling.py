@@ -1,6 +1,5 @@
 """One scan: find its parts at every level, and write its files."""
 
-import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,8 @@ import torch.nn.functional as F
 
 from diffdiscover3d.data.nifti import NiftiVolume, write_like
 from diffdiscover3d.data.transforms import resize_volume
-from diffdiscover3d.errors import MemoryLimitError
-from diffdiscover3d.files import sha256, write_json
+from diffdiscover3d.errors import MemoryLimitError, is_out_of_memory
+from diffdiscover3d.files import sha256, staged_folder, write_json
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.progress import Stages
 from diffdiscover3d.reporting.parts import measure_parts, nest_levels, number_by_size
@@ -85,7 +84,12 @@ def label_scan(
     fractions: dict[int | None, tuple[float, ...]] = {}
     arguments = next(iter(provenance.values()))["arguments"]
     digest = sha256(case.input)
-    with contextlib.ExitStack() as written:
+    # a label map without its sidecar would pass for a result; older results stay until all the new ones are written
+    with staged_folder(next(iter(case)).parent) as folder:
+
+        def staged(path: Path) -> Path:
+            return folder / path.name
+
         clock = time.perf_counter()
         sidecars = {}
         for level, network in networks.items():
@@ -99,14 +103,16 @@ def label_scan(
                 labels = np.argsort(numbers).astype(labels.dtype)[labels]
                 soft = soft[torch.as_tensor(numbers, device=soft.device)]
             maps[level] = labels
-            write_like(files.labels, labels, scan, labels=True)
-            written.callback(files.labels.unlink, missing_ok=True)
+            write_like(staged(files.labels), labels, scan, labels=True)
             if files.probabilities:
-                write_like(files.probabilities, np.moveaxis(soft.cpu().numpy(), 0, -1), scan)
-                written.callback(files.probabilities.unlink, missing_ok=True)
+                write_like(staged(files.probabilities), np.moveaxis(soft.cpu().numpy(), 0, -1), scan)
             del soft
             parts = measure_parts(labels, scan.data, scan.affine, num_parts[level], topology=extras.statistics)
-            _write_tables(files, parts, written)
+            write_part_table(staged(files.table), parts)
+            if files.itksnap:
+                write_itksnap_labels(staged(files.itksnap), len(parts))
+            if files.slicer:
+                write_slicer_colours(staged(files.slicer), len(parts))
             fractions[level] = tuple(p.voxels / labels.size for p in parts)
             sidecars[level] = {
                 "parts": [{"index": k, "fraction": round(f, 6)} for k, f in enumerate(fractions[level])],
@@ -116,15 +122,12 @@ def label_scan(
             stages.done()
         stages.show("writing the results")
         if case.tree:
-            write_json(case.tree, {"input": case.input.name, "tree": nest_levels(maps, num_parts)})
-            written.callback(case.tree.unlink, missing_ok=True)
+            write_json(staged(case.tree), {"input": case.input.name, "tree": nest_levels(maps, num_parts)})
         if case.preview:
             titles = [f"level {level}" for level in maps] if len(maps) > 1 else None
-            most, rows = max(num_parts.values()), [scan.data] * len(maps)
-            save_slices(
-                case.preview, rows, list(maps.values()), spacing_mm=scan.spacing_mm, titles=titles, num_parts=most
-            )
-            written.callback(case.preview.unlink, missing_ok=True)
+            most, rows, found = max(num_parts.values()), [scan.data] * len(maps), list(maps.values())
+            picture = staged(case.preview)
+            save_slices(picture, rows, found, spacing_mm=scan.spacing_mm, titles=titles, num_parts=most)
         seconds = read_seconds + time.perf_counter() - clock
         for level, files in case.levels.items():
             sidecar = {
@@ -135,14 +138,12 @@ def label_scan(
                 "seconds": round(seconds, 3),
                 "peak_memory_mib": peak_memory_mib(),
             }
-            write_json(files.sidecar, sidecar)
-            written.callback(files.sidecar.unlink, missing_ok=True)
+            write_json(staged(files.sidecar), sidecar)
         if case.report:
             from diffdiscover3d.reporting.page import write_report
 
-            write_report(case.report, scan, case.input.name, [files.labels for files in case.levels.values()])
-        # a label map without its sidecar would pass for a result, so all vanish if one fails; now none has
-        written.pop_all()
+            label_maps = [staged(files.labels) for files in case.levels.values()]
+            write_report(staged(case.report), scan, case.input.name, label_maps)
         stages.done()
     first = next(iter(case.levels))
     return SegmentedFile(
@@ -157,15 +158,6 @@ def label_scan(
         case.tree,
         case.report,
     )
-
-
-def _write_tables(files: LevelFiles, parts, written: contextlib.ExitStack) -> None:
-    write_part_table(files.table, parts)
-    written.callback(files.table.unlink, missing_ok=True)
-    for path, write in ((files.itksnap, write_itksnap_labels), (files.slicer, write_slicer_colours)):
-        if path:
-            write(path, len(parts))
-            written.callback(path.unlink, missing_ok=True)
 
 
 def _probabilities(network, path: Path, scan: NiftiVolume, fast: bool, working, notes: list[str]) -> torch.Tensor:
@@ -184,8 +176,7 @@ def _probabilities(network, path: Path, scan: NiftiVolume, fast: bool, working, 
             notes.append(note)
         return network.segment(volume).probabilities[0]
     except (MemoryError, RuntimeError) as error:
-        # on the CPU torch raises a bare RuntimeError when memory runs out
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise MemoryLimitError(
             f"{path}: a volume of shape {grid} does not fit into the memory of {network.device}; "

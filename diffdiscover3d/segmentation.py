@@ -12,8 +12,10 @@ from diffdiscover3d import __version__
 from diffdiscover3d.data.folder import list_volumes
 from diffdiscover3d.data.nifti import read_nifti
 from diffdiscover3d.data.nifti_header import SUFFIXES
+from diffdiscover3d.data.preflight import estimate_memory, network_config
 from diffdiscover3d.errors import DiffDiscoverError, ModelError, NetworkError
 from diffdiscover3d.hub import DEFAULT_MODEL, discovery_source, load_discovery, model_levels
+from diffdiscover3d.hub_files import fetch_snapshot
 from diffdiscover3d.labelling import SegmentedFile, label_scan
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.progress import Stages
@@ -51,6 +53,7 @@ def segment(
     on_done: Callable[[SegmentedFile], None] | None = None,
     on_error: Callable[[DiffDiscoverError], None] | None = None,
     on_skip: Callable[[Path], None] | None = None,
+    on_estimate: Callable[[str], None] | None = None,
 ) -> list[SegmentedFile]:
     """Divide volumes into parts and write `<stem>_dseg.nii.gz`, `.json` and `.tsv` for each.
 
@@ -77,11 +80,12 @@ def segment(
         volume, nan_to_zero, ignore_affine: how to read unusual files, see [`read_nifti`].
         progress: show a bar with stage and time left.
         on_done: called after each input.
+        on_estimate: called with a line about the memory a large volume will need, before it is read.
         on_error: called with the error of an input that cannot be used, and the others go on; without it, it raises.
         on_skip: called with each input that `resume` skips.
 
     Raises:
-        InputError, OutputError, ModelError, NetworkError: see their descriptions.
+        InputError, OutputError, ModelError, NetworkError, MemoryLimitError: see their descriptions.
         ValueError: for an unknown device or order.
     """
     if order not in ORDERS:
@@ -98,6 +102,7 @@ def segment(
     arguments = {"device": str(place), **reading, "fast": fast, "order": order, "statistics": statistics}
 
     working = working_grid(model)
+    at_full_size = not fast and working is None
     networks: dict[int | None, StructureDiscoveryModel] = {}
     provenance: dict[int | None, dict] = {}
     results = []
@@ -106,6 +111,9 @@ def segment(
             stages.begin_case(f"scan {number + 1} of {len(mine)}", len(levels) + 2)
             try:
                 stages.show("reading the scan")
+                estimate = _estimate(case.input, model, levels[-1], place) if at_full_size else None
+                if estimate and on_estimate:
+                    on_estimate(estimate)
                 # the scan is read whole before a model is loaded: a bad file is answered at once
                 clock = time.perf_counter()
                 scan = read_nifti(case.input, **reading)
@@ -197,6 +205,12 @@ def _expand(source: str | Path) -> list[Path]:
     return list_volumes(source) if path.suffix != "" or path.is_dir() or not path.exists() else [path]
 
 
+def _estimate(path: Path, model: str, level: int | None, place: torch.device) -> str | None:
+    """A line about the memory a large scan will need, from its header and the model's configuration."""
+    config = network_config(discovery_source(model, level), level)
+    return estimate_memory(path, config, place.type == "cpu") if config else None
+
+
 def _provenance(model: str, levels, revision: str | None, arguments: dict) -> dict[int | None, dict]:
     return {
         level: {
@@ -212,6 +226,7 @@ def _provenance(model: str, levels, revision: str | None, arguments: dict) -> di
 def _describe_model(model: str, level: int | None, revision: str | None) -> dict:
     source = discovery_source(model, level)
     described = {"id": model, "level": level, "revision": revision}
-    if Path(source).is_dir():
-        described["sha256"] = weights_sha256(source)
-    return described
+    if not Path(source).is_dir():  # it was loaded just now, so it lies in the cache under its commit
+        source = fetch_snapshot(source, revision=revision, local_files_only=True)
+        described["commit"] = source.name
+    return {**described, "sha256": weights_sha256(source)}

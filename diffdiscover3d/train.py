@@ -4,8 +4,11 @@ import argparse
 import logging
 import os
 import sys
+from pathlib import Path
 
-from diffdiscover3d.errors import exit_code, reportable_errors
+from diffdiscover3d.errors import MemoryLimitError, exit_code, is_out_of_memory, reportable_errors
+from diffdiscover3d.files import check_folder
+from diffdiscover3d.interruption import end_children, interrupt_on_sigterm
 from diffdiscover3d.training.config import (
     DiffusionConfig,
     DiscoveryConfig,
@@ -32,14 +35,24 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(config: TrainingConfig) -> str:
     """Train what the config describes; return the output folder."""
+    check_folder(Path(config.output_dir))
     # the heavy imports wait until the options are known to be right
-    from diffdiscover3d.data.loading import SYNTHETIC_NAMES, common_grid, load_volumes
+    from diffdiscover3d.data.loading import common_grid, has_splits, load_volumes
+    from diffdiscover3d.files import write_json
     from diffdiscover3d.hub import load_discovery, load_teacher
+    from diffdiscover3d.training.identity import dataset_fingerprint, weights_fingerprint
     from diffdiscover3d.training.runtime import make_accelerator, train
+    from diffdiscover3d.training.survey import read_all
 
     accelerator = make_accelerator(config)
     logging.getLogger("diffdiscover3d").disabled = not accelerator.is_main_process
-    volumes = load_volumes(config.dataset, "train")
+    brats = _brats_options(config)
+    volumes = load_volumes(config.dataset, "train", brats)
+    split_ids = getattr(volumes, "split_ids", None)
+    if split_ids and accelerator.is_main_process:
+        write_json(Path(config.output_dir) / "split.json", split_ids)
+    read_all(volumes, accelerator)  # a bad file is found now, not in the middle of the night
+    identity = {"dataset": dataset_fingerprint(volumes)}
     if isinstance(config, DiffusionConfig):
         from diffdiscover3d.training.diffusion import DiffusionTraining
 
@@ -51,12 +64,34 @@ def run(config: TrainingConfig) -> str:
             raise ValueError(
                 "`teacher` is missing: give --teacher with a folder, a Hub id or an embedded model's name."
             )
-        named = config.dataset in SYNTHETIC_NAMES
-        selection = load_volumes(config.dataset, "validation") if named else volumes
+        selection = load_volumes(config.dataset, "validation", brats) if has_splits(config.dataset) else volumes
         start = load_discovery(config.init_from) if config.init_from else None
         parent = load_discovery(config.parent) if config.parent else None
-        task = DiscoveryTraining(config, load_teacher(config.teacher), volumes, selection, accelerator, start, parent)
-    return str(train(task, config, volumes, accelerator))
+        _check_start(config, start)
+        teacher = load_teacher(config.teacher)
+        identity["teacher"] = weights_fingerprint(teacher.unet)
+        if parent is not None:
+            identity["parent"] = weights_fingerprint(parent)
+        task = DiscoveryTraining(config, teacher, volumes, selection, accelerator, start, parent)
+    return str(train(task, config, volumes, accelerator, identity))
+
+
+def _check_start(config: DiscoveryConfig, start) -> None:
+    """A network to start from brings its own norm and dropout: options that say otherwise would be lost."""
+    for name in ("norm", "dropout"):
+        if start is not None and start.config[name] != getattr(config, name):
+            raise ValueError(
+                f"`{name}` must be that of --init-from, {start.config[name]!r}, got {getattr(config, name)!r}; "
+                f"give --{name} {start.config[name]}."
+            )
+
+
+def _brats_options(config: TrainingConfig):
+    """The options that say how BraTS is prepared; one not given is the paper's."""
+    from diffdiscover3d.data.brats import BraTSOptions
+
+    given = {name: getattr(config, name) for name in ("modality", "grade", "crop", "clip_percentiles")}
+    return BraTSOptions(**{name: value for name, value in given.items() if value is not None})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,11 +112,21 @@ def main(arguments: list[str] | None = None) -> int:
         # an error in a process that loads volumes arrives with that process's traceback: its last line says it
         print(f"error: {str(error).strip().splitlines()[-1] if str(error) else type(error).__name__}", file=sys.stderr)
         return exit_code(error)
-    except KeyboardInterrupt:
-        print("interrupted; the newest checkpoint is whole, --resume latest goes on.", file=sys.stderr)
+    except RuntimeError as error:
+        if debug or not is_out_of_memory(error):
+            raise
+        print("error: out of memory; lower --batch-size or --volume-size, or use a larger machine.", file=sys.stderr)
+        return MemoryLimitError.exit_code
+    except KeyboardInterrupt as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(str(stop) or "interrupted; checkpoints are whole, --resume latest goes on.", file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interrupt_on_sigterm()
+    try:
+        sys.exit(main())
+    finally:
+        end_children()

@@ -184,3 +184,47 @@ def test_output_folder_that_is_a_file(run, tmp_path, command):
     (tmp_path / "file").write_text("x")
     code, out, err = run(command, "-o", tmp_path / "file" / "out")
     assert code == 4 and out == "" and len(err.splitlines()) == 1 and "is no folder" in err
+
+
+def test_a_converted_checkpoint_appears_whole(run, tmp_path, monkeypatch):
+    from diffdiscover3d.hub import load_teacher
+    from diffdiscover3d.models.unet_3d import UNet3DModel
+    from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
+
+    unet = UNet3DModel(width=8, channel_multipliers=(1, 2), attention=(None, None), norm_groups=4)
+    monkeypatch.setattr("diffdiscover3d.models.authors_checkpoint.load_authors_checkpoint", lambda path: unet)
+    save = DiffusionFeaturePipeline.save_pretrained
+
+    def half(self, folder):
+        save(self, folder)
+        (folder / "unet" / "config.json").unlink()
+        raise OSError(28, "No space left on device")
+
+    def files(folder):
+        return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    output = tmp_path / "model"
+    monkeypatch.setattr(DiffusionFeaturePipeline, "save_pretrained", half)
+    code, _, err = run("convert-authors-checkpoint", "a.pt", output)
+    assert code == 4 and "No space left" in err and list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(DiffusionFeaturePipeline, "save_pretrained", save)
+    assert run("convert-authors-checkpoint", "a.pt", output)[:2] == (0, f"{output}\n")
+    assert load_teacher(str(output)).unet.config.width == 8
+    (output / "notes.txt").write_text("mine")
+    before = files(output)
+    assert run("convert-authors-checkpoint", "a.pt", output)[0] == 4
+    monkeypatch.setattr(DiffusionFeaturePipeline, "save_pretrained", half)
+    assert run("convert-authors-checkpoint", "a.pt", output, "--overwrite")[0] == 4
+    assert files(output) == before
+    monkeypatch.setattr(DiffusionFeaturePipeline, "save_pretrained", save)
+    unet.conv_out.weight.data += 1
+    assert run("convert-authors-checkpoint", "a.pt", output, "--overwrite")[0] == 0
+    changed = {p.name for p, data in files(output).items() if before[p] != data}
+    assert changed == {"diffusion_pytorch_model.safetensors"}  # and nothing of the folder's own is gone
+    assert load_teacher(str(output)).unet.conv_out.weight.equal(unet.conv_out.weight)
+
+
+def test_memory_that_runs_out_in_torch_itself(run, tmp_path):
+    code, out, err = run("generate", "--grid", 30_000, "--steps", 1, "-o", tmp_path / "out")
+    assert (code, out) == (7, "") and err == "error: out of memory; resample the volume or use a larger machine.\n"
+    assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -69,3 +70,73 @@ def test_readme_python_runs(scans, tmp_path):
     out = run(sys.executable, "-c", code, cwd=tmp_path)
     shapes = [tuple(map(int, s.split(", "))) for s in re.findall(r"\[([\d, ]+)\]", out)]
     assert [s[1] for s in shapes] == [64, 32, 16] and shapes[2][2] == 4 * shapes[0][2]
+
+
+def test_push_and_pull_example(tiny_discovery, tmp_path):
+    with LoopbackHub() as hub:
+        clean = {k: v for k, v in ENVIRONMENT.items() if not k.startswith("HF_")}
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "examples" / "push_and_pull.py"), str(tiny_discovery), "user/parts"],
+            capture_output=True,
+            text=True,
+            env={**clean, **hub.environment(tmp_path)},
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[1:] == ["3 parts from user/parts", "same weights: True"]
+        assert hub.repos["models", "user/parts"].private
+
+
+@pytest.mark.parametrize("name", ["multi_gpu", "multi_node"])
+def test_launch_files_are_what_accelerate_reads(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import DistributedType
+
+    config = load_config_from_file(str(ROOT / "examples" / "launch" / f"{name}.yaml"))
+    assert config.distributed_type == DistributedType.MULTI_GPU and config.mixed_precision == "bf16"
+    assert config.num_processes == 8 * config.num_machines
+
+
+TINY = [
+    "diffusion", "--preset", "small", "--width", "8", "--sample-size", "16", "--max-steps", "2", "--batch-size", "2",
+    "--preview-every", "0", "--mixed-precision", "no",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_multi_gpu_launch_file(scans, tmp_path):
+    """Two processes on the CPU, by the file as it stands but for their number."""
+    config = ROOT / "examples" / "launch" / "multi_gpu.yaml"
+    launch = ["accelerate", "launch", "--config_file", config, "--num_processes", 2, "--mixed_precision", "no"]
+    launch += ["--main_process_port", 0]
+    done = subprocess.run(
+        [str(c) for c in [*launch, "-m", "diffdiscover3d.train", *TINY, "--dataset", scans, "--output-dir", "out"]],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+@pytest.mark.slow
+def test_slurm_script_with_stand_ins(scans, tmp_path):
+    """`srun` runs its command here, `scontrol` names this machine: one node of two processes."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "srun").write_text('#!/bin/bash\nshift\nSLURM_NODEID=0 exec "$@"\n')
+    (tools / "scontrol").write_text("#!/bin/bash\necho 127.0.0.1\necho other\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    environment = {**ENVIRONMENT, "PATH": f"{tools}:{ENVIRONMENT['PATH']}", "ACCELERATE_USE_CPU": "true"}
+    environment |= {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2"}
+    environment |= {"SLURM_SUBMIT_DIR": str(ROOT), "MAIN_PORT": "29617"}
+    done = subprocess.run(
+        ["bash", str(ROOT / "examples" / "launch" / "slurm.sh"), *TINY, "--dataset", str(scans), "--output-dir", "out"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "model_index.json").is_file()

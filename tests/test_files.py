@@ -6,9 +6,10 @@ import os
 import stat
 
 import pytest
+from safetensors import SafetensorError
 
 from diffdiscover3d.errors import InputError, NetworkError, OutputError
-from diffdiscover3d.files import atomic_file, atomic_folder, sha256, write_json
+from diffdiscover3d.files import atomic_file, atomic_folder, sha256, staged_folder, write_json
 
 
 def content(folder) -> dict[str, bytes | None]:
@@ -126,3 +127,89 @@ def test_sha256(tmp_path):
     data = bytes(range(256)) * 5000
     (tmp_path / "a").write_bytes(data)
     assert sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+# several files at once
+
+
+def test_staged_files_appear_together(tmp_path):
+    target = tmp_path / "new" / "out"
+    with staged_folder(target) as folder:
+        (folder / "a").write_bytes(b"a")
+        (folder / "sub").mkdir()
+        (folder / "sub" / "b").write_bytes(b"b")
+        assert [p for p in target.iterdir() if not p.name.startswith(".")] == []
+    assert content(target) == {"a": b"a", "sub": None, "sub/b": b"b"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OutputError, NetworkError])
+def test_staged_files_vanish_on_an_error(tmp_path, error):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_bytes(b"old")
+    for target in (tmp_path / "out", tmp_path / "new" / "deep"):
+        with pytest.raises(error, match=r"^stop$"), staged_folder(target) as folder:
+            (folder / "a").write_bytes(b"new")
+            (folder / "b").write_bytes(b"new")
+            raise error("stop")
+    assert content(tmp_path) == {"out": None, "out/a": b"old"}
+
+
+def test_staging_replaces_its_own_files_only(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("a", "kept", "sub/b", "sub/kept"):
+        (tmp_path / name).write_bytes(b"old")
+    with staged_folder(tmp_path) as folder:
+        (folder / "sub").mkdir()
+        for name in ("a", "sub/b"):
+            (folder / name).write_bytes(b"new")
+    assert content(tmp_path) == {"a": b"new", "kept": b"old", "sub": None, "sub/b": b"new", "sub/kept": b"old"}
+
+
+def test_a_mixture_of_two_models_has_no_index(tmp_path, monkeypatch):
+    """Killed while the files move, the folder holds the old model, or none, or the new one."""
+
+    def write(folder, text):
+        (folder / "unet").mkdir()
+        for name in ("model_index.json", "unet/config.json", "unet/weights.safetensors"):
+            (folder / name).write_text(text)
+
+    write(tmp_path, "old")
+    seen, replace = [], os.replace
+
+    def watched(source, target):
+        seen.append({k: v for k, v in content(tmp_path).items() if v is not None and not k.startswith(".")})
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    with staged_folder(tmp_path) as folder:
+        write(folder, "new")
+    monkeypatch.undo()
+    assert len(seen) == 3 and not any("model_index.json" in state for state in seen)
+    assert {v for v in content(tmp_path).values() if v is not None} == {b"new"}
+
+
+def test_a_folder_in_the_way_of_a_staged_file(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(OutputError, match=r"b: is a folder.*choose another"), staged_folder(tmp_path) as folder:
+        (folder / "a").write_bytes(b"new")
+        (folder / "b").write_bytes(b"new")
+    assert content(tmp_path) == {"a": b"old", "b": None}
+
+
+def test_staging_in_a_file_is_an_output_error(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    for target in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(OutputError, match="cannot be written"), staged_folder(target):
+            pass
+    assert content(tmp_path) == {"file": b"x"}
+
+
+@pytest.mark.parametrize("writer", [atomic_file, atomic_folder, staged_folder])
+def test_what_safetensors_makes_of_a_full_disk(tmp_path, writer):
+    """Its error is no OSError."""
+    error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    message = r"model: cannot be written.*No space left.*free some space"
+    with pytest.raises(OutputError, match=message), writer(tmp_path / "model"):
+        raise error
+    assert content(tmp_path) == {}

@@ -10,16 +10,29 @@ ROOT = Path(diffdiscover3d.__file__).parent
 # lowest first; a module may import from its own layer and from those before it
 LAYERS = [
     ["", "errors"],
-    ["files", "progress", "losses", "metrics", "models.blocks", "models.loading", "data.transforms", "data.synthetic"],
+    [
+        "files",
+        "progress",
+        "interruption",
+        "memory",
+        "data.payload",
+        "losses",
+        "metrics",
+        "postprocessing",
+        "models.blocks",
+        "data.transforms",
+        "data.synthetic",
+    ],
     ["data.nifti_header", "data.nifti", "training.config", "training.sampling", "training.checkpoints", "reporting"],
+    ["hub_files", "cards", "hub_upload", "models.loading"],
     ["models", "data"],
     ["pipelines"],
     ["hub", "baselines", "training", "results", "labelling"],
-    ["segmentation", "extraction", "evaluation", "report", "doctor"],
+    ["segmentation", "extraction", "evaluation", "brats_evaluation", "report", "doctor"],
     ["benchmark"],
     ["discover"],
     ["commands"],
-    ["train", "cli"],
+    ["train", "cli_data", "cli_hub", "cli"],
 ]
 
 

@@ -6,9 +6,11 @@ import torch
 from torch.utils.data import ConcatDataset
 
 from diffdiscover3d.data import synthetic
+from diffdiscover3d.data.brats import BraTSOptions, is_brats
+from diffdiscover3d.data.brats_volumes import BraTSVolumes
 from diffdiscover3d.data.folder import VolumeFolder
 from diffdiscover3d.data.transforms import min_max_normalize
-from diffdiscover3d.errors import InputError
+from diffdiscover3d.errors import DiffDiscoverError, InputError, NetworkError
 
 # "synthetic": the volumes of all variants, one variant after the other
 _VARIANTS_OF = {f"synthetic-{variant}": (variant,) for variant in synthetic.VARIANTS} | {
@@ -16,21 +18,31 @@ _VARIANTS_OF = {f"synthetic-{variant}": (variant,) for variant in synthetic.VARI
 }
 SYNTHETIC_NAMES = tuple(_VARIANTS_OF)
 
+_HUB_PREFIX = "hf://datasets/"
+
 
 class SyntheticVolumes:
     """The published number of synthetic cells of a split, as a sequence.
 
     Items are `{"volume": (1, 50, 50, 50) float32 in [0, 1], "labels": (3, 50, 50, 50) uint8, "name": str}`.
+
+    Attributes:
+        shapes: of the volumes, known without making them.
     """
 
     def __init__(self, variant: str, split: str):
         if split not in synthetic.SPLITS:
             raise ValueError(f"`split` must be one of {tuple(synthetic.SPLITS)}, got {split!r}.")
         self.variant, self.split = variant, split
+        self.shapes = [synthetic.SHAPE] * len(self)
         self._cache: dict[int, dict] = {}
 
     def __len__(self) -> int:
         return synthetic.SPLITS[self.split]
+
+    def fingerprint(self) -> str:
+        """What the volumes are, in a line."""
+        return f"synthetic-{self.variant} {self.split} version {synthetic.GENERATOR_VERSION}"
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
@@ -45,13 +57,16 @@ class SyntheticVolumes:
         return self._cache[index]
 
 
-def load_volumes(name_or_path: str, split: str = "train") -> Sequence[dict]:
+def load_volumes(name_or_path: str, split: str = "train", brats: BraTSOptions | None = None) -> Sequence[dict]:
     """Load a dataset of volumes.
 
     Args:
-        name_or_path: "synthetic-regular", "synthetic-irregular", "synthetic" (both), or a folder, glob pattern, text
-            list or file of NIfTI volumes.
-        split: "train", "validation" or "test" of a named dataset. Files have no splits: all are returned.
+        name_or_path: "synthetic-regular", "synthetic-irregular", "synthetic" (both), the folder of a BraTS edition
+            (recognised by itself), a Hub dataset as `hf://datasets/user/name`, or a folder, glob pattern, text list
+            or file of NIfTI volumes.
+        split: "train", "validation" or "test" of a named dataset or BraTS. Other files have no splits: all are
+            returned.
+        brats: how BraTS is prepared; default: as in the paper.
 
     Returns:
         A sequence of dicts with "volume", (1, H, W, D) float32 in [0, 1], "name", and for synthetic data "labels".
@@ -63,13 +78,43 @@ def load_volumes(name_or_path: str, split: str = "train") -> Sequence[dict]:
     if name_or_path in SYNTHETIC_NAMES:
         variants = [SyntheticVolumes(variant, split) for variant in _VARIANTS_OF[name_or_path]]
         return variants[0] if len(variants) == 1 else ConcatDataset(variants)
+    if name_or_path.startswith(_HUB_PREFIX):
+        return _load_from_hub(name_or_path.removeprefix(_HUB_PREFIX), split)
+    if is_brats(name_or_path):
+        return BraTSVolumes(name_or_path, split, brats)
     try:
         return VolumeFolder(name_or_path)
     except InputError as error:
         raise InputError(f"{error} Named datasets: {', '.join(SYNTHETIC_NAMES)}.") from error
 
 
+def _load_from_hub(repo_id: str, split: str) -> Sequence[dict]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"{repo_id}: a Hub dataset needs: pip install 'diffdiscover3d[datasets]'.") from error
+    from diffdiscover3d.data.builders import as_training_volumes
+
+    try:
+        return as_training_volumes(datasets.load_dataset(repo_id, split=split))
+    except (OSError, ValueError) as error:
+        if isinstance(error, DiffDiscoverError):
+            raise
+        raise NetworkError(f"{repo_id}: cannot be loaded from the Hub: {str(error).splitlines()[0]}") from error
+
+
+def has_splits(name_or_path: str) -> bool:
+    """Whether a dataset is divided into training, validation and test volumes."""
+    return name_or_path in SYNTHETIC_NAMES or is_brats(name_or_path)
+
+
+def grid_shapes(volumes: Sequence[dict]) -> list[tuple[int, ...]]:
+    """The shapes of all volumes; those of a dataset that does not know them are found by reading it."""
+    known = getattr(volumes, "shapes", None)
+    return known if known is not None else [tuple(volumes[i]["volume"].shape[1:]) for i in range(len(volumes))]
+
+
 def common_grid(volumes: Sequence[dict]) -> tuple[int, int, int] | None:
     """The shape all volumes share, or `None` if they differ."""
-    shapes = {tuple(volumes[i]["volume"].shape[1:]) for i in range(len(volumes))}
+    shapes = set(grid_shapes(volumes))
     return shapes.pop() if len(shapes) == 1 else None

@@ -2,18 +2,21 @@
 
 import gzip
 import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
-import torch
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
-from diffdiscover3d.data.nifti_header import check_shape, check_size, open_payload, read_affine, read_header
+from diffdiscover3d.data.nifti_header import check_shape, check_size, read_affine, read_header
+from diffdiscover3d.data.payload import read_payload
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.files import atomic_file
+
+if TYPE_CHECKING:
+    import torch
 
 _CANONICAL = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
 _LABEL_INTENT = 1002
@@ -53,6 +56,7 @@ def read_nifti(
     volume: int | None = None,
     nan_to_zero: bool = False,
     ignore_affine: bool = False,
+    allow_constant: bool = False,
 ) -> NiftiVolume:
     """Read a `.nii` or `.nii.gz` file whole, after checking its header.
 
@@ -61,6 +65,7 @@ def read_nifti(
         volume: which volume of a 4-D or 5-D file, from 0; a single one needs no choice.
         nan_to_zero: put 0 for NaN and Inf instead of refusing them.
         ignore_affine: go on with the voxel grid alone where the affine is unusable.
+        allow_constant: take a volume without contrast too, such as a mask that marks nothing.
 
     Raises:
         InputError: if the file is missing, damaged, not a 3D volume of real numbers, or has no contrast.
@@ -78,7 +83,7 @@ def read_nifti(
     low, high = float(data.min()), float(data.max())
     if high - low > float(np.finfo(np.float32).max):  # normalising would divide by Inf
         raise InputError(f"{path}: its values, {low:g} to {high:g}, are too far apart; rescale it.")
-    if low == high:
+    if low == high and not allow_constant:
         raise InputError(f"{path}: no contrast, all voxels are {low:g}; give a scan with structure in it.")
 
     orientation = io_orientation(affine)
@@ -130,7 +135,7 @@ def write_volume(
     write_like(path, array, NiftiVolume(array, affine, header, io_orientation(affine)), labels=labels)
 
 
-def as_volume_tensor(volume) -> torch.Tensor:
+def as_volume_tensor(volume) -> "torch.Tensor":
     """Bring whatever a user has to a (B, 1, H, W, D) float32 tensor of raw intensities.
 
     Args:
@@ -140,8 +145,11 @@ def as_volume_tensor(volume) -> torch.Tensor:
     Raises:
         InputError: if the file cannot be read, or the array is not of such a shape.
     """
+    import torch  # here, because a bad file is refused before torch is imported
+
     if isinstance(volume, str | os.PathLike):
         volume = read_nifti(volume)
+    volume = getattr(volume, "nifti_image", volume)  # the datasets library's wrapper cannot be reoriented itself
     if isinstance(volume, nib.spatialimages.SpatialImage):
         if volume.get_data_dtype().kind == "c":  # asking nibabel for float32 would drop the imaginary part
             raise InputError("the image must hold real numbers, got complex ones; take their magnitude.")
@@ -180,17 +188,7 @@ def _read_data(path: Path, header, notes: list[str]) -> np.ndarray:
     else:
         scaling = (slope, inter)
     dtype, shape, offset = header.get_data_dtype(), header.get_data_shape(), int(header["vox_offset"])
-    length = int(np.prod(shape)) * dtype.itemsize
-    try:
-        with open_payload(path) as file:
-            file.seek(offset)
-            payload = file.read(length)
-            # reading on to the end makes gzip check its checksum; trailing bytes beyond 16 MiB are left alone
-            file.read(2**24)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: its data is damaged ({error}); copy it again.") from error
-    if len(payload) < length:
-        raise InputError(f"{path}: truncated, {len(payload):,} of {length:,} bytes of data; copy it again.")
+    payload = read_payload(path, offset, int(np.prod(shape)) * dtype.itemsize, notes)
     data = np.frombuffer(payload, dtype=dtype).reshape(shape, order="F")
     if scaling and scaling != (1.0, 0.0):
         # NumPy scalars, not Python ones: float32 data is then scaled in float64 too, as nibabel does

@@ -1,7 +1,5 @@
 """What a NIfTI header must say before a byte of data is read: place, shape, size, affine."""
 
-import gzip
-import io
 import logging
 import zlib
 from collections.abc import Iterator
@@ -11,10 +9,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from diffdiscover3d.errors import InputError, MemoryLimitError
+from diffdiscover3d.data.payload import open_payload
+from diffdiscover3d.errors import InputError
+from diffdiscover3d.memory import check_memory, reading_bytes
 
 SUFFIXES = (".nii.gz", ".nii")
 _DEFLATE_LIMIT = 1032  # deflate cannot expand a byte into more, so a header asking for more is lying
+_MOST_EXTENSIONS = 2**27  # bytes between header and data; to skip more in a crafted .gz would take its time
 
 
 def read_header(path: Path) -> nib.Nifti1Header:
@@ -86,7 +87,7 @@ def check_size(path: Path, header, shape: tuple[int, ...]) -> None:
     """Compare what the header promises with what the file can hold and memory can take, before allocating."""
     offset = float(header["vox_offset"])
     length = header.template_dtype.itemsize
-    if not length <= offset < 2**40:
+    if not length <= offset <= _MOST_EXTENSIONS:
         raise InputError(f"{path}: its header puts the data at byte {offset:g}; convert or copy the scan again.")
     needed = int(np.prod([float(n) for n in shape])) * header.get_data_dtype().itemsize + int(offset)
     on_disk = path.stat().st_size
@@ -96,14 +97,7 @@ def check_size(path: Path, header, shape: tuple[int, ...]) -> None:
             f"{path}: truncated, its header promises {needed:,} bytes for shape {shape} and the file can hold "
             f"at most {can_hold:,}; copy it again."
         )
-    import psutil
-
-    free = psutil.virtual_memory().available
-    if needed + 8 * float(np.prod([float(n) for n in shape])) > free:
-        raise MemoryLimitError(
-            f"{path}: a volume of shape {shape} needs more than the {free / 2**30:.1f} GiB of free memory; "
-            "resample it or use a larger machine."
-        )
+    check_memory(path, shape, reading_bytes(header, shape))
 
 
 def read_affine(path: Path, header, ignore: bool, notes: list[str]) -> np.ndarray:
@@ -143,11 +137,6 @@ def read_affine(path: Path, header, ignore: bool, notes: list[str]) -> np.ndarra
         if not np.allclose(qform[:3], affine[:3], atol=0.01 * scale):
             notes.append("sform and qform disagree by more than 1 %: the sform is used")
     return affine
-
-
-def open_payload(path: Path) -> io.BufferedIOBase:
-    """The file's uncompressed bytes, to be read and sought."""
-    return gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")
 
 
 @contextmanager

@@ -1,8 +1,12 @@
 """Strict loading: a model whose file lacks a weight, or holds an unknown one, is an error and not a warning."""
 
+import os
+
 import torch
 
 from diffdiscover3d.errors import ModelError
+from diffdiscover3d.hub_files import DOWNLOAD_OPTIONS, fetch_snapshot
+from diffdiscover3d.hub_upload import PushMixin
 
 
 def cast_weights(model: torch.nn.Module, dtype: str) -> None:
@@ -10,19 +14,34 @@ def cast_weights(model: torch.nn.Module, dtype: str) -> None:
     torch.nn.Module.to(model, getattr(torch, dtype))  # diffusers' own `to` warns about modules it would spare
 
 
-class StrictLoadingMixin:
-    """Put before `ModelMixin`: `from_pretrained` raises [`ModelError`] on missing, unknown or misshapen weights."""
+class StrictLoadingMixin(PushMixin):
+    """Put before `ModelMixin`: strict loading from a folder or a Hub id, pushing with a card."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load from a folder or a Hub id, as in diffusers; only safetensors, and from the Hub only verified files.
+
+        Args:
+            pretrained_model_name_or_path: folder or `user/name`.
+            revision, cache_dir, token, local_files_only, force_download: as in huggingface_hub.
+
+        Raises:
+            ModelError: if weights are missing, unknown or misshapen, or the configuration has unknown keys.
+            NetworkError: if the repository cannot be fetched whole.
+        """
+        if not os.path.isdir(pretrained_model_name_or_path):
+            options = {k: kwargs.pop(k) for k in DOWNLOAD_OPTIONS if k in kwargs}
+            pretrained_model_name_or_path = fetch_snapshot(str(pretrained_model_name_or_path), **options)
+        kwargs["use_safetensors"] = True  # the other formats are pickles
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["use_safetensors"] = True  # the base class would fall back to a pickle
         kwargs.setdefault("torch_dtype", torch.float32)  # files may be stored in half precision; computing is not
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         problems = {kind: keys for kind, keys in info.items() if keys and kind != "error_msgs"}
         if problems or info.get("error_msgs"):
             details = "; ".join(f"{kind}: {sorted(map(str, keys))[:3]}" for kind, keys in problems.items())
             raise ModelError(
-                f"the weights in {pretrained_model_name_or_path!r} do not fit {cls.__name__} ({details}); "
+                f"the weights in {str(pretrained_model_name_or_path)!r} do not fit {cls.__name__} ({details}); "
                 "they were written by another version or are damaged."
             )
         return (model, info) if wants_info else model

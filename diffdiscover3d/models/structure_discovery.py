@@ -193,7 +193,10 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
 
     def _logits(self, view: torch.Tensor, parent_labels: torch.Tensor | None) -> torch.Tensor:
         h, w, d = view.shape[2:]
-        logits = self.network(pad_to_multiple(view, self.stride))[:, :, :h, :w, :d]
+        padded = pad_to_multiple(view, self.stride)
+        if max(padded.shape[2:]) <= self.stride:  # a single voxel would be left on the coarsest grid: nothing to norm
+            padded = pad_to_multiple(view, 2 * self.stride)
+        logits = self.network(padded)[:, :, :h, :w, :d]
         if parent_labels is not None:
             logits = self._keep_inside(logits, parent_labels)
         return logits[:, self.part_order]

@@ -251,6 +251,14 @@ UNET_PRESETS: dict[str, dict] = {
         "attention": ("linear", "linear", "linear", "linear"),
         "sample_size": 64,
     },
+    # the paper's network on the grid it gives for BraTS; noise is added there, at its full strength
+    "brats": {
+        "width": 64,
+        "channel_multipliers": (1, 2, 4, 8),
+        "attention": ("linear", "linear", "linear", "linear"),
+        "sample_size": 128,
+        "resize_before_noise": True,
+    },
     "small": {
         "width": 16,
         "channel_multipliers": (1, 2, 4, 4),

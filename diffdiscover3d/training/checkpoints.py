@@ -21,6 +21,9 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, torch.
     Args:
         tensors: for each file (without its ending) a flat dict of tensors.
         state: JSON values; the step and each file's sha256 are added.
+
+    Raises:
+        OutputError: if it cannot be written; the checkpoints before are untouched.
     """
     target = folder / f"checkpoint-{step:08d}"
     if target.exists():

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from diffdiscover3d.data.loading import common_grid
+from diffdiscover3d.data.loading import common_grid, grid_shapes
 from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.files import write_json
@@ -188,5 +188,5 @@ def _check_teacher(config: DiscoveryConfig, teacher: DiffusionFeaturePipeline) -
 
 def median_grid(volumes: Sequence[dict]) -> tuple[int, int, int]:
     """The median of the volumes' shapes along each axis."""
-    shapes = torch.tensor([list(volumes[i]["volume"].shape[1:]) for i in range(len(volumes))])
+    shapes = torch.tensor(grid_shapes(volumes))
     return tuple(int(n) for n in shapes.median(dim=0).values)

@@ -86,15 +86,20 @@ def _as_written(preset: str, **options) -> Recipe:
     return Recipe({"preset": preset}, levels, nested=False)
 
 
-# the teacher is asked once for each volume, several times over: faster than a fresh draw at every step, and less noisy
-_SMALL = {
+_WHOLE = {"preset": "small", "stages": (1, 2)}
+# inside a part the teacher is asked once for each volume, several times over: faster than a fresh draw at every step,
+# and less noisy
+_INSIDE = {
     "preset": "small",
     "teacher_noise": "fixed",
-    "num_noise": 4,
+    "num_noise": 2,
     "denoised_timesteps": (25, 60, 100),
+    "lambda_feature": 0.3,
+    "lambda_visual": 0.3,
     "dropout": 0.0,
+    "learning_rate": 2e-3,
+    "max_steps": 240,
 }
-_INSIDE = {**_SMALL, "learning_rate": 2e-3, "max_steps": 400}
 RECIPES: dict[str, Recipe] = {
     "paper": _as_written("paper"),
     # the paper's equations at the small size
@@ -106,8 +111,8 @@ RECIPES: dict[str, Recipe] = {
         {"preset": "small"},
         {
             1: [
-                {**_SMALL, "stages": (1, 2), "lambda_visual": 0.0, "lambda_denoised": 0.0, "max_steps": 600},
-                {**_SMALL, "stages": (1, 2), "lambda_invariance": 2.0, "lambda_denoised": 0.5, "max_steps": 400},
+                {**_WHOLE, "lambda_visual": 0.0, "lambda_denoised": 0.0, "max_steps": 600},
+                {**_WHOLE, "lambda_invariance": 2.0, "lambda_denoised": 0.5, "learning_rate": 5e-4, "max_steps": 400},
             ],
             2: [{**_INSIDE, "stages": (2,), "lambda_invariance": 0.3}],
             3: [{**_INSIDE, "stages": (3,), "lambda_invariance": 0.03}],

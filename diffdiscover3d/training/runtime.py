@@ -13,12 +13,14 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from diffdiscover3d.errors import ModelError
-from diffdiscover3d.files import atomic_file, write_json
+from diffdiscover3d.errors import ModelError, OutputError
+from diffdiscover3d.files import atomic_file, staged_folder, write_json
+from diffdiscover3d.interruption import StopRequest, TrainingInterrupted, ignore_signals
 from diffdiscover3d.progress import Stages
 from diffdiscover3d.reporting.plots import save_loss_curves
-from diffdiscover3d.training import checkpoints
 from diffdiscover3d.training.config import TrainingConfig, as_dict
+from diffdiscover3d.training.dropout import sees_its_own_batch_only, set_slots, use_slot_dropout
+from diffdiscover3d.training.resuming import CONFIG_FILE, resume_training, save_training
 from diffdiscover3d.training.sampling import StepBatches, TrainingVolumes, draw_generator
 
 logger = logging.getLogger("diffdiscover3d")
@@ -96,35 +98,51 @@ def learning_rate_at(config: TrainingConfig, step: int) -> float:
     return config.learning_rate * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(task: Task, config: TrainingConfig, volumes: Sequence, accelerator: Accelerator) -> Path:
+def train(
+    task: Task, config: TrainingConfig, volumes: Sequence, accelerator: Accelerator, identity: dict | None = None
+) -> Path:
     """Train `task.model` for `config.max_steps` steps and save it into `config.output_dir`.
+
+    SIGINT and SIGTERM let the step be finished and saved.
+
+    Args:
+        identity: fingerprints of what the training is made of; a checkpoint with others is not resumed.
 
     Returns:
         The output folder: the model, `train_config.json`, `log.jsonl`, `checkpoints/` and `previews/`.
 
     Raises:
         ModelError: if the loss stops being finite, or the checkpoint to resume from cannot be used.
+        OutputError: if the output folder holds another model, or cannot be written.
         ValueError: if the batch cannot be shared by the processes.
+        TrainingInterrupted: if it was asked to stop.
     """
     output = Path(config.output_dir)
+    identity = identity or {}
     trained = [p for p in task.model.parameters() if p.requires_grad]  # a parent is frozen
     optimizer = torch.optim.Adam(trained, lr=config.learning_rate)
     task.model.to(memory_format=torch.channels_last_3d)
+    dropouts = use_slot_dropout(task.model)
     model, optimizer = accelerator.prepare(task.model, optimizer)
-    start = _resume(task, config, optimizer.optimizer, accelerator, output)
+    start = resume_training(task, config, optimizer.optimizer, accelerator, output, identity)
     if accelerator.is_main_process:
         _begin_log(output, config, start)
     if config.report_to:
         accelerator.init_trackers(f"diffdiscover3d-{task.name}", config=_tracker_config(config))
+    if accelerator.num_processes > 1 and sees_its_own_batch_only(task.model):
+        logger.info("batch norm sees each process's volumes apart: another number of processes trains otherwise")
 
     model.train()
-    loader = _make_loader(task, config, volumes, accelerator, start)
-    batches = iter(loader)
+    batches = iter(_make_loader(task, config, volumes, accelerator, start))
     bad_steps, clock, timed = 0, time.perf_counter(), start
-    with Stages(config.max_steps, accelerator.is_main_process, start) as bar:
+    with (
+        StopRequest(accelerator.num_processes) as stop,
+        Stages(config.max_steps, accelerator.is_main_process, start) as bar,
+    ):
         bar.show(f"training, {task.name}")
         for step in range(start, config.max_steps):
-            figures, finite = _take_step(task, model, optimizer, batches, config, accelerator, step)
+            figures, finite = _take_step(task, model, optimizer, batches, config, accelerator, step, dropouts)
+            stopping = _any_process(stop.requested, accelerator)
             bad_steps = 0 if finite else bad_steps + 1
             if bad_steps >= MAX_BAD_STEPS:
                 raise ModelError(
@@ -141,29 +159,36 @@ def train(task: Task, config: TrainingConfig, volumes: Sequence, accelerator: Ac
                     _log(output, done, config, figures, (time.perf_counter() - clock) / (done - timed))
                 accelerator.log(figures, step=done)
                 clock, timed = time.perf_counter(), done
-            if done % config.checkpoint_every == 0 or done == config.max_steps:
-                _save_checkpoint(task, config, optimizer, accelerator, output, done)
+            # a step that was not finite is no state to go on from
+            if not bad_steps and (done % config.checkpoint_every == 0 or done == config.max_steps or stopping):
+                save_training(task, config, optimizer.optimizer, accelerator, output, done, identity)
+            if stopping and done < config.max_steps:
+                accelerator.end_training()
+                saved = "its last good step" if bad_steps else "it"
+                raise TrainingInterrupted(f"interrupted after step {done}; --resume latest goes on from {saved}.")
             wants_preview = config.preview_every and (done % config.preview_every == 0 or done == config.max_steps)
             if wants_preview and accelerator.is_main_process:
                 task.preview(done, output / "previews")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        task.save(output)
+        with staged_folder(output) as folder:
+            task.save(folder)
         save_loss_curves(output / "losses.png", output / "log.jsonl")
     accelerator.end_training()
     return output
 
 
-def _take_step(task, model, optimizer, batches, config, accelerator, step) -> tuple[dict[str, float], bool]:
+def _take_step(task, model, optimizer, batches, config, accelerator, step, dropouts) -> tuple[dict[str, float], bool]:
     """One optimiser step over all micro-batches; its mean losses over all processes, and whether it was finite."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(config, step)
-    # dropout draws from the global generator; one seed per step and process makes a resumed step the same step
+    # whatever else draws from the global generator; one seed per step and process makes a resumed step the same step
     torch.manual_seed(draw_generator(config.seed, step, -1 - accelerator.process_index & 0xFFFF).initial_seed())
     sums: dict[str, torch.Tensor] = {}
     finite = True
     for _ in range(config.gradient_accumulation_steps):
         batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(batches).items()}
+        set_slots(dropouts, config.seed, step, batch.pop("slot").tolist())
         with accelerator.accumulate(model):
             losses = task.losses(model, batch)
             accelerator.backward(losses["loss"])
@@ -179,6 +204,13 @@ def _take_step(task, model, optimizer, batches, config, accelerator, step) -> tu
             sums[name] = sums.get(name, 0) + value.detach().float() / config.gradient_accumulation_steps
     means = accelerator.reduce(torch.stack(list(sums.values())), reduction="mean").tolist()
     return dict(zip(sums, means, strict=True)), finite and all(map(math.isfinite, means))
+
+
+def _any_process(flag: bool, accelerator: Accelerator) -> bool:
+    """Whether the flag is set on any process: all of them then do the same."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
 
 
 def _make_loader(task, config, volumes, accelerator, start) -> DataLoader:
@@ -197,78 +229,15 @@ def _make_loader(task, config, volumes, accelerator, start) -> DataLoader:
         data,
         batch_sampler=batches,
         num_workers=config.num_workers,
+        worker_init_fn=ignore_signals,
         persistent_workers=config.num_workers > 0,
         pin_memory=accelerator.device.type == "cuda",
     )
 
 
-def _save_checkpoint(task, config, optimizer, accelerator, output, step) -> None:
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return
-    tensors = {
-        "model": task.model.state_dict(),
-        "optimizer": checkpoints.pack_optimizer(optimizer.optimizer),
-        **task.state(),
-    }
-    state = {"config": as_dict(config)}
-    if accelerator.scaler is not None:
-        state["scaler"] = accelerator.scaler.state_dict()
-    checkpoints.save_checkpoint(output / "checkpoints", step, tensors, state)
-    checkpoints.prune_checkpoints(output / "checkpoints", config.keep_checkpoints)
-
-
-def _resume(task, config, optimizer, accelerator, output) -> int:
-    """Load the checkpoint asked for, if any, into task, optimiser and scaler; return the step to start from."""
-    existing = checkpoints.list_checkpoints(output / "checkpoints")
-    if config.resume is None:
-        if existing:
-            raise ModelError(
-                f"{output} already holds a training up to {existing[-1].name}; go on with --resume latest, "
-                "or choose another --output-dir."
-            )
-        return 0
-    found = checkpoints.find_checkpoint(output / "checkpoints", config.resume, logger.warning)
-    steps = accelerator.gather(torch.tensor([found[1]["step"] if found else 0], device=accelerator.device))
-    if steps.unique().numel() > 1:
-        raise ModelError(f"the processes found checkpoints of different steps {steps.tolist()}; share --output-dir.")
-    if found is None:
-        return 0
-    tensors, state = found
-    _check_same_training(config, state.get("config", {}))
-    try:
-        task.model.load_state_dict(tensors["model"])
-        checkpoints.unpack_optimizer(optimizer, tensors["optimizer"])
-        task.load_state(tensors)
-        if accelerator.scaler is not None and "scaler" in state:
-            accelerator.scaler.load_state_dict(state["scaler"])
-    except (KeyError, RuntimeError) as error:
-        raise ModelError(f"the checkpoint does not fit this model ({str(error)[:200]}).") from error
-    if accelerator.is_main_process:
-        # what lies beyond is damaged or abandoned; left there, it would be found by the next `latest`
-        checkpoints.remove_after(output / "checkpoints", state["step"])
-    logger.info("resumed after step %d", state["step"])
-    return state["step"]
-
-
-# what may differ between a training and its continuation
-_FREE_OPTIONS = {
-    "output_dir", "resume", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints", "preview_every",
-    "report_to", "save_dtype", "init_from", "gradient_accumulation_steps", "dataset", "teacher",
-}  # fmt: skip
-
-
-def _check_same_training(config: TrainingConfig, saved: dict) -> None:
-    now = as_dict(config)
-    changed = {k: (v, now[k]) for k, v in saved.items() if k in now and k not in _FREE_OPTIONS and now[k] != v}
-    if changed:
-        listed = ", ".join(f"{k} was {old!r} and is {new!r}" for k, (old, new) in sorted(changed.items()))
-        raise ModelError(f"the checkpoint is of another training ({listed}); use the same options to resume it.")
-
-
 def _begin_log(output: Path, config: TrainingConfig, start: int) -> None:
     """Write the options down, and drop log lines of steps that a resumed training takes again."""
-    write_json(output / "train_config.json", _public_config(config))
+    write_json(output / CONFIG_FILE, _public_config(config))
     log = output / "log.jsonl"
     if log.exists():
         lines = [line for line in log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= start]
@@ -291,8 +260,14 @@ def _public_config(config: TrainingConfig) -> dict:
 
 def _log(output: Path, step: int, config: TrainingConfig, figures: dict[str, float], seconds: float) -> None:
     row = {"step": step, "lr": learning_rate_at(config, step - 1), **figures}
-    with open(output / "log.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    log = output / "log.jsonl"
+    try:
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise OutputError(
+            f"{log}: cannot be written ({error.strerror}); free some space, then --resume latest."
+        ) from error
     shown = " ".join(f"{k}={v:.4f}" for k, v in figures.items())
     logger.info("step %d/%d %s (%.2f s a step)", step, config.max_steps, shown, seconds)
 

@@ -65,7 +65,7 @@ class StepBatches:
 
 
 class TrainingVolumes(Dataset):
-    """Volumes in [0, 1] with their index, how they were mirrored, and what a training step draws at random for them.
+    """Volumes in [0, 1] with index, slot, how they were mirrored, and what a training step draws at random for them.
 
     Args:
         volumes: a sequence whose items hold a (1, H, W, D) float32 tensor under "volume".
@@ -88,4 +88,5 @@ class TrainingVolumes(Dataset):
             volume = resize_volume(volume[None], self.grid)[0]
         flips = draw_flips(generator) if self.flips else torch.zeros(3, dtype=torch.bool)
         volume = flip(volume, flips).contiguous()
-        return {"volume": volume, "index": torch.tensor(index), "flips": flips, **self.draw(volume, generator)}
+        known = {"index": torch.tensor(index), "slot": torch.tensor(slot), "flips": flips}
+        return {"volume": volume, **known, **self.draw(volume, generator)}

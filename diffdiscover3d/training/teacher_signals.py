@@ -79,7 +79,9 @@ class TeacherSignals:
     def _ask(self, volume: torch.Tensor, noise: torch.Tensor) -> Signals:
         config, extent = self.config, tuple(volume.shape[2:])
         features, denoised = (), []
-        for timestep, draws in zip(self.timesteps, noise.movedim(1, 0).split(config.num_noise), strict=True):
+        # without either consistency there are no timesteps, and splitting no noise would still give one empty chunk
+        chunks = noise.movedim(1, 0).split(config.num_noise) if self.timesteps else ()
+        for timestep, draws in zip(self.timesteps, chunks, strict=True):
             wants_features = config.lambda_feature > 0 and timestep == config.timestep
             wants_denoised = config.lambda_denoised > 0 and timestep in config.denoised_timesteps
             stages = config.stages if wants_features else ()

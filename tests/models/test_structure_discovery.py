@@ -97,3 +97,13 @@ def test_bad_volumes_are_named():
         make()(torch.full((1, 1, 8, 8, 8), float("nan")))
     with pytest.raises(ValueError, match="batch, 1"):
         make()(torch.rand(1, 2, 8, 8, 8))
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize("shape", [(8, 8, 8), (2, 3, 4), (8, 7, 2)])
+def test_the_smallest_volumes(norm, shape):
+    model = StructureDiscoveryModel(3, norm=norm)
+    volume = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    found = model.eval().segment(volume)
+    assert found.labels.shape == (2, *shape) and torch.isfinite(found.probabilities).all()
+    assert model.train()(volume[:, None]).logits.shape == (2, 3, *shape)  # they can be trained on too

@@ -54,6 +54,9 @@ def test_what_no_loss_needs_is_not_asked():
     assert found.features == () and found.denoised.shape == (1, 1, *GRID) and found.parent_labels is None
     signals, *_ = make(lambda_denoised=0.0)
     assert signals.timesteps == (10,)
+    signals, *_ = make(lambda_feature=0.0, lambda_denoised=0.0)  # the paper's ablation: the volume alone
+    found = signals({"volume": torch.rand(1, 1, *GRID), "noise": signals.draw((8, 8, 8), torch.Generator())[None]})
+    assert signals.timesteps == () and found.features == () and found.denoised is None
 
 
 def test_fixed_signals_are_asked_once_and_mirrored(monkeypatch):

@@ -1,0 +1,59 @@
+"""How much memory a volume will take, said and compared with what there is before it is taken."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from diffdiscover3d.errors import MemoryLimitError
+
+LARGE = 2 * 2**30  # bytes from which on a user is told beforehand
+_CGROUP = Path("/sys/fs/cgroup")  # where Linux tells a container its limit
+
+
+def free_memory() -> int:
+    """Bytes this process may still take: what the machine has available, or a container's limit leaves."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        free = min(free, max(0, limit - used))
+    except (OSError, ValueError):  # no such limit, which is written "max"
+        pass
+    return free
+
+
+def reading_bytes(header, shape: Sequence[int]) -> float:
+    """The most that reading a NIfTI file takes: its data as stored, beside two float32 copies of one volume."""
+    stored = math.prod(map(float, shape)) * header.get_data_dtype().itemsize
+    return stored + 8 * math.prod(map(float, shape[:3]))
+
+
+def segmentation_bytes(shape: Sequence[int], network: Mapping) -> float:
+    """What dividing a volume of this shape into parts takes on a CPU, fitted to `benchmarks/results/memory.json`.
+
+    The activations of one window, and beside them, where windows slide, the parts' sums over the whole volume.
+
+    Args:
+        shape: of the volume, in voxels; only the first three axes count.
+        network: the configuration of the discovery network.
+    """
+    shape, window = [float(n) for n in shape[:3]], network["window_size"]
+    at_once = math.prod(min(n, window) for n in shape) * 33 * network["channels"][0]
+    slides = max(shape) > window
+    return 2**26 + at_once + (math.prod(shape) * (8 * network["num_parts"] + 20) if slides else 0)
+
+
+def check_memory(path: Path, shape: Sequence[int], needed: float) -> None:
+    """Refuse what cannot fit.
+
+    Raises:
+        MemoryLimitError: if more is needed than is free.
+    """
+    free = free_memory()
+    if needed > free:
+        raise MemoryLimitError(
+            f"{path}: a volume of shape {tuple(shape)} needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
+            "of memory are free; resample it or use a larger machine."
+        )

@@ -1,0 +1,139 @@
+"""Saving a training's whole state, and going on from it: the same training, or a refusal that says why."""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+
+from diffdiscover3d.errors import ModelError, OutputError
+from diffdiscover3d.training import checkpoints
+from diffdiscover3d.training.config import TrainingConfig, as_dict
+from diffdiscover3d.training.dropout import sees_its_own_batch_only
+
+logger = logging.getLogger("diffdiscover3d")
+CONFIG_FILE = "train_config.json"
+
+# what may differ between a training and its continuation; data and teacher may move, but are known by their content
+_FREE_OPTIONS = {
+    "output_dir", "resume", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints", "preview_every",
+    "report_to", "save_dtype", "init_from", "gradient_accumulation_steps", "dataset", "teacher",
+    "parent",
+}  # fmt: skip
+
+
+def save_training(task, config, optimizer, accelerator, output: Path, step: int, identity: dict) -> None:
+    """Write the checkpoint of a step and drop the oldest ones; called on all processes.
+
+    Raises:
+        ModelError: if a weight is not finite; the checkpoints before are then the last good ones.
+        OutputError: if it cannot be written.
+    """
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
+    tensors = {
+        "model": task.model.state_dict(),
+        "optimizer": checkpoints.pack_optimizer(optimizer),
+        **task.state(),
+    }
+    broken = [k for k, v in tensors["model"].items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if broken:
+        raise ModelError(
+            f"weights of step {step} are not finite ({broken[0]}); the checkpoints in {output} are from before. "
+            "Lower --learning-rate, or use --mixed-precision no."
+        )
+    state = {"config": as_dict(config), "identity": identity, "micro_batch": _micro_batch(config, accelerator)}
+    if accelerator.scaler is not None:
+        state["scaler"] = accelerator.scaler.state_dict()
+    checkpoints.save_checkpoint(output / "checkpoints", step, tensors, state)
+    checkpoints.prune_checkpoints(output / "checkpoints", config.keep_checkpoints)
+
+
+def resume_training(task, config, optimizer, accelerator, output: Path, identity: dict) -> int:
+    """Load the checkpoint asked for, if any, into task, optimiser and scaler; return the step to start from.
+
+    Raises:
+        ModelError: if the checkpoint is damaged or of another training.
+        OutputError: if the output folder holds a training and going on was not asked for.
+    """
+    if config.resume is None:
+        _refuse_to_overwrite(output)
+        return 0
+    _check_options(config, _written_options(output / CONFIG_FILE), output / CONFIG_FILE)
+    found = checkpoints.find_checkpoint(output / "checkpoints", config.resume, logger.warning)
+    steps = accelerator.gather(torch.tensor([found[1]["step"] if found else 0], device=accelerator.device))
+    if steps.unique().numel() > 1:
+        raise ModelError(f"the processes found checkpoints of different steps {steps.tolist()}; share --output-dir.")
+    if found is None:
+        if accelerator.is_main_process:
+            checkpoints.remove_after(output / "checkpoints", 0)
+        return 0
+    tensors, state = found
+    _check_options(config, state.get("config", {}), "the checkpoint")
+    _check_identity(identity, state.get("identity", {}))
+    before, now = state.get("micro_batch"), _micro_batch(config, accelerator)
+    if before not in (None, now) and sees_its_own_batch_only(task.model):
+        raise ModelError(
+            f"batch norm saw {before} volumes at a time and would now see {now}, which is another training; use as "
+            "many processes and accumulation steps as before."
+        )
+    try:
+        task.model.load_state_dict(tensors["model"])
+        checkpoints.unpack_optimizer(optimizer, tensors["optimizer"])
+        task.load_state(tensors)
+        if accelerator.scaler is not None and "scaler" in state:
+            accelerator.scaler.load_state_dict(state["scaler"])
+    except (KeyError, RuntimeError) as error:
+        raise ModelError(f"the checkpoint does not fit this model ({str(error)[:200]}).") from error
+    if accelerator.is_main_process:
+        # what lies beyond is damaged or abandoned; left there, it would be found by the next `latest`
+        checkpoints.remove_after(output / "checkpoints", state["step"])
+    logger.info("resumed after step %d", state["step"])
+    return state["step"]
+
+
+def _micro_batch(config: TrainingConfig, accelerator) -> int:
+    """How many volumes a process sees at a time."""
+    return config.batch_size // (config.gradient_accumulation_steps * accelerator.num_processes)
+
+
+def _refuse_to_overwrite(output: Path) -> None:
+    existing = checkpoints.list_checkpoints(output / "checkpoints")
+    if existing:
+        raise ModelError(
+            f"{output} already holds a training up to {existing[-1].name}; go on with --resume latest, "
+            "or choose another --output-dir."
+        )
+    for marker in ("model_index.json", "config.json"):
+        if (output / marker).exists():
+            raise OutputError(f"{output} already holds a model ({marker}); choose another --output-dir.")
+
+
+def _written_options(path: Path) -> dict:
+    if not path.exists():
+        return {}
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(options, dict):
+            raise ValueError("it holds no options")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}); remove it to go on without it.") from error
+    return options
+
+
+def _check_options(config: TrainingConfig, saved: dict, source) -> None:
+    now = as_dict(config)
+    changed = {k: (v, now[k]) for k, v in saved.items() if k in now and k not in _FREE_OPTIONS and now[k] != v}
+    if changed:
+        listed = ", ".join(f"{k} was {old!r} and is {new!r}" for k, (old, new) in sorted(changed.items()))
+        raise ModelError(f"{source} is of another training ({listed}); use the same options to resume it.")
+
+
+def _check_identity(now: dict, saved: dict) -> None:
+    for name, value in saved.items():
+        if value is not None and now.get(name) is not None and now[name] != value:
+            raise ModelError(
+                f"the checkpoint was trained with another {name}: the one given has other contents; give the same "
+                f"--{name}, wherever it lies now."
+            )

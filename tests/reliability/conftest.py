@@ -1,0 +1,53 @@
+"""The suite's summary: `pytest -m slow tests/reliability --summary FILE` writes what was counted as JSON."""
+
+import json
+from pathlib import Path
+
+import pytest
+from training_runs import SEED
+
+COMMAND = "pytest -m slow tests/reliability --summary benchmarks/results/reliability.json"
+_TESTS: dict[str, dict] = {}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--summary", help="write the outcomes and counts of the tests that run into this JSON file")
+
+
+@pytest.fixture
+def count(request):
+    """Figures of a test for the summary: `count(name, **values)`; written even if the test fails after it."""
+
+    def note(name, **values):
+        request.node.user_properties.append((name, values))
+
+    return note
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" or report.outcome != "passed":
+        entry = {"outcome": report.outcome, "seconds": round(report.duration), **dict(report.user_properties)}
+        if report.outcome == "skipped":
+            entry["reason"] = str(report.longrepr[-1])
+        _TESTS[report.nodeid.split("reliability/")[-1]] = entry
+
+
+def pytest_sessionfinish(session):
+    """Tests that did not run keep what the file holds: parts of the suite can be run apart, or again."""
+    target = session.config.getoption("--summary")
+    if not target or not _TESTS:
+        return
+    from diffdiscover3d.reporting.provenance import describe_environment
+
+    path = Path(target)
+    before = json.loads(path.read_text())["tests"] if path.exists() else {}
+    tests = dict(sorted((before | _TESTS).items()))
+    outcomes = [entry["outcome"] for entry in tests.values()]
+    summary = {
+        "command": COMMAND,
+        "seed": SEED,
+        "outcomes": {kind: outcomes.count(kind) for kind in ("passed", "failed", "skipped")},
+        "tests": tests,
+        "environment": describe_environment(),
+    }
+    path.write_text(json.dumps(summary, indent=2) + "\n")

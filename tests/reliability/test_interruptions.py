@@ -1,0 +1,62 @@
+"""SIGINT and SIGTERM to trainings of one and two processes, and to a segmentation: exit code 130, nothing half."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+from training_runs import DIFFUSION, command, finish, hashes, log_steps, start, write_scans
+
+pytestmark = pytest.mark.slow
+STEPS = 60
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_trainings(tmp_path, count, number, processes, workers):
+    options = {**DIFFUSION, "dataset": write_scans(tmp_path / "scans"), "max-steps": STEPS, "preview-every": 0}
+    options |= {"checkpoint-every": 1000, "num-workers": workers}
+    whole = finish(command("diffusion", {**options, "output-dir": tmp_path / "whole"}, processes))
+    assert whole.returncode == 0, whole.stderr
+    output = tmp_path / "cut"
+    arguments = command("diffusion", {**options, "output-dir": output}, processes)
+    process = start(arguments)
+    while log_steps(output) < 5:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    os.killpg(process.pid, number)  # as Ctrl-C and cluster managers do
+    _, errors = process.communicate(timeout=60)
+    step = hashes(output)["step"]
+    assert 5 <= step < STEPS and f"interrupted after step {step}; --resume latest goes on" in errors
+    # with several processes the code is the launcher's
+    assert process.returncode == 130 if processes == 1 else process.returncode != 0
+    again = finish([*arguments, "--resume", "latest"])
+    assert again.returncode == 0, again.stderr
+    equal = hashes(output) == hashes(tmp_path / "whole")
+    name = f"{number.name} to {processes} processes, {workers} loading"
+    count(name, stopped_after=step, exit_code=process.returncode, resumed_bit_equal=equal)
+    assert equal
+
+
+def test_a_segmentation(tmp_path, count):
+    data = np.random.default_rng(0).integers(0, 99, (230, 230, 200)).astype(np.uint8)
+    nib.save(nib.Nifti1Image(data, np.eye(4)), tmp_path / "scan.nii.gz")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffdiscover3d.cli", "segment", tmp_path / "scan.nii.gz", "-o", tmp_path / "out"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    time.sleep(12)
+    assert process.poll() is None, "it was over before it could be interrupted"
+    process.terminate()
+    out, errors = process.communicate(timeout=120)
+    left = list((tmp_path / "out").rglob("*")) if (tmp_path / "out").exists() else []
+    count("SIGTERM to segment", exit_code=process.returncode, files_left=len(left))
+    assert process.returncode == 130 and out == "" and "Traceback" not in errors and left == []

@@ -1,0 +1,85 @@
+"""Trainings killed at random points and inside checkpoint writes, then resumed: bit-equal to one left alone."""
+
+import random
+import time
+
+import pytest
+from safetensors.torch import load_file
+from training_runs import DIFFUSION, DISCOVERY, SEED, command, finish, hashes, log_steps, start, write_scans
+
+pytestmark = pytest.mark.slow
+STEPS = 14
+KILLS = 15  # of each stage; every third waits for a checkpoint that is being written
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    return write_scans(tmp_path_factory.mktemp("scans"))
+
+
+@pytest.fixture(scope="module")
+def teacher(scans, tmp_path_factory):
+    output = tmp_path_factory.mktemp("teacher")
+    options = {**DIFFUSION, "dataset": scans, "output-dir": output, "max-steps": 3, "preview-every": 0}
+    assert finish(command("diffusion", options)).returncode == 0
+    return output
+
+
+def options_of(stage, scans, teacher, output, **more):
+    options = {"dataset": scans, "output-dir": output, "max-steps": STEPS, "preview-every": 0}
+    if stage == "diffusion":  # wide enough that a checkpoint takes a while to write
+        return {**DIFFUSION, "width": 24, **options, **more}
+    return {**DISCOVERY, "norm": "batch", "teacher": teacher, "stages": (1, 2), **options, **more}
+
+
+def half_written(output) -> list:
+    return list((output / "checkpoints").glob(".checkpoint-*"))
+
+
+def kill_somewhere(arguments, output, rng, inside_write: bool) -> dict:
+    """Start a training, kill it, and say where that was; `None` if it was faster than the killing."""
+    process = start(arguments)
+    wanted, deadline = rng.randrange(0, STEPS - 1), time.time() + 120
+    while log_steps(output) < wanted and process.poll() is None and time.time() < deadline:
+        time.sleep(0.001)
+    if inside_write:
+        while not half_written(output) and process.poll() is None and time.time() < deadline:
+            time.sleep(0.0002)
+    else:
+        time.sleep(rng.uniform(0, 0.1))
+    process.kill()
+    process.communicate()
+    return {"alive": process.returncode == -9, "steps": log_steps(output), "inside": bool(half_written(output))}
+
+
+@pytest.mark.parametrize("stage", ["diffusion", "discovery"])
+def test_every_resume_is_bit_equal(scans, teacher, tmp_path, count, stage):
+    whole = tmp_path / "whole"
+    done = finish(command(stage, options_of(stage, scans, teacher, whole)))
+    assert done.returncode == 0, done.stderr
+    expected = hashes(whole)
+    name = "unet/diffusion_pytorch_model.safetensors" if stage == "diffusion" else "diffusion_pytorch_model.safetensors"
+    weights = load_file(whole / name)
+
+    rng, kills, equal, attempts = random.Random(f"{SEED} {stage}"), [], 0, 0
+    while len(kills) < KILLS:
+        attempts += 1
+        assert attempts < 3 * KILLS, "the training is over before it can be killed"
+        output = tmp_path / f"killed{attempts}"
+        workers = 1 if len(kills) % 5 == 4 else 0
+        more = {"checkpoint-every": rng.choice((1, 2, 5)), "num-workers": workers}
+        arguments = command(stage, options_of(stage, scans, teacher, output, **more))
+        where = kill_somewhere(arguments, output, rng, inside_write=len(kills) % 3 == 0)
+        if not where["alive"]:
+            continue
+        kills.append(where)
+        resumed = finish([*arguments, "--resume", "latest"])
+        assert resumed.returncode == 0, resumed.stderr
+        final = load_file(output / name)
+        equal += hashes(output) == expected and all((final[k] == w).all() for k, w in weights.items())
+        assert not half_written(output)
+        assert [p.name for p in output.iterdir() if p.name.startswith(".")] == []
+    inside = sum(k["inside"] for k in kills)
+    steps = sorted(k["steps"] for k in kills)
+    count(f"SIGKILLs, {stage}", kills=len(kills), inside_a_write=inside, steps_done=steps, resumed_bit_equal=equal)
+    assert equal == KILLS and inside >= 3
