@@ -53,13 +53,11 @@ def embedded_models() -> dict[str, EmbeddedModel]:
 
 
 def model_levels(name: str) -> tuple[int, ...]:
-    """The levels of an embedded model or of a folder that holds several; none for a single network or a Hub id."""
+    """The levels of an embedded model or of a folder with a nested network; none for a single network or a Hub id."""
     embedded = embedded_models()
     if name in embedded:
         return embedded[name].levels
-    if folders := _level_folders(name):
-        return tuple(sorted(folders))
-    config = Path(name) / "config.json"
+    config = _in_folder(Path(name)) / "config.json"
     levels = _nested_levels(config) if config.is_file() else ()
     return levels if len(levels) > 1 else ()
 
@@ -99,33 +97,37 @@ def load_discovery(name: str, level: int | None = None, revision: str | None = N
         ModelError: if there is no such model or level, or it is damaged.
         NetworkError: if the Hub cannot be reached.
     """
-    source = discovery_source(name, level)
-    levels = _load(StructureDiscoveryModel, source, marker="config.json", revision=revision).eval().levels
-    if level is None or _level_folders(name):
+    embedded = embedded_models()
+    source = embedded[name].discovery if name in embedded else _in_folder(Path(name)) if Path(name).is_dir() else name
+    levels = _load(StructureDiscoveryModel, str(source), marker="config.json", revision=revision).eval().levels
+    if level is None:
         return levels[-1]
     if not 1 <= level <= len(levels):
         raise ModelError(f"{name} has the levels {list(range(1, len(levels) + 1))}, not {level}.")
     return levels[level - 1]
 
 
-def discovery_source(name: str, level: int | None = None) -> str:
-    """The folder or Hub id that `load_discovery` loads from: one place for all levels, or a folder for each."""
+def discovery_folder(name: str, revision: str | None = None) -> Path:
+    """The local folder of a discovery network; a Hub repository is fetched, or taken from the cache.
+
+    Args:
+        name, revision: as for [`load_discovery`].
+
+    Raises:
+        ModelError: if there is no such model.
+        NetworkError: if the Hub cannot be reached and the cache does not hold it.
+    """
     embedded = embedded_models()
     if name in embedded:
-        return str(embedded[name].discovery)
-    folders = _level_folders(name)
-    if not folders:
-        return name
-    level = max(folders) if level is None else level
-    if level not in folders:
-        raise ModelError(f"{name} has the levels {sorted(folders)}, not {level}.")
-    return str(folders[level])
+        return embedded[name].discovery
+    _check_source(StructureDiscoveryModel, folder := _in_folder(Path(name)), name, "config.json", revision)
+    return folder if folder.is_dir() else fetch_snapshot(name, revision=revision)
 
 
-def _level_folders(name: str) -> dict[int, Path]:
-    """The `discovery-level<L>` folders in a folder that `discover` wrote, by level."""
-    found = sorted(Path(name).glob("discovery-level[0-9]")) if Path(name).is_dir() else []
-    return {int(p.name.removeprefix("discovery-level")): p for p in found}
+def _in_folder(folder: Path) -> Path:
+    """The folder of the network itself: `discover` puts it beside its diffusion model, as embedded models have it."""
+    inside = folder / "discovery"
+    return inside if not (folder / "config.json").is_file() and (inside / "config.json").is_file() else folder
 
 
 def push(folder: str | Path, repo_id: str, **options) -> str:
@@ -192,15 +194,7 @@ def pull(
 
 
 def _load(kind, source: str, marker: str, **options):
-    folder = Path(source)
-    if folder.is_dir():
-        if not (folder / marker).is_file():
-            raise ModelError(f"{source}: no {kind.__name__} in this folder ({marker} is missing).")
-    elif not is_repo_id(source):
-        known = ", ".join(embedded_models())
-        raise ModelError(f"{source!r}: no such folder, and no Hub id (user/name); embedded models: {known}.")
-    if options.get("revision") and folder.is_dir():
-        raise ModelError(f"{source}: a folder has no revisions; --revision goes with a Hub id.")
+    _check_source(kind, Path(source), source, marker, options.get("revision"))
     try:
         with _no_progress_bar():  # two small files: a bar says nothing
             return kind.from_pretrained(source, **options)
@@ -209,6 +203,18 @@ def _load(kind, source: str, marker: str, **options):
     except Exception as error:  # diffusers and safetensors raise many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{source}: cannot be loaded as {kind.__name__}: {reason}") from error
+
+
+def _check_source(kind, folder: Path, name: str, marker: str, revision: str | None) -> None:
+    """Say what is wrong with a name before anything is loaded from it or asked of the Hub."""
+    if folder.is_dir():
+        if not (folder / marker).is_file():
+            raise ModelError(f"{name}: no {kind.__name__} in this folder ({marker} is missing).")
+        if revision:
+            raise ModelError(f"{name}: a folder has no revisions; --revision goes with a Hub id.")
+    elif not is_repo_id(name):
+        known = ", ".join(embedded_models())
+        raise ModelError(f"{name!r}: no such folder, and no Hub id (user/name); embedded models: {known}.")
 
 
 @contextmanager

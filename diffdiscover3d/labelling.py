@@ -91,11 +91,12 @@ def label_scan(
             return folder / path.name
 
         clock = time.perf_counter()
-        sidecars = {}
+        sidecars, coarser = {}, None
         for level, network in networks.items():
             stages.show("finding the parts" + (f" of level {level}" if len(networks) > 1 else ""))
             files = case.levels[level]
-            soft = _probabilities(network, case.input, scan, arguments["fast"], working, notes)
+            soft, found = _probabilities(network, case.input, scan, arguments["fast"], working, notes, coarser)
+            coarser = (network, found)  # the next level divides these parts: they need not be found again
             labels = soft.argmax(dim=0).to(torch.uint8 if len(soft) <= 256 else torch.int32).cpu().numpy()
             labels = labels if labels.dtype == np.uint8 else labels.astype(np.uint16)
             if arguments["order"] == "size":
@@ -160,21 +161,35 @@ def label_scan(
     )
 
 
-def _probabilities(network, path: Path, scan: NiftiVolume, fast: bool, working, notes: list[str]) -> torch.Tensor:
-    """(K, H, W, D) soft parts; on a working grid, or with `fast` at half the resolution, linearly interpolated."""
+def _probabilities(
+    network, path: Path, scan: NiftiVolume, fast: bool, working, notes: list[str], coarser
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(K, H, W, D) soft parts; on a working grid, or with `fast` at half the resolution, linearly interpolated.
+
+    Args:
+        coarser: a network and the labels it found, which are used if it is this one's parent.
+
+    Returns:
+        The soft parts, and the labels on the grid on which they were found.
+    """
     volume = torch.from_numpy(scan.data)
     grid = tuple(volume.shape)
+    parents = {}
+    if coarser is not None and getattr(network, "parent_model", None) is coarser[0]:
+        parents["parent_labels"] = coarser[1]
     try:
         size = working or grid
         if fast and min(size) >= FAST_MIN_SIZE:
             size = tuple((n + 1) // 2 for n in size)
         if size != grid:
-            found = network.segment(resize_volume(volume[None, None].to(network.device), size))
-            return F.interpolate(found.probabilities, size=grid, mode="trilinear", align_corners=False)[0]
+            found = network.segment(resize_volume(volume[None, None].to(network.device), size), **parents)
+            soft = F.interpolate(found.probabilities, size=grid, mode="trilinear", align_corners=False)
+            return soft[0], found.labels
         note = f"too small to be halved ({FAST_MIN_SIZE} voxels are needed along each axis); done at full resolution"
         if fast and not working and note not in notes:
             notes.append(note)
-        return network.segment(volume).probabilities[0]
+        found = network.segment(volume, **parents)
+        return found.probabilities[0], found.labels
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -14,8 +14,7 @@ from diffdiscover3d.data.nifti import read_nifti
 from diffdiscover3d.data.nifti_header import SUFFIXES
 from diffdiscover3d.data.preflight import estimate_memory, network_config
 from diffdiscover3d.errors import DiffDiscoverError, ModelError, NetworkError
-from diffdiscover3d.hub import DEFAULT_MODEL, discovery_source, load_discovery, model_levels
-from diffdiscover3d.hub_files import fetch_snapshot
+from diffdiscover3d.hub import DEFAULT_MODEL, discovery_folder, embedded_models, load_discovery, model_levels
 from diffdiscover3d.labelling import SegmentedFile, label_scan
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.progress import Stages
@@ -93,7 +92,8 @@ def segment(
     single = isinstance(inputs, str | Path)
     paths = [p for source in ([inputs] if single else inputs) for p in _expand(source)]
     place = choose_device(device)
-    levels = choose_levels(model, level)
+    folder = discovery_folder(model, revision)
+    levels = choose_levels(model, level, folder)
     extras = Extras(preview, statistics, tables, probabilities, report)
     cases = [plan_case(path, output, levels, extras) for path in paths]
     mine = shard(cases)
@@ -101,7 +101,7 @@ def segment(
     reading = {"volume": volume, "nan_to_zero": nan_to_zero, "ignore_affine": ignore_affine}
     arguments = {"device": str(place), **reading, "fast": fast, "order": order, "statistics": statistics}
 
-    working = working_grid(model)
+    working = working_grid(folder)
     at_full_size = not fast and working is None
     networks: dict[int | None, StructureDiscoveryModel] = {}
     provenance: dict[int | None, dict] = {}
@@ -111,7 +111,7 @@ def segment(
             stages.begin_case(f"scan {number + 1} of {len(mine)}", len(levels) + 2)
             try:
                 stages.show("reading the scan")
-                estimate = _estimate(case.input, model, levels[-1], place) if at_full_size else None
+                estimate = _estimate(case.input, folder, levels[-1], place) if at_full_size else None
                 if estimate and on_estimate:
                     on_estimate(estimate)
                 # the scan is read whole before a model is loaded: a bad file is answered at once
@@ -120,8 +120,8 @@ def segment(
                 read_seconds = time.perf_counter() - clock
                 if not networks:
                     stages.show("loading the model")
-                    networks = {x: load_discovery(model, x, revision).to(place) for x in levels}
-                    provenance = _provenance(model, levels, revision, arguments)
+                    networks = _load_levels(folder, levels, place)
+                    provenance = _provenance(model, folder, levels, revision, arguments)
                 if resume and is_finished(case, provenance):
                     if on_skip:
                         on_skip(case.input)
@@ -140,13 +140,16 @@ def segment(
     return results
 
 
-def choose_levels(model: str, level: int | str | None) -> tuple[int | None, ...]:
+def choose_levels(model: str, level: int | str | None, folder: Path | None = None) -> tuple[int | None, ...]:
     """The levels meant by a number, "all" or nothing; `(None,)` for a model that has none.
+
+    Args:
+        folder: where the model lies, for a Hub id; without it, nothing is known of its levels.
 
     Raises:
         ModelError: if the model has no such level.
     """
-    known = model_levels(model)
+    known = model_levels(model if folder is None else str(folder))
     if level == "all":
         return tuple(sorted(known)) or (None,)
     if level is None:
@@ -158,9 +161,9 @@ def choose_levels(model: str, level: int | str | None) -> tuple[int | None, ...]
     return (int(level),)
 
 
-def working_grid(model: str) -> tuple[int, int, int] | None:
-    """The grid that scans are brought to for a model folder written by [`discover`], if its scans needed one."""
-    file = Path(model) / WORKING_GRID_FILE
+def working_grid(folder: Path) -> tuple[int, int, int] | None:
+    """The grid that scans are brought to for a network that [`discover`] trained, if its scans needed one."""
+    file = folder / WORKING_GRID_FILE
     if not file.is_file():
         return None
     try:
@@ -205,17 +208,25 @@ def _expand(source: str | Path) -> list[Path]:
     return list_volumes(source) if path.suffix != "" or path.is_dir() or not path.exists() else [path]
 
 
-def _estimate(path: Path, model: str, level: int | None, place: torch.device) -> str | None:
+def _load_levels(folder: Path, levels: Sequence[int | None], place: torch.device) -> dict:
+    """The networks by level; those of one hierarchy share their weights, which are read once."""
+    if len(levels) == 1:
+        return {levels[0]: load_discovery(str(folder), levels[0]).to(place)}
+    hierarchy = load_discovery(str(folder)).to(place).levels
+    return {level: hierarchy[level - 1] for level in levels}
+
+
+def _estimate(path: Path, folder: Path, level: int | None, place: torch.device) -> str | None:
     """A line about the memory a large scan will need, from its header and the model's configuration."""
-    config = network_config(discovery_source(model, level), level)
+    config = network_config(folder, level)
     return estimate_memory(path, config, place.type == "cpu") if config else None
 
 
-def _provenance(model: str, levels, revision: str | None, arguments: dict) -> dict[int | None, dict]:
+def _provenance(model: str, folder: Path, levels, revision: str | None, arguments: dict) -> dict[int | None, dict]:
     return {
         level: {
             "diffdiscover3d": __version__,
-            "model": _describe_model(model, level, revision),
+            "model": _describe_model(model, folder, level, revision),
             "arguments": arguments,
             "seed": None,  # nothing is drawn at random
         }
@@ -223,10 +234,8 @@ def _provenance(model: str, levels, revision: str | None, arguments: dict) -> di
     }
 
 
-def _describe_model(model: str, level: int | None, revision: str | None) -> dict:
-    source = discovery_source(model, level)
+def _describe_model(model: str, folder: Path, level: int | None, revision: str | None) -> dict:
     described = {"id": model, "level": level, "revision": revision}
-    if not Path(source).is_dir():  # it was loaded just now, so it lies in the cache under its commit
-        source = fetch_snapshot(source, revision=revision, local_files_only=True)
-        described["commit"] = source.name
-    return {**described, "sha256": weights_sha256(source)}
+    if model not in embedded_models() and not Path(model).is_dir():
+        described["commit"] = folder.name  # the cache keeps a snapshot under its commit
+    return {**described, "sha256": weights_sha256(folder)}

@@ -16,6 +16,7 @@ from diffdiscover3d import segmentation as module
 from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.errors import ModelError, OutputError
 from diffdiscover3d.hub import load_discovery
+from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.segmentation import segment
 
 SHAPE = (12, 14, 10)
@@ -41,7 +42,7 @@ class Threshold:
 
     def segment(self, volume):
         bright = (torch.as_tensor(volume).reshape(1, *volume.shape[-3:]) > 500).float()
-        return SimpleNamespace(probabilities=torch.stack([1 - bright, bright], dim=1))
+        return SimpleNamespace(probabilities=torch.stack([1 - bright, bright], dim=1), labels=bright.byte())
 
 
 def noise(seed=0, shape=SHAPE):
@@ -54,13 +55,17 @@ def names(folder) -> list[str]:
 
 @pytest.fixture
 def levelled(tiny_discovery, tmp_path):
-    """A model folder with levels: the tiny network, and the same with its parts renumbered."""
-    folder = tmp_path / "levelled"
-    load_discovery(str(tiny_discovery)).save_pretrained(folder / "discovery-level1")
-    other = load_discovery(str(tiny_discovery))
-    other.order_parts(torch.tensor([1.0, 3.0, 2.0]))
-    other.save_pretrained(folder / "discovery-level2")
-    return folder
+    """A model folder as `discover` leaves it: a network that divides the largest part of the tiny one in three."""
+    coarse = load_discovery(str(tiny_discovery))
+    volume = torch.from_numpy(noise())
+    children = [1, 1, 1]
+    children[int(coarse.segment(volume).labels.flatten().bincount().argmax())] = 3
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        fine = StructureDiscoveryModel.inside(coarse, children, norm="instance").eval()
+    assert len(fine.segment(volume).labels.unique()) > len(coarse.segment(volume).labels.unique())
+    fine.save_pretrained(tmp_path / "levelled" / "discovery")
+    return tmp_path / "levelled"
 
 
 @pytest.mark.parametrize("orientation", AFFINES)
@@ -108,20 +113,38 @@ def test_every_file_of_every_level(tmp_path, make_nifti, levelled):
     np.testing.assert_allclose(soft.sum(axis=-1), 1, atol=1e-5)
     one, two = (np.asarray(nib.load(result.levels[level].labels).dataobj) for level in (1, 2))
     np.testing.assert_array_equal(soft.argmax(axis=-1), one)
-    # the levels are one segmentation under other numbers, and the tree says so: new part k is old part order[k]
-    order = [1, 2, 0]
-    np.testing.assert_array_equal(np.array(order)[two], one)
-    tree = json.loads(result.tree.read_text())["tree"]
+    # both are what the networks say, and every fine part lies in the coarse one that it divides
+    networks = {level: load_discovery(str(levelled), level) for level in (1, 2)}
+    for level, labels in ((1, one), (2, two)):
+        np.testing.assert_array_equal(labels, networks[level].segment(scan).labels[0].numpy())
     present = set(np.unique(two))
-    assert len(present) > 1
-    for link in tree:
+    assert len(present) > len(np.unique(one))
+    for link in json.loads(result.tree.read_text())["tree"]:
         if link["part"] in present:
-            assert (link["parent"], link["overlap"]) == (order[link["part"]], 1.0)
+            assert (link["parent"], link["overlap"]) == (networks[2].parents[link["part"]], 1.0)
         else:
             assert link["parent"] is None
     sidecar = json.loads(result.levels[2].sidecar.read_text())
     columns = result.levels[2].table.read_text().splitlines()[0].split("\t")
     assert all("Description" in sidecar[c] for c in columns[4:]) and sidecar["model"]["level"] == 2
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_coarser_level_is_found_once(tmp_path, make_nifti, levelled, monkeypatch, fast):
+    scan = make_nifti(tmp_path / "scan.nii.gz", noise(shape=(36, 40, 34)))
+    calls, real = [], StructureDiscoveryModel._logits
+
+    def counted(self, *rest):
+        calls.append(self.config.num_parts)
+        return real(self, *rest)
+
+    alone = {x: segment(scan, tmp_path / str(x), model=str(levelled), level=x, fast=fast)[0] for x in (1, 2)}
+    monkeypatch.setattr(StructureDiscoveryModel, "_logits", counted)
+    (both,) = segment(scan, tmp_path / "all", model=str(levelled), level="all", order="size", fast=fast)
+    assert calls == [3, 5]
+    (both,) = segment(scan, tmp_path / "all", model=str(levelled), level="all", fast=fast, overwrite=True)
+    for level, result in alone.items():
+        np.testing.assert_array_equal(nib.load(both.levels[level].labels).dataobj, nib.load(result.labels).dataobj)
 
 
 def test_order_by_size(tmp_path, make_nifti, tiny_discovery):
