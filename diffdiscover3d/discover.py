@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -10,25 +11,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
 from diffdiscover3d.data.folder import list_volumes
 from diffdiscover3d.data.nifti import read_nifti
+from diffdiscover3d.data.synthetic import LEVEL_PARTS
 from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, OutputError
-from diffdiscover3d.files import check_folder, write_json
+from diffdiscover3d.files import atomic_folder, check_folder, write_json
+from diffdiscover3d.memory import free_memory
 from diffdiscover3d.segmentation import WORKING_GRID_FILE, SegmentedFile, choose_device, segment
+from diffdiscover3d.training.recipes import RECIPES, Recipe, Training, diffusion_training, discovery_trainings
 
-LEVEL_PARTS = {1: 2, 2: 4, 3: 8}  # the paper's: level L has these parts, from the features of stage L
 _STRIDE = 8  # of the diffusion models: their grid is a multiple of it
-_BYTES_PER_VOXEL = 6_000  # of a training step of the small networks, measured 3,000 to 4,500; with room to spare
+_BYTES_PER_VOXEL = 6_000  # of a training step of the small networks: a guess on the safe side, not a measurement
 
-# voxels of the grids are cubes of these edges at most; `quick` is for a first look within minutes on two CPU cores
+# Voxels of the grids are cubes of these edges at most; `rounds` scales the steps of the recipe's discovery trainings.
+# `quick` is for a first look within minutes on two CPU cores.
 PRESETS = {
-    "quick": {"network": "small", "grid": 32, "volume": 50, "batch": 2, "diffusion": 300, "discovery": 150},
-    "standard": {"network": "small", "grid": 48, "volume": 96, "batch": 4, "diffusion": 2_500, "discovery": 1_200},
-    "paper": {"network": "paper", "grid": 64, "volume": 160, "batch": 4, "diffusion": 50_000, "discovery": 2_000},
+    "quick": {"network": "small", "grid": 32, "volume": 50, "batch": 2, "diffusion": 300, "rounds": 0.25},
+    "standard": {"network": "small", "grid": 48, "volume": 96, "batch": 4, "diffusion": 2_500, "rounds": 1.0},
+    "paper": {"network": "paper", "grid": 64, "volume": 160, "batch": 4, "diffusion": 50_000, "rounds": 2.0},
 }
+_RECIPE = RECIPES["small"]  # the nested one: what it learns at a level divides the parts of the level before
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,9 @@ class Plan:
         diffusion_grid: internal grid of the diffusion model.
         working_grid: scans are brought to it for the segmentation network; `None` if all have one shape that fits.
         batch_size: volumes in a step of the diffusion model.
-        diffusion_steps, discovery_steps: optimiser steps (the latter for each level).
-        levels: which are learnt.
+        diffusion_steps: optimiser steps of the diffusion model.
+        discovery_steps: for each level, the optimiser steps of its trainings, which follow one another.
+        levels: how many; level L has 2^L parts, each of which lies in one of the level before.
         seed: of everything random.
     """
 
@@ -55,8 +60,8 @@ class Plan:
     working_grid: tuple[int, int, int] | None
     batch_size: int
     diffusion_steps: int
-    discovery_steps: int
-    levels: tuple[int, ...]
+    discovery_steps: tuple[tuple[int, ...], ...]
+    levels: int
     seed: int
 
 
@@ -67,7 +72,7 @@ def make_plan(
     *,
     preset: str = "standard",
     memory_bytes: int,
-    levels: Sequence[int] = (1, 2, 3),
+    levels: int = 3,
     seed: int = 0,
 ) -> Plan:
     """Choose grids, batch and steps for these scans.
@@ -76,12 +81,12 @@ def make_plan(
     the grid, shrink until a training step fits into half the memory.
 
     Raises:
-        ValueError: for an unknown preset or level.
+        ValueError: for an unknown preset, or a number of levels that cannot be learnt.
     """
     if preset not in PRESETS:
         raise ValueError(f"`preset` must be one of {tuple(PRESETS)}, got {preset!r}.")
-    if not levels or not set(levels) <= set(LEVEL_PARTS):
-        raise ValueError(f"`levels` must be some of {tuple(LEVEL_PARTS)}, got {tuple(levels)}.")
+    if not 1 <= levels <= len(LEVEL_PARTS):
+        raise ValueError(f"`levels` must be 1 to {len(LEVEL_PARTS)}, got {levels}.")
     options = PRESETS[preset]
     median = tuple(int(n) for n in np.median(np.asarray(shapes), axis=0))
     grid = _shrink(median, options["grid"], multiple=_STRIDE)
@@ -98,6 +103,10 @@ def make_plan(
     while edge > 16 and edge**3 * _BYTES_PER_VOXEL > memory_bytes / 2:
         edge -= 8
     working = _shrink(median, edge)
+    steps = tuple(
+        tuple(max(1, round(step["max_steps"] * options["rounds"])) for step in _RECIPE.levels[level])
+        for level in range(1, levels + 1)
+    )
     same = all(tuple(s) == working for s in shapes)
     return Plan(
         tuple(scans),
@@ -108,8 +117,8 @@ def make_plan(
         None if same else working,
         batch,
         options["diffusion"],
-        options["discovery"],
-        tuple(sorted(set(levels))),
+        steps,
+        levels,
         seed,
     )
 
@@ -119,7 +128,7 @@ def discover(
     output: str | Path,
     *,
     preset: str = "standard",
-    levels: Sequence[int] = (1, 2, 3),
+    levels: int = 3,
     device: str = "auto",
     seed: int = 0,
     resume: bool = False,
@@ -132,10 +141,11 @@ def discover(
 
     Args:
         source: a folder, glob or text list of NIfTI files.
-        output: folder for everything: `plan.json`, `model/` (which `segment --model` takes), `parts/` (label maps,
-            tables and reports) and `index.html`.
-        preset: "quick" (a first look), "standard", or "paper" (wants a GPU).
-        levels: which of the levels 1, 2, 3 (2, 4, 8 parts).
+        output: folder for everything: `plan.json`, `training/` (checkpoints, logs, pictures), `model/` (what
+            `segment --model` takes: the diffusion model and one network with all levels), `parts/` (label maps, tables
+            and reports) and `index.html`.
+        preset: "quick" (a first look), "standard", or "paper" (the paper's diffusion model; wants a GPU).
+        levels: how many, 1 to 3 (2, 4, 8 parts); each divides the parts of the one before.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         seed: of everything random.
         resume: go on where an earlier run with the same output stopped; its plan is kept.
@@ -163,46 +173,13 @@ def discover(
         if plan.scans != tuple(scans):
             raise ModelError(f"{plan_file}: is of other scans than {source}; choose another --output folder.")
     else:
-        memory = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else psutil.virtual_memory().available
+        memory = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else free_memory()
         plan = make_plan(shapes, spacings, scans, preset=preset, memory_bytes=memory, levels=levels, seed=seed)
         write_json(plan_file, asdict(plan))
     tell(describe_plan(plan))
 
-    total = 2 + len(plan.levels)
-    model = output / "model"
-    listed = output / "scans.txt"
-    listed.write_text("".join(f"{scan}\n" for scan in plan.scans), encoding="utf-8")
-    tell(f"Step 1 of {total}: learning what your scans look like ({plan.diffusion_steps} rounds)")
-    options = {
-        "preset": PRESETS[plan.preset]["network"],
-        "dataset": str(listed.resolve()),
-        "seed": plan.seed,
-        "resume": "latest",
-        "checkpoint_every": 100,
-    }
-    diffusion = {
-        **options,
-        "output_dir": str(model / "diffusion"),
-        "max_steps": plan.diffusion_steps,
-        "batch_size": plan.batch_size,
-        "sample_size": list(plan.diffusion_grid),
-    }
-    _train("diffusion", diffusion, "model_index.json", place, verbose)
-    for number, level in enumerate(plan.levels, start=2):
-        parts = LEVEL_PARTS[level]
-        tell(f"Step {number} of {total}: learning to tell {parts} parts apart ({plan.discovery_steps} rounds)")
-        discovery = {
-            **options,
-            "output_dir": str(model / f"discovery-level{level}"),
-            "teacher": str(model / "diffusion"),
-            "max_steps": plan.discovery_steps,
-            "num_parts": parts,
-            "stages": [level],
-        }
-        if plan.working_grid:
-            discovery["volume_size"] = list(plan.working_grid)
-        _train("discovery", discovery, "selection.json", place, verbose)
-    write_json(model / WORKING_GRID_FILE, {"grid": plan.working_grid})
+    _train_all(plan, output, place, verbose, tell)
+    model, total = output / "model", plan.levels + 2
     tell(f"Step {total} of {total}: drawing the parts of every scan")
     results = segment(
         list(plan.scans),
@@ -234,9 +211,13 @@ def read_plan(path: Path) -> Plan:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return Plan(**{k: _as_tuple(v) for k, v in values.items()})
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path}: not a readable plan ({error}); choose another --output folder.") from error
+
+
+def _as_tuple(value):
+    return tuple(_as_tuple(v) for v in value) if isinstance(value, list) else value
 
 
 def describe_plan(plan: Plan) -> str:
@@ -275,15 +256,67 @@ def _shrink(shape: Sequence[int], edge: int, multiple: int = 1) -> tuple[int, in
     return tuple(max(least, round(n * scale / multiple) * multiple) for n in shape)
 
 
-def _train(stage: str, options: dict, result: str, place: torch.device, verbose: bool) -> None:
+def _train_all(plan: Plan, output: Path, place: torch.device, verbose: bool, tell: Callable[[str], None]) -> None:
+    """Train what is not trained yet, and put what the trainings are for into `model/`."""
+    training, model, total = output / "training", output / "model", plan.levels + 2
+    listed = output / "scans.txt"
+    listed.write_text("".join(f"{scan}\n" for scan in plan.scans), encoding="utf-8")
+    recipe, dataset = make_recipe(plan), str(listed.resolve())
+    tell(f"Step 1 of {total}: learning what your scans look like ({plan.diffusion_steps} rounds)")
+    teacher = diffusion_training(recipe, dataset, plan.seed, training / "diffusion")
+    _train(teacher, "model_index.json", place, verbose)
+    parent = None
+    for level, steps in enumerate(plan.discovery_steps, start=1):
+        tell(f"Step {level + 1} of {total}: learning to tell {LEVEL_PARTS[level]} parts apart ({sum(steps)} rounds)")
+        folder = training / f"level{level}"
+        for step in discovery_trainings(recipe, level, dataset, plan.seed, str(teacher.folder), parent, folder):
+            _train(step, "selection.json", place, verbose)
+        parent = folder
+    _take_over(teacher.folder, model / "diffusion")
+    # with the network, so that it goes where the network goes
+    _take_over(parent, model / "discovery", {WORKING_GRID_FILE: {"grid": plan.working_grid}})
+
+
+def make_recipe(plan: Plan) -> Recipe:
+    """The trainings of a plan: the nested recipe with the plan's grids, batch and numbers of steps."""
+    shared = {"resume": "latest", "checkpoint_every": 100}
+    diffusion = {
+        **shared,
+        "preset": PRESETS[plan.preset]["network"],
+        "max_steps": plan.diffusion_steps,
+        "batch_size": plan.batch_size,
+        "sample_size": plan.diffusion_grid,
+    }
+    if plan.working_grid:
+        shared["volume_size"] = plan.working_grid
+    levels = {
+        level: [{**step, **shared, "max_steps": n} for step, n in zip(_RECIPE.levels[level], steps, strict=True)]
+        for level, steps in enumerate(plan.discovery_steps, start=1)
+    }
+    return Recipe(diffusion, levels, nested=True)
+
+
+def _take_over(trained: Path, target: Path, also: dict[str, dict] | None = None) -> None:
+    """Copy a trained model without what its training left beside it."""
+    if target.exists():
+        return
+    with atomic_folder(target) as folder:
+        ignored = shutil.ignore_patterns("checkpoints", "options.json", "log.jsonl")
+        shutil.copytree(trained, folder, ignore=ignored, dirs_exist_ok=True)
+        for name, values in (also or {}).items():
+            write_json(folder / name, values)
+
+
+def _train(training: Training, result: str, place: torch.device, verbose: bool) -> None:
     """Run a training in a process of its own, unless its result is there; it goes on from its last checkpoint."""
-    folder = Path(options["output_dir"])
+    folder = training.folder
     if (folder / result).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "options.json"
-    write_json(file, {k: v for k, v in options.items() if v is not None})
-    command = [sys.executable, "-m", "diffdiscover3d.train", stage, "--config", str(file)]
+    options = {**training.options, "output_dir": folder}
+    write_json(file, {k: str(v) if isinstance(v, Path) else v for k, v in options.items()})
+    command = [sys.executable, "-m", "diffdiscover3d.train", training.stage, "--config", str(file)]
     environment = dict(os.environ)
     if place.type == "cpu":
         environment["ACCELERATE_USE_CPU"] = "true"

@@ -81,7 +81,9 @@ def load_teacher(name: str, revision: str | None = None) -> DiffusionFeaturePipe
         NetworkError: if the Hub cannot be reached.
     """
     embedded = embedded_models()
-    source = str(embedded[name].diffusion) if name in embedded else name
+    source = str(
+        embedded[name].diffusion if name in embedded else _in_folder(Path(name), "diffusion", "model_index.json")
+    )
     return _load(DiffusionFeaturePipeline, source, marker="model_index.json", revision=revision)
 
 
@@ -124,10 +126,10 @@ def discovery_folder(name: str, revision: str | None = None) -> Path:
     return folder if folder.is_dir() else fetch_snapshot(name, revision=revision)
 
 
-def _in_folder(folder: Path) -> Path:
-    """The folder of the network itself: `discover` puts it beside its diffusion model, as embedded models have it."""
-    inside = folder / "discovery"
-    return inside if not (folder / "config.json").is_file() and (inside / "config.json").is_file() else folder
+def _in_folder(folder: Path, part: str = "discovery", marker: str = "config.json") -> Path:
+    """The folder of the model itself: `discover` puts both models into one folder, as the embedded ones are."""
+    inside = folder / part
+    return inside if not (folder / marker).is_file() and (inside / marker).is_file() else folder
 
 
 def push(folder: str | Path, repo_id: str, **options) -> str:

@@ -3,12 +3,14 @@
 import json
 import math
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 from diffdiscover3d import discover as module
 from diffdiscover3d.discover import PRESETS, describe_plan, discover, make_plan, read_plan
 from diffdiscover3d.errors import InputError, ModelError, OutputError
+from diffdiscover3d.hub import load_discovery, load_teacher
 
 PLENTY = 2**40
 
@@ -30,7 +32,9 @@ def test_grids_follow_the_scans(preset, shape):
     else:
         ratios = np.array(found.working_grid) / shape
         assert ratios.max() / ratios.min() < 1.1 and math.prod(found.working_grid) <= 1.1 * options["volume"] ** 3
-    assert (found.diffusion_steps, found.discovery_steps) == (options["diffusion"], options["discovery"])
+    assert found.diffusion_steps == options["diffusion"]
+    assert [len(steps) for steps in found.discovery_steps] == [2, 1, 1]
+    assert sum(map(sum, found.discovery_steps)) == options["rounds"] * (600 + 400 + 240 + 240)
 
 
 def test_mixed_shapes_get_the_median_grid():
@@ -51,7 +55,7 @@ def test_bad_options():
     with pytest.raises(ValueError, match="preset"):
         plan([(8, 8, 8)], "slow")
     with pytest.raises(ValueError, match="levels"):
-        plan([(8, 8, 8)], levels=(4,))
+        plan([(8, 8, 8)], levels=4)
 
 
 @pytest.fixture
@@ -75,32 +79,42 @@ def test_folder_without_a_readable_scan(tmp_path):
 
 @pytest.mark.slow
 def test_from_scans_to_pictures_and_resumed(scans, tmp_path, monkeypatch, make_nifti):
-    monkeypatch.setitem(PRESETS, "quick", {**PRESETS["quick"], "grid": 16, "diffusion": 3, "discovery": 2})
+    monkeypatch.setitem(PRESETS, "quick", {**PRESETS["quick"], "grid": 16, "diffusion": 3, "rounds": 0.005})
     out, lines = tmp_path / "out", []
-    options = {"preset": "quick", "levels": (1, 2), "device": "cpu", "tell": lines.append}
+    options = {"preset": "quick", "levels": 2, "device": "cpu", "tell": lines.append}
     real, stages = module._train, []
 
-    def stop_before_level_2(stage, settings, *rest):
-        stages.append(settings["output_dir"])
-        if settings["output_dir"].endswith("level2") and len(stages) == 3:
+    def stop_before_level_2(training, *rest):
+        stages.append(training.folder.name)
+        if training.folder.name == "level2" and len(stages) == 4:
             raise KeyboardInterrupt
-        real(stage, settings, *rest)
+        real(training, *rest)
 
     monkeypatch.setattr(module, "_train", stop_before_level_2)
     with pytest.raises(KeyboardInterrupt):
         discover(scans, out, **options)
     with pytest.raises(OutputError, match="--resume"):
         discover(scans, out, **options)
-    finished = (out / "model" / "discovery-level1" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    assert stages == ["diffusion", "level1-step1", "level1", "level2"] and not (out / "model").exists()
+    finished = (out / "training" / "level1" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
     results = discover(scans, out, resume=True, **options)
-    assert finished == (out / "model" / "discovery-level1" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    assert finished == (out / "training" / "level1" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
     assert len(results) == 3 and [list(r.levels) for r in results] == [[1, 2]] * 3
     assert (out / "index.html").read_text().count("_report.html") == 3
-    working = json.loads((out / "model" / "working_grid.json").read_text())["grid"]
+    working = json.loads((out / "model" / "discovery" / "working_grid.json").read_text())["grid"]
     assert tuple(working) == read_plan(out / "plan.json").working_grid == (18, 16, 15)
     assert any(line.startswith("Step 4 of 4") for line in lines)
-    for folder in ("diffusion", "discovery-level1", "discovery-level2"):
-        assert (out / "model" / folder / "losses.png").exists()
+    for folder in ("diffusion", "level1-step1", "level1", "level2"):
+        assert (out / "training" / folder / "losses.png").exists()
+    assert sorted(p.name for p in (out / "model").iterdir()) == ["diffusion", "discovery"]
+    assert not list((out / "model").rglob("checkpoints"))
+    # one network with both levels, nested: every fine part lies in the coarse one that it divides
+    coarse, fine = load_discovery(str(out / "model")).levels
+    assert (coarse.config.num_parts, fine.config.num_parts) == (2, 4)
+    one, two = (np.asarray(nib.load(results[0].levels[level].labels).dataobj) for level in (1, 2))
+    # interpolated from the working grid, the borders of both levels may differ by some voxels
+    assert np.mean(np.array(fine.parents)[two] == one) > 0.9
+    load_teacher(str(out / "model"))
     make_nifti(scans / "new.nii.gz", np.random.default_rng(5).normal(size=(9, 8, 7)).astype(np.float32))
     with pytest.raises(ModelError, match="other scans"):
         discover(scans, out, resume=True, **options)

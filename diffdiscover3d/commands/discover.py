@@ -13,9 +13,9 @@ def discover(
     preset: Annotated[
         str, typer.Option(help="quick (a first look within minutes), standard (hours on a CPU), or paper (a GPU).")
     ] = "standard",
-    level: Annotated[
-        list[int] | None, typer.Option(min=1, max=3, help="Level to learn; repeatable (default: all three).")
-    ] = None,
+    levels: Annotated[
+        int, typer.Option(min=1, max=3, help="How many levels to learn: 2, 4, 8 parts, each within one before.")
+    ] = 3,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")] = False,
@@ -36,7 +36,7 @@ def discover(
         folder,
         output,
         preset=preset,
-        levels=tuple(level or (1, 2, 3)),
+        levels=levels,
         device=device,
         seed=seed,
         resume=resume,
