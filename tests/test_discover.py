@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from diffdiscover3d import discover as module
-from diffdiscover3d.discover import PRESETS, describe_plan, discover, make_plan, read_plan
+from diffdiscover3d import discovery_plan
+from diffdiscover3d.discover import discover
+from diffdiscover3d.discovery_plan import PRESETS, describe_plan, make_plan, read_plan
 from diffdiscover3d.errors import InputError, ModelError, OutputError
 from diffdiscover3d.hub import load_discovery, load_teacher
 
@@ -47,7 +49,7 @@ def test_little_memory_shrinks_batch_then_grid():
     plenty, some, little = (plan([(64, 64, 64)] * 8, memory=m) for m in (PLENTY, 3 * 2**30, 2**29))
     assert plenty.batch_size == 4 and some.batch_size < 4 and little.batch_size == 1
     assert some.diffusion_grid == plenty.diffusion_grid > little.diffusion_grid
-    assert math.prod(little.diffusion_grid) * module._BYTES_PER_VOXEL <= 2**28
+    assert math.prod(little.diffusion_grid) * discovery_plan._BYTES_PER_VOXEL <= 2**28
     assert plan([(64, 64, 64)]).batch_size == 1  # no more than there are scans
 
 

@@ -30,6 +30,7 @@ LAYERS = [
     ["hub", "baselines", "training", "results", "labelling"],
     ["segmentation", "extraction", "evaluation", "brats_evaluation", "report", "doctor"],
     ["benchmark"],
+    ["discovery_plan"],
     ["discover"],
     ["commands"],
     ["train", "cli_data", "cli_hub", "cli"],
