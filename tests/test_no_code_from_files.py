@@ -14,8 +14,11 @@ from diffdiscover3d.errors import ModelError
 from diffdiscover3d.hub import embedded_models, load_discovery, load_teacher
 
 ROOT = Path(diffdiscover3d.__file__).parent
-# the one reader of somebody else's pickles, and how it may do it
-GUARDED = {("models/authors_checkpoint.py", "torch.load(weights_only=True)")}
+# the two readers of somebody else's pickles, and how they may do it; the unpickler admits numeric arrays alone
+GUARDED = {
+    ("models/authors_checkpoint.py", "torch.load(weights_only=True)"),
+    ("data/authors_archive.py", "pickle.Unpickler"),
+}
 
 # calls that run what they read, or can be made to
 FORBIDDEN = {

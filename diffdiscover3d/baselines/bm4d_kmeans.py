@@ -37,11 +37,14 @@ class BM4DKMeans:
     def fit(self, volumes: Sequence[dict]) -> None:
         """Nothing to learn: each volume is denoised and clustered for itself."""
 
+    def denoise(self, volume: torch.Tensor) -> np.ndarray:
+        """BM4D of a (1, H, W, D) volume: (H, W, D) float32."""
+        values = volume[0].numpy().astype(np.float64)
+        return np.asarray(self._bm4d(values, noise_std(values)), dtype=np.float32)
+
     def predict(self, volume: torch.Tensor) -> np.ndarray:
         """Label a (1, H, W, D) volume: (H, W, D) uint8."""
-        values = volume[0].numpy().astype(np.float64)
-        denoised = self._bm4d(values, noise_std(values))
-        return self.kmeans.predict(torch.from_numpy(np.asarray(denoised, dtype=np.float32))[None])
+        return self.kmeans.predict(torch.from_numpy(self.denoise(volume))[None])
 
 
 def noise_std(volume: np.ndarray) -> float:

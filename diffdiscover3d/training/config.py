@@ -130,7 +130,8 @@ class DiscoveryConfig(TrainingConfig):
         None, "folder or Hub id of a discovery network whose parts are divided further (not in the paper)"
     )
     children: tuple[int, ...] | None = option(
-        None, "into how many parts each part of --parent is divided (default: the most even half is kept whole)"
+        None,
+        "into how many parts each part of --parent is divided (default: half of them are kept)",
     )
     gamma_range: tuple[float, ...] = option((0.9, 1.1), "range of the exponent of the photometric change")
     invert_probability: float = option(

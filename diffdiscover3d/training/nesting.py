@@ -19,45 +19,55 @@ def choose_children(
 ) -> tuple[int, ...]:
     """Into how many parts to divide each part of a parent, without labels.
 
-    Half of its parts are kept whole: those that were kept whole before, then those in which the teacher's clean
-    prediction varies least. The others share the parts that are left evenly, those that vary most first.
+    Half of its parts are kept whole, the others share the parts that are left evenly. Of a first level those are
+    divided in which the teacher's clean prediction varies most. Of a nested one, what was kept whole stays whole, and
+    of the rest the smallest are divided: inclusions are smaller than what holds them.
 
     Raises:
         ValueError: if there are too few parts to divide anything.
     """
-    spreads = []
+    nested = parent.parents is not None
+    urges = []
     for i in range(min(len(volumes), _VOLUMES)):
         volume = volumes[i]["volume"][None].to(teacher.device)
-        generator = torch.Generator().manual_seed(config.seed + i)
-        grid = teacher.unet.noise_grid or tuple(volume.shape[2:])
-        denoised = 0
-        for timestep in config.denoised_timesteps:
-            noise = torch.randn((1, 1, 1, *grid), generator=generator).to(teacher.device)
-            denoised = denoised + teacher.extract(volume, noise, timestep, (), denoised=True).denoised[0, 0]
-        labels = parent.segment(volume).labels[0].to(denoised.device)
-        inside = [denoised[labels == part] for part in range(parent.config.num_parts)]
-        spreads.append([float(x.var()) if len(x) > 1 else 0.0 for x in inside])
+        labels = parent.segment(volume).labels[0]
+        if nested:
+            urges.append([-float((labels == part).float().mean()) for part in range(parent.config.num_parts)])
+        else:
+            denoised = _denoise(teacher, volume, config, i)
+            inside = [denoised[labels.to(denoised.device) == part] for part in range(parent.config.num_parts)]
+            urges.append([float(x.var()) if len(x) > 1 else 0.0 for x in inside])
     divided = divided_parts(parent)
-    whole = [] if parent.parents is None else [p for p in range(parent.config.num_parts) if p not in divided]
-    return share_parts(torch.tensor(spreads).mean(dim=0).tolist(), config.num_parts, whole)
+    whole = [part for part in range(parent.config.num_parts) if part not in divided]
+    return share_parts(torch.tensor(urges).mean(dim=0).tolist(), config.num_parts, whole)
 
 
-def share_parts(spreads: Sequence[float], num_parts: int, whole: Sequence[int] = ()) -> tuple[int, ...]:
-    """Share `num_parts` among parts of the given spreads.
+def _denoise(teacher: DiffusionFeaturePipeline, volume: torch.Tensor, config: DiscoveryConfig, index: int):
+    """(H, W, D) the teacher's clean prediction of a (1, 1, H, W, D) volume, the mean over the config's timesteps."""
+    generator = torch.Generator().manual_seed(config.seed + index)
+    grid, found = teacher.unet.noise_grid or tuple(volume.shape[2:]), []
+    for timestep in config.denoised_timesteps:
+        noise = torch.randn((1, 1, 1, *grid), generator=generator).to(teacher.device)
+        found.append(teacher.extract(volume, noise, timestep, (), denoised=True).denoised[0, 0])
+    return torch.stack(found).mean(dim=0)
 
-    Half of them, those in `whole` and then those of the least spread, stay whole; the rest is divided evenly.
+
+def share_parts(urges: Sequence[float], num_parts: int, whole: Sequence[int] = ()) -> tuple[int, ...]:
+    """Share `num_parts` among parts by their urge to be divided.
+
+    Half of them, those in `whole` and then those of the least urge, stay whole; the rest is divided evenly.
     """
-    order = sorted(range(len(spreads)), key=lambda part: (part not in whole, spreads[part]))
+    order = sorted(range(len(urges)), key=lambda part: (part not in whole, urges[part]))
     kept, divided = order[: len(order) // 2], order[len(order) // 2 :][::-1]
     left = num_parts - len(kept)
     if left <= len(divided):
         raise ValueError(
-            f"`num_parts` must exceed the parent's {len(spreads)} parts, so that some can be divided; got {num_parts}."
+            f"`num_parts` must exceed the parent's {len(urges)} parts, so that some can be divided; got {num_parts}."
         )
     children = dict.fromkeys(kept, 1)
     for i, part in enumerate(divided):
         children[part] = left // len(divided) + (i < left % len(divided))
-    return tuple(children[part] for part in range(len(spreads)))
+    return tuple(children[part] for part in range(len(urges)))
 
 
 def divided_parts(model: StructureDiscoveryModel) -> list[int]:
