@@ -1,12 +1,16 @@
 """The command line: parse, call one function, print. Heavy imports wait inside the commands."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from diffdiscover3d import cli_data, cli_hub
+from diffdiscover3d.commands.discover import discover
+from diffdiscover3d.commands.doctor import doctor
+from diffdiscover3d.commands.report import report
 from diffdiscover3d.errors import (
     OUT_OF_MEMORY,
     DiffDiscoverError,
@@ -35,6 +39,15 @@ for _panel, _command, _example in (
     app.command(rich_help_panel=_panel, epilog=f"Example: diffdiscover3d {_example}")(_command)
 
 
+class Level(StrEnum):
+    """Levels of the hierarchy, as the command line offers them."""
+
+    ONE = "1"
+    TWO = "2"
+    THREE = "3"
+    ALL = "all"
+
+
 Model = Annotated[str, typer.Option("--model", "-m", help="Embedded model, folder or Hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
@@ -46,6 +59,12 @@ Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
 
 _debug = False
+for _command, _panel, _example in (
+    (discover, "Use", "discover scans/ --preset quick -o discovered"),
+    (report, "Use", "report scans/ --parts parts/"),
+    (doctor, "Help", "doctor --json"),
+):
+    app.command(rich_help_panel=_panel, epilog=f"Example: diffdiscover3d {_example}")(_command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -75,18 +94,35 @@ def segment(
     ] = None,
     model: Model = "synthetic-regular",
     level: Annotated[
-        int | None, typer.Option(min=1, max=3, help="1, 2 or 3: coarse to fine, 2, 4 or 8 parts (default: 2).")
+        Level | None, typer.Option(help="Coarse to fine, of a model with levels; all writes each (default: 2).")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     device: Device = "auto",
+    fast: Annotated[bool, typer.Option("--fast", help="At half the resolution: several times faster.")] = False,
     preview: Annotated[bool, typer.Option("--preview", help="Also write a picture of three slices.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also write a page with a 3D viewer; opens without a network.")
+    ] = False,
+    statistics: Annotated[
+        bool, typer.Option("--statistics", help="Also measure spread, centroid, components and neighbours.")
+    ] = False,
+    tables: Annotated[
+        bool, typer.Option("--tables", help="Also write names and colours for ITK-SNAP and 3D Slicer.")
+    ] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write the probability of every part.")
+    ] = False,
+    order: Annotated[
+        str, typer.Option(help="Number parts as the model does (the same in every scan), or by size in each scan.")
+    ] = "model",
     overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip scans whose results are there.")] = False,
     volume: VolumeNumber = None,
     nan_to_zero: NanToZero = False,
     ignore_affine: IgnoreAffine = False,
     quiet: Quiet = False,
 ) -> None:
-    """Divide volumes into parts: writes STEM_dseg.nii.gz and STEM_dseg.json on each input's own grid."""
+    """Divide volumes into parts: writes STEM_dseg.nii.gz, .json and .tsv, on each input's own grid."""
     from diffdiscover3d.data.preflight import refuse_early
 
     refuse_early(inputs, device, volume=volume, nan_to_zero=nan_to_zero, ignore_affine=ignore_affine)
@@ -105,23 +141,38 @@ def segment(
             for note in result.notes:
                 print(f"{result.input}: note: {note}", file=sys.stderr)
             shares = ", ".join(f"{100 * f:.1f} %" for f in result.fractions)
-            print(f"{result.labels}  parts: {shares}  ({result.seconds:.1f} s)")
+            shares = f"levels {', '.join(map(str, result.levels))}" if len(result.levels) > 1 else f"parts: {shares}"
+            print(f"{result.labels}  {shares}  ({result.seconds:.1f} s)")
+            if result.report:
+                print(result.report)
+
+    def skipped(path: Path) -> None:
+        if not quiet:
+            print(f"{path}: finished already, skipped", file=sys.stderr)
 
     run(
         inputs,
         output,
         model=model,
-        level=level,
+        level=None if level is None else "all" if level is Level.ALL else int(level),
         revision=revision,
         device=device,
+        fast=fast,
+        order=order,
         preview=preview,
+        statistics=statistics,
+        tables=tables,
+        probabilities=probabilities,
+        report=report,
         overwrite=overwrite,
+        resume=resume,
         volume=volume,
         nan_to_zero=nan_to_zero,
         ignore_affine=ignore_affine,
-        progress=not quiet and sys.stderr.isatty(),
+        progress=not quiet,
         on_done=done,
         on_error=failed,
+        on_skip=skipped,
         on_estimate=None if quiet else lambda line: print(line, file=sys.stderr),
     )
     if errors:
@@ -141,6 +192,9 @@ def features(
     timestep: Annotated[int, typer.Option(help="Noise step t.")] = 25,
     num_noise: Annotated[int, typer.Option(help="Noise draws to average over.")] = 1,
     upsample: Annotated[bool, typer.Option("--upsample", help="Bring the features to the scan's grid.")] = False,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Also write a picture: three principal components as colours.")
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -164,6 +218,7 @@ def features(
         upsample=upsample,
         seed=seed,
         device=device,
+        preview=preview,
         overwrite=overwrite,
         volume=volume,
         nan_to_zero=nan_to_zero,
@@ -230,7 +285,9 @@ def evaluate(
     dataset: Annotated[str, typer.Option(help="synthetic-regular or synthetic-irregular.")] = "synthetic-regular",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     level: Annotated[list[int] | None, typer.Option(min=1, max=3, help="Level to score; repeatable.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON, and bars as PNG beside it.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of k-means.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -238,14 +295,17 @@ def evaluate(
     from diffdiscover3d.files import check_targets, write_json
 
     if output is not None:
-        check_targets([output], overwrite)
+        check_targets([output, output.with_suffix(".png")], overwrite)
     from diffdiscover3d.evaluation import evaluate as run
     from diffdiscover3d.evaluation import format_rows
 
     result = run(model, dataset, split, level, seed, report=lambda row: print(format_rows([row]).splitlines()[-1]))
     print("\n" + format_rows(result["rows"]))
     if output is not None:
+        from diffdiscover3d.reporting.plots import save_dice_bars
+
         write_json(output, result)
+        save_dice_bars(output.with_suffix(".png"), result["rows"])
 
 
 @app.command(rich_help_panel="Data and scores", epilog="Example: diffdiscover3d benchmark --table 1 -o tables/one")

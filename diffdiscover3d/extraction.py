@@ -13,6 +13,7 @@ from diffdiscover3d.files import check_targets, staged_folder
 from diffdiscover3d.hub import DEFAULT_MODEL, load_teacher
 from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline, make_ddim_scheduler
 from diffdiscover3d.reporting.pictures import save_slices
+from diffdiscover3d.reporting.plots import components_as_rgb
 from diffdiscover3d.segmentation import choose_device, stem
 
 
@@ -27,6 +28,7 @@ def extract_features(
     upsample: bool = False,
     seed: int = 0,
     device: str = "auto",
+    preview: bool = False,
     overwrite: bool = False,
     **reading,
 ) -> list[Path]:
@@ -35,6 +37,8 @@ def extract_features(
     Without `upsample` the features keep their own coarse grid, whose affine has the larger voxels.
 
     Args:
+        preview: also write `<stem>_features.png`: the scan, and the first three principal components of every stage
+            as red, green and blue.
         reading: `volume`, `nan_to_zero`, `ignore_affine` of [`read_nifti`].
 
     Raises:
@@ -43,7 +47,8 @@ def extract_features(
     """
     path, output = Path(path), Path(output)
     targets = [output / f"{stem(path)}_stage{stage}.nii.gz" for stage in stages]
-    check_targets(targets, overwrite)
+    picture = [output / f"{stem(path)}_features.png"] if preview else []
+    check_targets([*targets, *picture], overwrite)
     place = choose_device(device)
     scan = read_nifti(path, **reading)
     pipeline = load_teacher(model).to(place)
@@ -53,7 +58,24 @@ def extract_features(
         for target, features in zip(targets, found.features, strict=True):
             array = np.moveaxis(features[0].cpu().numpy(), 0, -1)
             write_like(folder / target.name, array, _on_grid(scan, array.shape[:3], found.extent))
-    return targets
+        for target in picture:
+            save_slices(
+                folder / target.name,
+                [scan.data, *(_rgb_on_scan(f, found.extent, scan.data.shape) for f in found.features)],
+                spacing_mm=scan.spacing_mm,
+                titles=["scan", *(f"stage {stage}" for stage in stages)],
+            )
+    return [*targets, *picture]
+
+
+def _rgb_on_scan(features: torch.Tensor, extent: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
+    """(3, H, W, D) principal components of (1, C, h, w, d) features, laid over the scan with blocky voxels."""
+    rgb = components_as_rgb(features[0].cpu().numpy())
+    for axis, (size, span, count) in enumerate(zip(rgb.shape[1:], extent, shape, strict=True), start=1):
+        # corners aligned: voxel i of the scan lies at i * (size - 1) / (span - 1) of the features
+        places = np.round(np.arange(count) * (size - 1) / max(span - 1, 1)).astype(int)
+        rgb = np.take(rgb, np.clip(places, 0, size - 1), axis=axis)
+    return rgb
 
 
 def generate_volumes(

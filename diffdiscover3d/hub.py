@@ -43,16 +43,30 @@ class EmbeddedModel:
     @property
     def levels(self) -> tuple[int, ...]:
         """The levels of the hierarchy, 1 the coarsest."""
-        config, depth = read_json(self.discovery / "config.json"), 1
-        while config := config.get("parent"):
-            depth += 1
-        return tuple(range(1, depth + 1))
+        return _nested_levels(self.discovery / "config.json")
 
 
 def embedded_models() -> dict[str, EmbeddedModel]:
     """The models that come with the package, by name."""
     folders = sorted(p for p in ASSETS.iterdir() if p.is_dir() and (p / "discovery").is_dir())
     return {p.name: EmbeddedModel(p.name, p) for p in folders}
+
+
+def model_levels(name: str) -> tuple[int, ...]:
+    """The levels of an embedded model or of a folder with a nested network; none for a single network or a Hub id."""
+    embedded = embedded_models()
+    if name in embedded:
+        return embedded[name].levels
+    config = _in_folder(Path(name)) / "config.json"
+    levels = _nested_levels(config) if config.is_file() else ()
+    return levels if len(levels) > 1 else ()
+
+
+def _nested_levels(file: Path) -> tuple[int, ...]:
+    config, depth = read_json(file), 1
+    while config := config.get("parent"):
+        depth += 1
+    return tuple(range(1, depth + 1))
 
 
 def load_teacher(name: str, revision: str | None = None) -> DiffusionFeaturePipeline:
@@ -67,7 +81,9 @@ def load_teacher(name: str, revision: str | None = None) -> DiffusionFeaturePipe
         NetworkError: if the Hub cannot be reached.
     """
     embedded = embedded_models()
-    source = str(embedded[name].diffusion) if name in embedded else name
+    source = str(
+        embedded[name].diffusion if name in embedded else _in_folder(Path(name), "diffusion", "model_index.json")
+    )
     return _load(DiffusionFeaturePipeline, source, marker="model_index.json", revision=revision)
 
 
@@ -83,8 +99,9 @@ def load_discovery(name: str, level: int | None = None, revision: str | None = N
         ModelError: if there is no such model or level, or it is damaged.
         NetworkError: if the Hub cannot be reached.
     """
-    source = discovery_source(name)
-    levels = _load(StructureDiscoveryModel, source, marker="config.json", revision=revision).eval().levels
+    embedded = embedded_models()
+    source = embedded[name].discovery if name in embedded else _in_folder(Path(name)) if Path(name).is_dir() else name
+    levels = _load(StructureDiscoveryModel, str(source), marker="config.json", revision=revision).eval().levels
     if level is None:
         return levels[-1]
     if not 1 <= level <= len(levels):
@@ -92,10 +109,27 @@ def load_discovery(name: str, level: int | None = None, revision: str | None = N
     return levels[level - 1]
 
 
-def discovery_source(name: str, level: int | None = None) -> str:
-    """The folder or Hub id that `load_discovery` loads from; all levels are in one place."""
+def discovery_folder(name: str, revision: str | None = None) -> Path:
+    """The local folder of a discovery network; a Hub repository is fetched, or taken from the cache.
+
+    Args:
+        name, revision: as for [`load_discovery`].
+
+    Raises:
+        ModelError: if there is no such model.
+        NetworkError: if the Hub cannot be reached and the cache does not hold it.
+    """
     embedded = embedded_models()
-    return str(embedded[name].discovery) if name in embedded else name
+    if name in embedded:
+        return embedded[name].discovery
+    _check_source(StructureDiscoveryModel, folder := _in_folder(Path(name)), name, "config.json", revision)
+    return folder if folder.is_dir() else fetch_snapshot(name, revision=revision)
+
+
+def _in_folder(folder: Path, part: str = "discovery", marker: str = "config.json") -> Path:
+    """The folder of the model itself: `discover` puts both models into one folder, as the embedded ones are."""
+    inside = folder / part
+    return inside if not (folder / marker).is_file() and (inside / marker).is_file() else folder
 
 
 def push(folder: str | Path, repo_id: str, **options) -> str:
@@ -162,15 +196,7 @@ def pull(
 
 
 def _load(kind, source: str, marker: str, **options):
-    folder = Path(source)
-    if folder.is_dir():
-        if not (folder / marker).is_file():
-            raise ModelError(f"{source}: no {kind.__name__} in this folder ({marker} is missing).")
-    elif not is_repo_id(source):
-        known = ", ".join(embedded_models())
-        raise ModelError(f"{source!r}: no such folder, and no Hub id (user/name); embedded models: {known}.")
-    if options.get("revision") and folder.is_dir():
-        raise ModelError(f"{source}: a folder has no revisions; --revision goes with a Hub id.")
+    _check_source(kind, Path(source), source, marker, options.get("revision"))
     try:
         with _no_progress_bar():  # two small files: a bar says nothing
             return kind.from_pretrained(source, **options)
@@ -179,6 +205,18 @@ def _load(kind, source: str, marker: str, **options):
     except Exception as error:  # diffusers and safetensors raise many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{source}: cannot be loaded as {kind.__name__}: {reason}") from error
+
+
+def _check_source(kind, folder: Path, name: str, marker: str, revision: str | None) -> None:
+    """Say what is wrong with a name before anything is loaded from it or asked of the Hub."""
+    if folder.is_dir():
+        if not (folder / marker).is_file():
+            raise ModelError(f"{name}: no {kind.__name__} in this folder ({marker} is missing).")
+        if revision:
+            raise ModelError(f"{name}: a folder has no revisions; --revision goes with a Hub id.")
+    elif not is_repo_id(name):
+        known = ", ".join(embedded_models())
+        raise ModelError(f"{name!r}: no such folder, and no Hub id (user/name); embedded models: {known}.")
 
 
 @contextmanager

@@ -1,47 +1,31 @@
 """Files in, label maps out, on each input's own grid."""
 
+import json
+import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from diffdiscover3d import __version__
 from diffdiscover3d.data.folder import list_volumes
-from diffdiscover3d.data.nifti import read_nifti, write_like
+from diffdiscover3d.data.nifti import read_nifti
 from diffdiscover3d.data.nifti_header import SUFFIXES, check_reachable
 from diffdiscover3d.data.preflight import estimate_memory, network_config
-from diffdiscover3d.errors import DiffDiscoverError, MemoryLimitError, ModelError, NetworkError, OutputError
-from diffdiscover3d.files import check_targets, sha256, staged_folder, write_json
-from diffdiscover3d.hub import DEFAULT_MODEL, discovery_source, embedded_models, load_discovery
-from diffdiscover3d.hub_files import fetch_snapshot
+from diffdiscover3d.errors import DiffDiscoverError, ModelError, NetworkError
+from diffdiscover3d.hub import DEFAULT_MODEL, discovery_folder, embedded_models, load_discovery, model_levels
+from diffdiscover3d.labelling import SegmentedFile, label_scan
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
-from diffdiscover3d.reporting.pictures import save_slices
-from diffdiscover3d.reporting.provenance import peak_memory_mib, weights_sha256
+from diffdiscover3d.progress import Stages
+from diffdiscover3d.reporting.provenance import weights_sha256
+from diffdiscover3d.results import Extras, check_cases, is_finished, plan_case, shard, stem
+
+__all__ = ["SegmentedFile", "choose_device", "segment", "stem"]
 
 DEFAULT_LEVEL = 2
-
-
-@dataclass(frozen=True)
-class SegmentedFile:
-    """One input and what was written for it.
-
-    Attributes:
-        input, labels, sidecar, preview: paths; `preview` is `None` if it was not asked for.
-        fractions: share of the voxels in each part.
-        notes: what was unusual about the input.
-        seconds: from reading to writing, without loading the model.
-    """
-
-    input: Path
-    labels: Path
-    sidecar: Path
-    preview: Path | None
-    fractions: tuple[float, ...]
-    notes: tuple[str, ...]
-    seconds: float
+ORDERS = ("model", "size")
+WORKING_GRID_FILE = "working_grid.json"
 
 
 def segment(
@@ -49,109 +33,146 @@ def segment(
     output: str | Path | None = None,
     *,
     model: str = DEFAULT_MODEL,
-    level: int | None = None,
+    level: int | str | None = None,
     revision: str | None = None,
     device: str = "auto",
+    fast: bool = False,
+    order: str = "model",
     preview: bool = False,
+    statistics: bool = False,
+    tables: bool = False,
+    probabilities: bool = False,
+    report: bool = False,
     overwrite: bool = False,
+    resume: bool = False,
     volume: int | None = None,
     nan_to_zero: bool = False,
     ignore_affine: bool = False,
     progress: bool = False,
     on_done: Callable[[SegmentedFile], None] | None = None,
     on_error: Callable[[DiffDiscoverError], None] | None = None,
+    on_skip: Callable[[Path], None] | None = None,
     on_estimate: Callable[[str], None] | None = None,
 ) -> list[SegmentedFile]:
-    """Divide volumes into parts and write `<stem>_dseg.nii.gz` and `<stem>_dseg.json` for each.
+    """Divide volumes into parts and write `<stem>_dseg.nii.gz`, `.json` and `.tsv` for each.
+
+    Where several processes were started by `accelerate launch` or torchrun, each works on its share of the inputs.
 
     Args:
         inputs: NIfTI files, folders of them, globs or text lists.
         output: folder for the results (default: beside each input).
         model: an embedded model's name, a folder, or a Hub id.
-        level: of an embedded model: 1, 2 or 3 for 2, 4 or 8 parts (default 2).
+        level: of a model with levels: its number, 1 the coarsest (default 2), or "all"; then the files are called
+            `<stem>_level-<L>_dseg.*`, and `<stem>_tree.json` says which part lies in which.
         revision: of a Hub repository.
         device: "auto" (a CUDA device if there is one), "cpu", "cuda", "cuda:N" or "mps".
-        preview: also write `<stem>_dseg.png`, three slices with the parts over them.
+        fast: segment at half the resolution and bring the probabilities back; about 8 times fewer voxels.
+        order: number parts as the "model" does, so that a number means the same in every scan, or by their "size"
+            in each scan: largest first, ties by centroid.
+        preview: also write `<stem>_dseg.png`, three slices with the parts over them, a row per level.
+        statistics: also measure spread, centroid, components and neighbours of every part.
+        tables: also write colour tables for ITK-SNAP (`.label`) and 3D Slicer (`.ctbl`).
+        probabilities: also write `<stem>_probseg.nii.gz`, (h, w, d, K) float32.
+        report: also write `<stem>_report.html`, a page with a viewer that needs no network.
         overwrite: replace results that exist; the input itself is never overwritten.
+        resume: skip inputs whose results are all there, made from the same file by the same model and arguments.
         volume, nan_to_zero, ignore_affine: how to read unusual files, see [`read_nifti`].
-        progress: show a bar for volumes that are segmented window by window.
+        progress: show a bar with stage and time left.
         on_done: called after each input.
         on_estimate: called with a line about the memory a large volume will need, before it is read.
         on_error: called with the error of an input that cannot be used, and the others go on; without it, it raises.
+        on_skip: called with each input that `resume` skips.
 
     Raises:
         InputError, OutputError, ModelError, NetworkError, MemoryLimitError: see their descriptions.
-        ValueError: for an unknown device.
+        ValueError: for an unknown device or order.
     """
+    if order not in ORDERS:
+        raise ValueError(f"`order` must be one of {ORDERS}, got {order!r}.")
     single = isinstance(inputs, str | Path)
     paths = [p for source in ([inputs] if single else inputs) for p in _expand(source)]
     place = choose_device(device)
-    jobs = [(path, _output_paths(path, output, preview)) for path in paths]
-    _check_outputs(jobs, overwrite)
-    level = DEFAULT_LEVEL if level is None and model in embedded_models() else level
+    folder = discovery_folder(model, revision)
+    levels = choose_levels(model, level, folder)
+    extras = Extras(preview, statistics, tables, probabilities, report)
+    cases = [plan_case(path, output, levels, extras) for path in paths]
+    mine = shard(cases)
+    check_cases(cases, mine, overwrite or resume)
     reading = {"volume": volume, "nan_to_zero": nan_to_zero, "ignore_affine": ignore_affine}
+    arguments = {"device": str(place), **reading, "fast": fast, "order": order, "statistics": statistics}
 
-    network: StructureDiscoveryModel | None = None
+    working = working_grid(folder)
+    at_full_size = not fast and working is None
+    networks: dict[int | None, StructureDiscoveryModel] = {}
+    provenance: dict[int | None, dict] = {}
     results = []
-    for path, targets in jobs:
-        try:
-            # the scan is read whole before a model is loaded: a bad file is answered at once
-            config = network.config if network else network_config(discovery_source(model, level), level)
-            estimate = estimate_memory(path, config, place.type == "cpu") if config else None
-            if estimate and on_estimate:
-                on_estimate(estimate)
-            clock = time.perf_counter()
-            scan = read_nifti(path, **reading)
-            read_seconds = time.perf_counter() - clock
-            if network is None:
-                network = load_discovery(model, level, revision).to(place)
-                # of a Hub model nothing was known until now
-                estimate = None if config else estimate_memory(path, network.config, place.type == "cpu")
+    with Stages(total=len(mine) * (len(levels) + 2), enabled=progress) as stages:
+        for number, case in enumerate(mine):
+            stages.begin_case(f"scan {number + 1} of {len(mine)}", len(levels) + 2)
+            try:
+                stages.show("reading the scan")
+                estimate = _estimate(case.input, folder, levels[-1], place) if at_full_size else None
                 if estimate and on_estimate:
                     on_estimate(estimate)
-            provenance = {
-                "diffdiscover3d": __version__,
-                "model": _describe_model(model, level, revision),
-                "arguments": {"device": str(place), **reading},
-                "seed": None,  # nothing is drawn at random
-            }
-            result = _segment_one(network, path, scan, targets, provenance, read_seconds, progress)
-        except DiffDiscoverError as error:
-            # without a model no other input can be segmented either
-            if on_error is None or isinstance(error, ModelError | NetworkError):
-                raise
-            on_error(error)
-            continue
-        results.append(result)
-        if on_done:
-            on_done(result)
+                # the scan is read whole before a model is loaded: a bad file is answered at once
+                clock = time.perf_counter()
+                scan = read_nifti(case.input, **reading)
+                read_seconds = time.perf_counter() - clock
+                if not networks:
+                    stages.show("loading the model")
+                    networks = _load_levels(folder, levels, place)
+                    provenance = _provenance(model, folder, levels, revision, arguments)
+                if resume and is_finished(case, provenance):
+                    if on_skip:
+                        on_skip(case.input)
+                    continue
+                stages.done()
+                result = label_scan(networks, working, case, scan, provenance, extras, read_seconds, stages)
+            except DiffDiscoverError as error:
+                # without a model no other input can be segmented either
+                if on_error is None or isinstance(error, ModelError | NetworkError):
+                    raise
+                on_error(error)
+                continue
+            results.append(result)
+            if on_done:
+                on_done(result)
     return results
 
 
-def _segment_one(network, path, scan, targets, provenance, read_seconds, progress) -> SegmentedFile:
-    """Label one scan and write its results; if anything fails, none of what was written stays."""
-    label_path, sidecar_path, preview_path = targets
-    num_parts = network.config.num_parts
-    clock = time.perf_counter()
-    labels = _label(network, path, scan, progress)
-    fractions = (np.bincount(labels.ravel(), minlength=num_parts) / labels.size).tolist()
-    # a label map without its sidecar would pass for a result; older results stay until all the new ones are written
-    with staged_folder(label_path.parent) as folder:
-        write_like(folder / label_path.name, labels, scan, labels=True)
-        if preview_path:
-            picture = folder / preview_path.name
-            save_slices(picture, [scan.data], [labels], spacing_mm=scan.spacing_mm, num_parts=num_parts)
-        seconds = read_seconds + time.perf_counter() - clock
-        provenance = {
-            **provenance,
-            "input": {"name": path.name, "sha256": sha256(path), "shape": list(scan.header.get_data_shape())},
-            "parts": [{"index": k, "fraction": round(f, 6)} for k, f in enumerate(fractions)],
-            "notes": list(scan.notes),
-            "seconds": round(seconds, 3),
-            "peak_memory_mib": peak_memory_mib(),
-        }
-        write_json(folder / sidecar_path.name, provenance)
-    return SegmentedFile(path, label_path, sidecar_path, preview_path, tuple(fractions), scan.notes, seconds)
+def choose_levels(model: str, level: int | str | None, folder: Path | None = None) -> tuple[int | None, ...]:
+    """The levels meant by a number, "all" or nothing; `(None,)` for a model that has none.
+
+    Args:
+        folder: where the model lies, for a Hub id; without it, nothing is known of its levels.
+
+    Raises:
+        ModelError: if the model has no such level.
+    """
+    known = model_levels(model if folder is None else str(folder))
+    if level == "all":
+        return tuple(sorted(known)) or (None,)
+    if level is None:
+        if not known:
+            return (None,)
+        level = DEFAULT_LEVEL if DEFAULT_LEVEL in known else min(known)
+    if known and level not in known:
+        raise ModelError(f"{model} has the levels {sorted(known)}, not {level}.")
+    return (int(level),)
+
+
+def working_grid(folder: Path) -> tuple[int, int, int] | None:
+    """The grid that scans are brought to for a network that [`discover`] trained, if its scans needed one."""
+    file = folder / WORKING_GRID_FILE
+    if not file.is_file():
+        return None
+    try:
+        grid = json.loads(file.read_text(encoding="utf-8"))["grid"]
+        if grid is not None and not (len(grid) == 3 and all(isinstance(n, int) and n > 1 for n in grid)):
+            raise ValueError(f"`grid` must be three integers > 1, got {grid}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file}: not readable ({error}); remove it to segment at full resolution.") from error
+    return tuple(grid) if grid else None
 
 
 def choose_device(name: str) -> torch.device:
@@ -161,7 +182,10 @@ def choose_device(name: str) -> torch.device:
         ValueError: if the device is unknown or missing on this machine.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        # processes started together share the devices of the machine
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -176,14 +200,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def stem(path: Path) -> str:
-    """A NIfTI file's name without its ending."""
-    for suffix in SUFFIXES:
-        if path.name.endswith(suffix):
-            return path.name.removesuffix(suffix)
-    return path.stem
-
-
 def _expand(source: str | Path) -> list[Path]:
     path = Path(source)
     check_reachable(path)
@@ -193,50 +209,34 @@ def _expand(source: str | Path) -> list[Path]:
     return list_volumes(source) if path.suffix != "" or path.is_dir() or not path.exists() else [path]
 
 
-def _output_paths(path: Path, output: str | Path | None, preview: bool) -> tuple[Path, Path, Path | None]:
-    folder = Path(output) if output is not None else path.parent
-    name = stem(path) + "_dseg"
-    return folder / f"{name}.nii.gz", folder / f"{name}.json", folder / f"{name}.png" if preview else None
+def _load_levels(folder: Path, levels: Sequence[int | None], place: torch.device) -> dict:
+    """The networks by level; those of one hierarchy share their weights, which are read once."""
+    if len(levels) == 1:
+        return {levels[0]: load_discovery(str(folder), levels[0]).to(place)}
+    hierarchy = load_discovery(str(folder)).to(place).levels
+    return {level: hierarchy[level - 1] for level in levels}
 
 
-def _check_outputs(jobs, overwrite: bool) -> None:
-    """Find what would stop the writing before the work starts."""
-    seen: dict[Path, Path] = {}
-    inputs = {path.resolve() for path, _ in jobs}
-    for path, targets in jobs:
-        label_path = targets[0]
-        if label_path in seen:
-            raise OutputError(f"{path} and {seen[label_path]} would both write {label_path}; use two output folders.")
-        seen[label_path] = path
-        for target in filter(None, targets):
-            if len(target.name.encode()) > 255:
-                raise OutputError(f"{target}: the name is too long for a file; rename the input.")
-            if target.exists() and path.exists() and target.samefile(path):
-                raise OutputError(f"{target}: is the input itself; choose another --output folder.")
-            if target.resolve() in inputs:
-                raise OutputError(f"{target}: is one of the inputs; choose another --output folder.")
-    check_targets((target for _, targets in jobs for target in targets if target), overwrite)
+def _estimate(path: Path, folder: Path, level: int | None, place: torch.device) -> str | None:
+    """A line about the memory a large scan will need, from its header and the model's configuration."""
+    config = network_config(folder, level)
+    return estimate_memory(path, config, place.type == "cpu") if config else None
 
 
-def _label(network: StructureDiscoveryModel, path: Path, scan, progress: bool) -> np.ndarray:
-    try:
-        found = network.segment(torch.from_numpy(scan.data), progress)
-    except (MemoryError, RuntimeError) as error:
-        # on the CPU torch raises a bare RuntimeError when memory runs out
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise MemoryLimitError(
-            f"{path}: a volume of shape {scan.data.shape} does not fit into the memory of {network.device}; "
-            "resample it, or use --device cpu or a larger machine."
-        ) from error
-    labels = found.labels[0].cpu().numpy()
-    return labels if labels.dtype == np.uint8 else labels.astype(np.uint16)
+def _provenance(model: str, folder: Path, levels, revision: str | None, arguments: dict) -> dict[int | None, dict]:
+    return {
+        level: {
+            "diffdiscover3d": __version__,
+            "model": _describe_model(model, folder, level, revision),
+            "arguments": arguments,
+            "seed": None,  # nothing is drawn at random
+        }
+        for level in levels
+    }
 
 
-def _describe_model(model: str, level: int | None, revision: str | None) -> dict:
-    source = discovery_source(model, level)
+def _describe_model(model: str, folder: Path, level: int | None, revision: str | None) -> dict:
     described = {"id": model, "level": level, "revision": revision}
-    if not Path(source).is_dir():  # it was loaded just now, so it lies in the cache under its commit
-        source = fetch_snapshot(source, revision=revision, local_files_only=True)
-        described["commit"] = source.name
-    return {**described, "sha256": weights_sha256(source)}
+    if model not in embedded_models() and not Path(model).is_dir():
+        described["commit"] = folder.name  # the cache keeps a snapshot under its commit
+    return {**described, "sha256": weights_sha256(folder)}

@@ -27,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, kind in _STAGES.items():
         stage = stages.add_parser(name, help=kind.__doc__.splitlines()[0], description=kind.__doc__)
         stage.add_argument("--config", help="JSON or YAML file of options; options given here go before it")
+        stage.add_argument("--quiet", action="store_true", help="log nothing but warnings")
         stage.add_argument("--debug", action="store_true", help="show the traceback of an error")
         add_options(stage, kind)
     return parser
@@ -97,8 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, train, print where the model is; errors end in one line and their exit code."""
     options = vars(make_parser().parse_args(arguments))
     stage, file, debug = options.pop("stage"), options.pop("config", None), options.pop("debug")
+    quiet = options.pop("quiet")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("diffdiscover3d").setLevel(logging.INFO)
+    logging.getLogger("diffdiscover3d").setLevel(logging.WARNING if quiet else logging.INFO)
     try:
         config = make_config(_STAGES[stage], file=file, **options)
         folder = run(config)

@@ -34,7 +34,10 @@ def run(monkeypatch, capsys):
     return call
 
 
-COMMANDS = ["segment", "features", "generate", "synthesize", "evaluate", "models"]
+COMMANDS = [
+    *("segment", "features", "generate", "discover", "report"),
+    *("synthesize", "evaluate", "models", "doctor"),
+]
 
 
 def test_help_in_a_process_of_its_own():

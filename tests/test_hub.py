@@ -347,3 +347,22 @@ def test_git_hashes():
     path = Path(__file__)
     assert file_hash(path, "git") == git_hash(path.read_bytes())
     assert git_hash(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
+
+
+def test_all_levels_of_a_nested_network_on_the_hub(hub, models, tmp_path):
+    code = """
+from diffdiscover3d import StructureDiscoveryModel
+coarse = StructureDiscoveryModel.from_pretrained(root + "/discovery")
+StructureDiscoveryModel.inside(coarse, (2, 2, 2), norm="instance").push_to_hub("user/nested")
+answer = [cli("segment", root + "/scan.nii.gz", "--model", "user/nested", "--level", level, "-o", output + level)
+    for level in ("all", "1", "3")]
+"""
+    output = str(tmp_path / "out-")
+    both, first, third = python(code, hub.environment(tmp_path / "cache"), root=str(models), output=output)
+    assert both[0] == first[0] == 0 and third[0] == 5 and "has the levels [1, 2], not 3" in third[2]
+    names = {p.name for p in Path(f"{output}all").glob("*")}
+    assert {"scan_level-1_dseg.nii.gz", "scan_level-2_dseg.nii.gz", "scan_tree.json"} <= names
+    one, alone = (nib.load(p) for p in (f"{output}all/scan_level-1_dseg.nii.gz", f"{output}1/scan_dseg.nii.gz"))
+    np.testing.assert_array_equal(one.dataobj, alone.dataobj)
+    model = json.loads(Path(f"{output}all", "scan_level-2_dseg.json").read_text())["model"]
+    assert model["id"] == "user/nested" and model["commit"] == list(hub.repos["models", "user/nested"].commits)[-1]

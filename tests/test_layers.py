@@ -12,6 +12,7 @@ LAYERS = [
     ["", "errors"],
     [
         "files",
+        "progress",
         "interruption",
         "memory",
         "data.payload",
@@ -26,9 +27,12 @@ LAYERS = [
     ["hub_files", "cards", "hub_upload", "models.loading"],
     ["models", "data"],
     ["pipelines"],
-    ["hub", "baselines", "training"],
-    ["segmentation", "extraction", "evaluation", "brats_evaluation"],
+    ["hub", "baselines", "training", "results", "labelling"],
+    ["segmentation", "extraction", "evaluation", "brats_evaluation", "report", "doctor"],
     ["benchmark"],
+    ["discovery_plan"],
+    ["discover"],
+    ["commands"],
     ["train", "cli_data", "cli_hub", "cli"],
 ]
 

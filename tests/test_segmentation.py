@@ -14,7 +14,7 @@ import torch
 from corpus import CORPUS, SHAPE, blobs
 from PIL import Image
 
-from diffdiscover3d import __version__, cli
+from diffdiscover3d import __version__, cli, labelling
 from diffdiscover3d import segmentation as module
 from diffdiscover3d.errors import InputError, MemoryLimitError, ModelError, NetworkError, OutputError
 from diffdiscover3d.segmentation import choose_device, segment, stem
@@ -44,7 +44,10 @@ def world_labels(path) -> np.ndarray:
 def test_result_lies_on_the_input(scan, tiny_discovery):
     before = scan.read_bytes()
     (result,) = segment(scan, model=str(tiny_discovery), device="cpu", preview=True)
-    assert names(scan.parent) == ["scan.nii.gz", "scan_dseg.json", "scan_dseg.nii.gz", "scan_dseg.png"]
+    assert names(scan.parent) == [
+        "scan.nii.gz",
+        *(f"scan_dseg.{end}" for end in ("json", "nii.gz", "png", "tsv")),
+    ]
     assert scan.read_bytes() == before
     assert result.labels == scan.parent / "scan_dseg.nii.gz" and result.input == scan
 
@@ -73,7 +76,8 @@ def test_result_lies_on_the_input(scan, tiny_discovery):
     assert sidecar["model"]["id"] == str(tiny_discovery)
     assert [p["index"] for p in sidecar["parts"]] == [0, 1, 2]
     np.testing.assert_allclose([p["fraction"] for p in sidecar["parts"]], fractions, atol=1e-6)
-    assert sidecar["arguments"] == {"device": "cpu", "volume": None, "nan_to_zero": False, "ignore_affine": False}
+    reading = {"volume": None, "nan_to_zero": False, "ignore_affine": False}
+    assert sidecar["arguments"] == {"device": "cpu", **reading, "fast": False, "order": "model", "statistics": False}
     assert sidecar["seconds"] > 0 and sidecar["peak_memory_mib"] > 0
 
     with Image.open(result.preview) as picture:
@@ -172,7 +176,7 @@ def test_two_inputs_of_one_stem(tmp_path, make_nifti, tiny_discovery):
 
 def test_output_folder_is_made_and_may_lie_deep(scan, tmp_path, tiny_discovery):
     segment([scan], tmp_path / "new" / "deep", model=str(tiny_discovery))
-    assert names(tmp_path / "new" / "deep") == ["scan_dseg.json", "scan_dseg.nii.gz"]
+    assert names(tmp_path / "new" / "deep") == ["scan_dseg.json", "scan_dseg.nii.gz", "scan_dseg.tsv"]
     assert names(scan.parent) == ["scan.nii.gz"]
 
 
@@ -196,7 +200,7 @@ def test_folder_with_a_bad_file(tmp_path, make_nifti, tiny_discovery):
     assert [r.input.name for r in results] == ["a.nii.gz", "c.nii.gz"] and done == results
     (error,) = errors
     assert isinstance(error, InputError) and "b.nii.gz" in str(error)
-    assert names(tmp_path / "out") == ["a_dseg.json", "a_dseg.nii.gz", "c_dseg.json", "c_dseg.nii.gz"]
+    assert names(tmp_path / "out") == [f"{x}_dseg.{end}" for x in "ac" for end in ("json", "nii.gz", "tsv")]
     with pytest.raises(InputError, match=r"b\.nii\.gz"):
         segment(tmp_path / "in", tmp_path / "again", model=str(tiny_discovery))
 
@@ -219,13 +223,13 @@ def test_no_model_stops_at_once(tmp_path, make_nifti, monkeypatch):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("step", ["write_like", "save_slices", "write_json"])
+@pytest.mark.parametrize("step", ["write_like", "write_part_table", "save_slices", "write_json"])
 @pytest.mark.parametrize("error", [OutputError("full"), KeyboardInterrupt(), RuntimeError("bug")])
 def test_no_label_map_is_left_behind(scan, tmp_path, tiny_discovery, monkeypatch, overwrite, step, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(module, step, fail)
+    monkeypatch.setattr(labelling, step, fail)
     with pytest.raises(type(error)):
         segment(scan, tmp_path / "out", model=str(tiny_discovery), preview=True, overwrite=overwrite)
     assert not (tmp_path / "out").exists() or names(tmp_path / "out") == []
@@ -301,7 +305,7 @@ def test_corpus(tmp_path, tiny_discovery, monkeypatch, capfd, name):
     assert code == expected, errors
     if expected == 0:
         assert all(line.startswith(f"{path}: note: ") for line in errors.splitlines()), errors
-        assert names(out) == [f"{stem(path)}_dseg.{ending}" for ending in ("json", "nii.gz", "png")]
+        assert names(out) == [f"{stem(path)}_dseg.{ending}" for ending in ("json", "nii.gz", "png", "tsv")]
         labels = nib.load(out / f"{stem(path)}_dseg.nii.gz")
         assert labels.shape == nib.load(path).shape[:3]
         np.testing.assert_array_equal(labels.affine, nib.load(path).affine)
@@ -335,7 +339,7 @@ def test_several_inputs_go_on_after_a_bad_one(tmp_path, make_nifti, tiny_discove
     for name in ("a", "c"):
         make_nifti(tmp_path / f"{name}.nii.gz", blobs().astype(np.int16))
     (tmp_path / "b.nii.gz").write_bytes(b"<html>")
-    everything = ["a_dseg.json", "a_dseg.nii.gz", "c_dseg.json", "c_dseg.nii.gz"]
+    everything = [f"{x}_dseg.{end}" for x in "ac" for end in ("json", "nii.gz", "tsv")]
     (tmp_path / "list.txt").write_text("a.nii.gz\nb.nii.gz\nc.nii.gz\n")
     files = [str(tmp_path / f"{name}.nii.gz") for name in "abc"]
     for i, inputs in enumerate((files, [f"{tmp_path}/*.nii.gz"], [str(tmp_path)], [str(tmp_path / "list.txt")])):

@@ -50,8 +50,8 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _is_label_map(path: Path) -> bool:
-    """Label maps this package wrote beside scans are no scans."""
-    return path.name.removesuffix(".gz").removesuffix(".nii").endswith("_dseg")
+    """Label maps and probabilities this package wrote beside scans are no scans."""
+    return path.name.removesuffix(".gz").removesuffix(".nii").endswith(("_dseg", "_probseg"))
 
 
 def _read_list(path: Path) -> list[Path]:

@@ -34,8 +34,8 @@ def load_dataset(
         ImportError: if the `datasets` library is not installed.
 
     Example:
-        >>> cells = load_dataset("synthetic-regular", split="test", streaming=True)  # doctest: +SKIP
-        >>> next(iter(cells))["name"]  # doctest: +SKIP
+        >>> cells = load_dataset("synthetic-regular", split="test", streaming=True)
+        >>> next(iter(cells))["name"]
         'regular-test-000'
     """
     try:

@@ -139,13 +139,14 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         return self._parent_labels(min_max_normalize(volume))
 
     @torch.no_grad()
-    def segment(self, volume, progress: bool = False) -> Segmentation:
+    def segment(self, volume, progress: bool = False, parent_labels: torch.Tensor | None = None) -> Segmentation:
         """Divide volumes of any size into parts.
 
         Args:
             volume: an array or tensor of shape (H, W, D), (B, H, W, D) or (B, 1, H, W, D), any intensities; or
                 whatever else [`as_volume_tensor`] takes.
             progress: show a bar while a window slides.
+            parent_labels: (B, H, W, D) parts of the parent, where they are known already.
 
         Raises:
             InputError: if a volume has no contrast, or holds NaN or Inf.
@@ -154,7 +155,8 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         was_training = self.training
         self.eval()
         normalized = min_max_normalize(volume.to(self.device))
-        probabilities = self._probabilities(normalized, progress)
+        known = None if parent_labels is None else parent_labels[:, None].to(self.device)
+        probabilities = self._probabilities(normalized, progress, known)
         self.train(was_training)
         dtype = torch.uint8 if self.config.num_parts <= 256 else torch.int32
         return Segmentation(labels=probabilities.argmax(dim=1).to(dtype), probabilities=probabilities)
@@ -214,10 +216,13 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
             columns.append(inside.masked_fill(~within, -torch.inf))
         return torch.cat(columns, dim=1)
 
-    def _probabilities(self, normalized: torch.Tensor, progress: bool = False) -> torch.Tensor:
+    def _probabilities(
+        self, normalized: torch.Tensor, progress: bool = False, parent_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
         window = self.config.window_size
         # both of the whole volume, so that windows can neither disagree on a parent nor on what is bright in it
-        parent_labels = self._parent_labels(normalized, progress)
+        if parent_labels is None:
+            parent_labels = self._parent_labels(normalized, progress)
         view = self._view(normalized, parent_labels)
         if max(view.shape[2:]) <= window:
             return self._logits(view, parent_labels).float().softmax(dim=1)

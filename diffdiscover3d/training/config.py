@@ -86,13 +86,19 @@ class DiffusionConfig(TrainingConfig):
     num_train_timesteps: int = option(250, "length T of the noise schedule")
     ema_decay: float = option(0.9999, "decay of the moving average of the weights, which is what is saved")
     width: int | None = option(None, "channels of the UNet's finest level (default: the preset's)")
-    sample_size: int | None = option(None, "internal grid of the UNet (default: the preset's)")
+    sample_size: tuple[int, ...] | None = option(
+        None, "internal grid of the UNet, one or three integers (default: the preset's)"
+    )
     pad: bool = option(False, "pad volumes to the stride instead of resizing them to the internal grid")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     preset: str = option("paper", "the UNet and these options' defaults", ("paper", "small", "brats"))
 
     def __post_init__(self):
         super().__post_init__()
+        if isinstance(self.sample_size, int):
+            object.__setattr__(self, "sample_size", (self.sample_size,))
+        size = self.sample_size
+        _require(size is None or len(size) in (1, 3), "sample_size", "one or three integers", size)
         _require(self.num_train_timesteps >= 2, "num_train_timesteps", "at least 2", self.num_train_timesteps)
         _require(not (self.pad and self.sample_size), "sample_size", "left out with --pad", self.sample_size)
         _require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)

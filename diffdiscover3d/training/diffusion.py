@@ -23,7 +23,8 @@ def make_unet(config: DiffusionConfig, mixed_shapes: bool = False) -> UNet3DMode
     if config.width is not None:
         options["width"] = config.width
     if config.sample_size is not None:
-        options["sample_size"] = config.sample_size
+        size = tuple(config.sample_size)
+        options["sample_size"] = size[0] if len(size) == 1 else size
     if config.pad:
         options |= {"sample_size": None, "resize_before_noise": False}
     if mixed_shapes and options["sample_size"] is not None:

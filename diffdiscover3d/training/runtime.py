@@ -12,11 +12,12 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from diffdiscover3d.errors import ModelError, OutputError
 from diffdiscover3d.files import atomic_file, staged_folder, write_json
 from diffdiscover3d.interruption import StopRequest, TrainingInterrupted, ignore_signals
+from diffdiscover3d.progress import Stages
+from diffdiscover3d.reporting.plots import save_loss_curves
 from diffdiscover3d.training.config import TrainingConfig, as_dict
 from diffdiscover3d.training.dropout import sees_its_own_batch_only, set_slots, use_slot_dropout
 from diffdiscover3d.training.resuming import CONFIG_FILE, resume_training, save_training
@@ -136,15 +137,12 @@ def train(
 
     model.train()
     batches = iter(_make_loader(task, config, volumes, accelerator, start))
-    bar = tqdm(
-        total=config.max_steps,
-        initial=start,
-        desc=task.name,
-        unit="step",
-        disable=None if accelerator.is_main_process else True,
-    )
     bad_steps, clock, timed = 0, time.perf_counter(), start
-    with StopRequest(accelerator.num_processes) as stop:
+    with (
+        StopRequest(accelerator.num_processes) as stop,
+        Stages(config.max_steps, accelerator.is_main_process, start) as bar,
+    ):
+        bar.show(f"training, {task.name}")
         for step in range(start, config.max_steps):
             figures, finite = _take_step(task, model, optimizer, batches, config, accelerator, step, dropouts)
             stopping = _any_process(stop.requested, accelerator)
@@ -157,8 +155,8 @@ def train(
             done = step + 1
             further = task.after_step(done)
             figures |= further
-            bar.update()
-            bar.set_postfix({k: f"{v:.4f}" for k, v in figures.items()})
+            bar.done()
+            bar.show(f"training, {task.name}", "  ".join(f"{k} {v:.4f}" for k, v in figures.items()))
             if done % config.log_every == 0 or further or done == config.max_steps:
                 if accelerator.is_main_process:
                     _log(output, done, config, figures, (time.perf_counter() - clock) / (done - timed))
@@ -169,18 +167,17 @@ def train(
                 save_training(task, config, optimizer.optimizer, accelerator, output, done, identity)
             if stopping and done < config.max_steps:
                 accelerator.wait_for_everyone()  # a launcher that sees one process end may kill the one that saves
-                bar.close()
                 accelerator.end_training()
                 saved = "its last good step" if bad_steps else "it"
                 raise TrainingInterrupted(f"interrupted after step {done}; --resume latest goes on from {saved}.")
             wants_preview = config.preview_every and (done % config.preview_every == 0 or done == config.max_steps)
             if wants_preview and accelerator.is_main_process:
                 task.preview(done, output / "previews")
-    bar.close()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with staged_folder(output) as folder:
             task.save(folder)
+        save_loss_curves(output / "losses.png", output / "log.jsonl")
     accelerator.end_training()
     return output
 

@@ -1,0 +1,21 @@
+"""The command `doctor`."""
+
+from typing import Annotated
+
+import typer
+
+
+def doctor(
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Embedded model, folder or Hub id.")
+    ] = "synthetic-regular",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show versions, devices, memory, cache, and what segment would use."""
+    import json
+
+    from diffdiscover3d.doctor import describe, examine
+
+    found = examine(device, model)
+    print(json.dumps(found, indent=2) if as_json else describe(found))

@@ -1,0 +1,68 @@
+"""An index page over the reports of several scans."""
+
+import glob
+import html
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from diffdiscover3d.files import atomic_file
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+content="default-src 'none'; style-src 'unsafe-inline'; img-src 'self' file:">
+<title>{title}</title><style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1280px; padding: 1rem; }}
+h1 {{ font-size: 1.25rem; }} .soft {{ color: #888; }}
+ul {{ display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); list-style: none; padding: 0; }}
+a {{ color: inherit; display: block; overflow-wrap: anywhere; text-decoration: none; }}
+a:hover {{ text-decoration: underline; }}
+img {{ background: #000; display: block; height: 180px; object-fit: contain; width: 100%; }}
+</style></head><body><h1>{title}</h1><p class="soft">{count} scans; choose one to open its report.</p><ul>
+{items}
+</ul></body></html>
+"""
+
+
+def write_index(path: str | Path, reports: Sequence[str | Path], *, title: str = "Parts found") -> None:
+    """Write a page that links to every report, with its preview picture where one lies beside it.
+
+    Args:
+        path: the HTML file.
+        reports: `<stem>_report.html` files; links are relative, so that the folder can be moved as a whole.
+    """
+    path = Path(path)
+    items = []
+    for report in map(Path, reports):
+        stem = report.name.removesuffix("_report.html")
+        picture = report.with_name(f"{stem}_dseg.png")
+        image = f'<img src="{_link(picture, path)}" alt="" loading="lazy">' if picture.exists() else ""
+        sizes = _sizes(report, stem)
+        items.append(
+            f'<li><a href="{_link(report, path)}">{image}{html.escape(stem)}</a><div class="soft">{sizes}</div></li>'
+        )
+    page = _PAGE.format(title=html.escape(title), count=len(items), items="\n".join(items))
+    with atomic_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _link(target: Path, page: Path) -> str:
+    return quote(Path(os.path.relpath(target, page.parent)).as_posix())
+
+
+def _sizes(report: Path, stem: str) -> str:
+    """The shares of the parts, from the sidecars beside the report."""
+    found = []
+    for sidecar in sorted(report.parent.glob(f"{glob.escape(stem)}_*dseg.json")):
+        try:
+            parts = json.loads(sidecar.read_text(encoding="utf-8"))["parts"]
+            shares = ", ".join(f"{100 * part['fraction']:.0f} %" for part in parts)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        found.append(html.escape(f"{len(parts)} parts: {shares}"))
+    return "<br>".join(found)

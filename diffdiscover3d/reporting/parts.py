@@ -1,0 +1,151 @@
+"""What a label map says in numbers: sizes, intensities, places and neighbours of parts, and how levels nest."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+
+@dataclass(frozen=True)
+class PartStatistics:
+    """One part of one scan. Figures of an empty part that cannot be told are NaN.
+
+    Attributes:
+        index: the part's number in the label map.
+        voxels: how many it has; `volume_ml`: their volume in millilitres.
+        mean_intensity, std_intensity: of the scan's own values in it (population standard deviation).
+        centroid_mm: mean position of its voxels in the scan's world space (right, anterior, superior).
+        components: pieces that hang together through voxel faces; `None` if not asked for.
+        neighbours: numbers of the parts it shares voxel faces with; `None` if not asked for.
+    """
+
+    index: int
+    voxels: int
+    volume_ml: float
+    mean_intensity: float
+    std_intensity: float
+    centroid_mm: tuple[float, float, float]
+    components: int | None = None
+    neighbours: tuple[int, ...] | None = None
+
+
+def measure_parts(
+    labels: np.ndarray, intensities: np.ndarray, affine: np.ndarray, num_parts: int, *, topology: bool = False
+) -> list[PartStatistics]:
+    """Measure every part of a label map.
+
+    Args:
+        labels: (H, W, D) part numbers below `num_parts`.
+        intensities: (H, W, D), of the scan.
+        affine: (4, 4), voxels to millimetres.
+        num_parts: K; parts without a voxel are listed too.
+        topology: also count components and find neighbours, which takes longer.
+
+    Raises:
+        ValueError: if the shapes differ or a number lies beyond `num_parts`.
+    """
+    if labels.shape != intensities.shape:
+        raise ValueError(f"`labels` {labels.shape} and `intensities` {intensities.shape} must have one shape.")
+    if labels.max() >= num_parts:
+        raise ValueError(f"`labels` must lie below {num_parts}, got {labels.max()}.")
+    flat = labels.ravel()
+    voxels = np.bincount(flat, minlength=num_parts)
+    divisor = np.where(voxels > 0, voxels, np.nan)
+    mean = np.bincount(flat, weights=intensities.ravel(), minlength=num_parts) / divisor
+    # the second pass costs little and does not cancel, as a difference of squares would
+    deviations = (intensities.ravel().astype(np.float64) - mean[flat]) ** 2
+    std = np.sqrt(np.bincount(flat, weights=deviations, minlength=num_parts) / divisor)
+    voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
+    centroids = (affine[:3, :3] @ _centroids(labels, num_parts, divisor) + affine[:3, 3:]).T
+    components = _components(labels, num_parts) if topology else [None] * num_parts
+    neighbours = _neighbours(labels, num_parts) if topology else [None] * num_parts
+    return [
+        PartStatistics(
+            k,
+            int(voxels[k]),
+            float(voxels[k] * voxel_ml),
+            float(mean[k]),
+            float(std[k]),
+            tuple(map(float, centroids[k])),
+            components[k],
+            neighbours[k],
+        )
+        for k in range(num_parts)
+    ]
+
+
+def number_by_size(labels: np.ndarray, num_parts: int) -> np.ndarray:
+    """The order that numbers parts by size: largest first, ties by centroid (first axis first, then the others).
+
+    Returns:
+        (num_parts,) the old number of each new part; empty parts come last, by their old number.
+    """
+    voxels = np.bincount(labels.ravel(), minlength=num_parts)
+    centroids = _centroids(labels, num_parts, np.maximum(voxels, 1))
+    return np.lexsort((np.arange(num_parts), centroids[2], centroids[1], centroids[0], -voxels))
+
+
+def nest_levels(levels: Mapping[int, np.ndarray], num_parts: Mapping[int, int]) -> list[dict]:
+    """The tree of parts: in which coarser part each finer part mostly lies.
+
+    Args:
+        levels: label map of each level, all of one shape; a lower number is coarser.
+        num_parts: of each level.
+
+    Returns:
+        For every part of every level but the coarsest one dict: `level`, `part`, `parent_level` (the next coarser
+        level present), `parent` (its part that holds most of the voxels, the lower number in a tie), `overlap` (the
+        share of the part's voxels in it) and `overlaps` (the same for all parts of that level). An empty part has no
+        parent, and `None` for it.
+    """
+    tree = []
+    ordered = sorted(levels)
+    for coarse, fine in itertools.pairwise(ordered):
+        rows, columns = num_parts[fine], num_parts[coarse]
+        pairs = levels[fine].ravel().astype(np.int64) * columns + levels[coarse].ravel()
+        counts = np.bincount(pairs, minlength=rows * columns).reshape(rows, columns)
+        for part, row in enumerate(counts):
+            total = int(row.sum())
+            shares = [float(n / total) for n in row] if total else None
+            parent = int(row.argmax()) if total else None
+            tree.append(
+                {
+                    "level": fine,
+                    "part": part,
+                    "parent_level": coarse,
+                    "parent": parent,
+                    "overlap": shares[parent] if total else None,
+                    "overlaps": shares,
+                }
+            )
+    return tree
+
+
+def _centroids(labels: np.ndarray, num_parts: int, divisor: np.ndarray) -> np.ndarray:
+    """(3, K) mean voxel indices."""
+    means = []
+    for axis in range(3):
+        size = labels.shape[axis]
+        # voxels of each part in each plane: weights on planes instead of on voxels
+        planes = np.moveaxis(labels, axis, 0).reshape(size, -1)
+        counts = np.stack([np.bincount(plane, minlength=num_parts) for plane in planes], axis=1)
+        means.append(counts @ np.arange(size) / divisor)
+    return np.stack(means)
+
+
+def _components(labels: np.ndarray, num_parts: int) -> list[int]:
+    boxes = ndimage.find_objects(labels.astype(np.int32) + 1, max_label=num_parts)
+    return [0 if box is None else ndimage.label(labels[box] == k)[1] for k, box in enumerate(boxes)]
+
+
+def _neighbours(labels: np.ndarray, num_parts: int) -> list[tuple[int, ...]]:
+    touching = np.zeros((num_parts, num_parts), dtype=bool)
+    for axis in range(3):
+        low = np.moveaxis(labels, axis, 0)[:-1]
+        high = np.moveaxis(labels, axis, 0)[1:]
+        border = low != high
+        touching[low[border], high[border]] = True
+    touching |= touching.T
+    return [tuple(map(int, np.flatnonzero(row))) for row in touching]

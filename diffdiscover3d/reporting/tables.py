@@ -1,0 +1,91 @@
+"""Tables of parts that other tools read: BIDS TSV, ITK-SNAP labels, a colour table of 3D Slicer."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffdiscover3d.files import atomic_file
+from diffdiscover3d.reporting.colours import part_colour, part_rgb
+from diffdiscover3d.reporting.parts import PartStatistics
+
+# the columns beyond those BIDS itself defines, described as a BIDS sidecar describes them
+COLUMNS = {
+    "volume_ml": {"Description": "Volume of the part", "Units": "mL"},
+    "voxels": {"Description": "Number of voxels"},
+    "mean_intensity": {"Description": "Mean of the scan's values in the part"},
+}
+STATISTICS_COLUMNS = {
+    "std_intensity": {"Description": "Standard deviation of the scan's values in the part"},
+    "centroid_x": {"Description": "Mean position of the voxels, towards the right", "Units": "mm"},
+    "centroid_y": {"Description": "Mean position of the voxels, towards the front", "Units": "mm"},
+    "centroid_z": {"Description": "Mean position of the voxels, upwards", "Units": "mm"},
+    "components": {"Description": "Number of pieces connected through voxel faces"},
+    "neighbours": {"Description": "Indices of the parts sharing a voxel face, separated by commas"},
+}
+
+
+def part_name(part: int) -> str:
+    """What a part is called: nothing was labelled, so it is its number."""
+    return f"part {part}"
+
+
+def write_part_table(path: str | Path, parts: Sequence[PartStatistics]) -> None:
+    """Write the lookup table of BIDS for a `_dseg.nii.gz`: index, name, abbreviation, color and the figures.
+
+    Components and neighbours are columns where they were measured, and with them all of `STATISTICS_COLUMNS`.
+    See https://bids-specification.readthedocs.io, "Common image-derived labels".
+    """
+    topology = all(p.components is not None for p in parts)
+    columns = ["index", "name", "abbreviation", "color", *COLUMNS, *(STATISTICS_COLUMNS if topology else ())]
+    lines = ["\t".join(columns)]
+    for part in parts:
+        row = [part.index, part_name(part.index), f"P{part.index}", part_colour(part.index)]
+        row += [_number(part.volume_ml), part.voxels, _number(part.mean_intensity)]
+        if topology:
+            row += [_number(part.std_intensity), *map(_number, part.centroid_mm), part.components]
+            row += [",".join(map(str, part.neighbours)) or "n/a"]
+        lines.append("\t".join(map(str, row)))
+    _write(path, lines)
+
+
+def write_itksnap_labels(path: str | Path, num_parts: int) -> None:
+    """Write a label description file of ITK-SNAP: index, red, green, blue, opacity, visible, mesh, name.
+
+    Label 0 is ITK-SNAP's clear label, so part 0 is neither opaque nor visible there.
+    """
+    lines = [
+        "################################################",
+        "# ITK-SnAP Label Description File",
+        "# File format:",
+        "# IDX   -R-  -G-  -B-  -A--  VIS MSH  LABEL",
+        "################################################",
+    ]
+    for part in range(num_parts):
+        shown = int(part > 0)
+        red, green, blue = _rgb255(part)
+        lines.append(f'{part:5d} {red:5d} {green:4d} {blue:4d} {shown:8d} {shown:2d} {shown:2d}    "{part_name(part)}"')
+    _write(path, lines)
+
+
+def write_slicer_colours(path: str | Path, num_parts: int) -> None:
+    """Write a colour table of 3D Slicer: index, name without spaces, red, green, blue, opacity; part 0 is clear."""
+    lines = [f"# Color table file {Path(path).name}", f"# {num_parts} values"]
+    for part in range(num_parts):
+        red, green, blue = _rgb255(part)
+        name = part_name(part).replace(" ", "_")
+        lines.append(f"{part} {name} {red} {green} {blue} {255 if part else 0}")
+    _write(path, lines)
+
+
+def _rgb255(part: int) -> tuple[int, int, int]:
+    return tuple(round(255 * c) for c in part_rgb(part))
+
+
+def _number(value: float) -> str:
+    """BIDS writes n/a for what is not there."""
+    return "n/a" if math.isnan(value) else f"{value:.6g}"
+
+
+def _write(path: str | Path, lines: Sequence[str]) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,238 @@
+"""The report: its text, and the page itself in a headless browser."""
+
+import base64
+import gzip
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+import diffdiscover3d
+from diffdiscover3d.data.nifti import read_nifti, write_like
+from diffdiscover3d.errors import InputError
+from diffdiscover3d.report import find_label_maps, make_reports
+from diffdiscover3d.reporting import page as module
+from diffdiscover3d.reporting.page import write_report
+from diffdiscover3d.results import stem
+from diffdiscover3d.segmentation import segment
+
+OBLIQUE = np.array([[0, -1.9, 0.3, 30.0], [0, 0.4, 2.9, -12.0], [-1.5, 0, 0, 44.0], [0, 0, 0, 1]])
+SCANS = os.environ.get("DIFFDISCOVER3D_TEST_SCANS")  # a folder of real scans to open in the browser as well
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+
+
+@pytest.fixture
+def scan(tmp_path, make_nifti):
+    """A box in a box, with two levels of labels beside it."""
+    values = np.random.default_rng(0).normal(100, 10, (28, 36, 20))
+    inner, outer = np.zeros(values.shape, np.uint8), np.zeros(values.shape, np.uint8)
+    outer[5:23, 6:30, 4:16] = 1
+    inner[:] = outer
+    inner[10:18, 12:24, 7:13] = 2
+    path = make_nifti(
+        tmp_path / "a <b>&'c.nii.gz", (values + 200 * outer + 300 * (inner == 2)).astype(np.float32), OBLIQUE
+    )
+    source = read_nifti(path)
+    for level, labels in ((1, outer), (2, inner)):
+        canonical = nib.as_closest_canonical(nib.Nifti1Image(labels, OBLIQUE))
+        write_like(
+            tmp_path / f"{stem(path)}_level-{level}_dseg.nii.gz", np.asarray(canonical.dataobj), source, labels=True
+        )
+    return path
+
+
+def embedded(path: Path) -> dict:
+    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(encoding="utf-8"), re.S).group(1))
+
+
+def image_of(item: dict) -> nib.Nifti1Image:
+    return nib.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(item["nifti"])))
+
+
+def test_volumes_in_the_page_lie_where_the_scan_lies(scan):
+    (page,) = make_reports(scan)
+    data, source = embedded(page), nib.as_closest_canonical(nib.load(scan))
+    shown = image_of(data["scan"])
+    np.testing.assert_allclose(shown.affine, source.affine, atol=1e-4)
+    step = (source.get_fdata().max() - source.get_fdata().min()) / 255
+    np.testing.assert_allclose(shown.get_fdata(), source.get_fdata(), atol=step)
+    maps = [nib.as_closest_canonical(nib.load(p)) for p in find_label_maps(scan)]
+    for item, labels in zip(data["levels"], maps, strict=True):
+        np.testing.assert_array_equal(np.asarray(image_of(item).dataobj), np.asarray(labels.dataobj))
+        np.testing.assert_allclose(image_of(item).affine, labels.affine, atol=1e-4)
+
+
+def test_text_of_the_page(scan):
+    (page,) = make_reports(scan)
+    text = page.read_text(encoding="utf-8")
+    assert "<b>" not in text.split("<script")[0] and "a &lt;b&gt;&amp;" in text
+    ml = 8 * 12 * 6 * abs(np.linalg.det(OBLIQUE[:3, :3])) / 1000
+    assert f"<td>{ml:,.2f}</td>" in text and "Copyright (c) 2021, Niivue" in text
+    assert not re.search(r"@[A-Z]+@", text.split("<script")[0]) and "Which part lies in which" in text
+    assert not re.search(r"(src|href)=.?https?:", text)
+    assert page.stat().st_size < 1.5 * 2**20
+
+
+def test_large_scans_are_shown_smaller_and_in_place(tmp_path, make_nifti, monkeypatch):
+    monkeypatch.setattr(module, "MAX_VOXELS", 12**3)
+    x, y, z = np.meshgrid(*(np.arange(n) for n in (48, 24, 36)), indexing="ij")
+    path = make_nifti(tmp_path / "s.nii.gz", (x + 2 * y + 3 * z).astype(np.float32), OBLIQUE)
+    make_nifti(tmp_path / "s_dseg.nii.gz", (x >= 24).astype(np.uint8), OBLIQUE)
+    (page,) = make_reports(path)
+    assert "to keep the page small" in page.read_text(encoding="utf-8")
+    data = embedded(page)
+    shown, labels = image_of(data["scan"]), image_of(data["levels"][0])
+    assert np.prod(shown.shape) <= 12**3 and shown.shape == labels.shape
+    # a ramp over the world says where every voxel is: values at the new centres must be those of the old ramp there
+    inverse = np.linalg.inv(OBLIQUE)
+    inner = np.argwhere(np.ones(shown.shape))
+    inner = inner[((inner > 2) & (inner < np.array(shown.shape) - 3)).all(axis=1)]
+    places = nib.affines.apply_affine(inverse @ shown.affine, inner)
+    np.testing.assert_allclose(shown.get_fdata()[tuple(inner.T)], places @ [1, 2, 3], atol=1.5)
+    found, sure = np.asarray(labels.dataobj)[tuple(inner.T)], np.abs(places[:, 0] - 23.5) > 1.5
+    np.testing.assert_array_equal(found[sure], (places[sure, 0] > 23.5))
+
+
+def test_label_maps_of_another_scan_are_refused(scan, tmp_path, make_nifti):
+    cut = make_nifti(tmp_path / "cut.nii.gz", np.zeros((28, 36, 19), np.uint8), OBLIQUE)
+    moved = make_nifti(tmp_path / "moved.nii.gz", np.zeros((28, 36, 20), np.uint8), OBLIQUE + np.eye(4) * [1, 1, 1, 0])
+    halves = make_nifti(tmp_path / "halves.nii.gz", np.full((28, 36, 20), 0.5, np.float32), OBLIQUE)
+    broken = tmp_path / "broken.nii.gz"
+    broken.write_bytes(b"<html>")
+    for labels, word in ((cut, "shape"), (moved, "lies elsewhere"), (halves, "integers"), (broken, "cannot be read")):
+        with pytest.raises(InputError, match=word):
+            make_reports(scan, labels=[labels], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_scans_get_an_index(scan, tmp_path, make_nifti):
+    other = make_nifti(tmp_path / "other.nii.gz", np.random.default_rng(1).normal(size=(9, 8, 7)).astype(np.float32))
+    with pytest.raises(InputError, match=r"other_dseg\.nii\.gz in .*; run segment first"):
+        make_reports([scan, other], output=tmp_path / "pages")
+    make_nifti(tmp_path / "other_dseg.nii.gz", np.ones((9, 8, 7), np.uint8))
+    *pages, index = make_reports([scan, other], output=tmp_path / "pages")
+    text = index.read_text(encoding="utf-8")
+    assert len(pages) == 2 and text.count("_report.html") == 2 and "a &lt;b&gt;" in text and "2 scans" in text
+
+
+@pytest.fixture(scope="session")
+def browser():
+    if not CHROMIUM:
+        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()
+
+
+def open_page(browser, path: Path, size=(700, 620)):
+    """Open a report, note what it asks for and complains about, and wait until it has drawn."""
+    page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+    page.seen = {"requests": [], "errors": []}
+    page.on("request", lambda r: page.seen["requests"].append(r.url))
+    page.on("console", lambda m: page.seen["errors"].append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda e: page.seen["errors"].append(str(e)))
+    page.goto(path.resolve().as_uri())
+    page.wait_for_selector("body[data-ready]", timeout=120_000)
+    return page
+
+
+def pixels(page) -> np.ndarray:
+    page.wait_for_timeout(400)  # a frame drawn in software
+    shot = page.locator("#view").screenshot(timeout=120_000)
+    return np.asarray(Image.open(io.BytesIO(shot)).convert("RGB")).astype(int)
+
+
+def changed(one: np.ndarray, two: np.ndarray) -> float:
+    """Share of the pixels that differ visibly."""
+    return float((np.abs(one - two).max(axis=-1) > 12).mean())
+
+
+def check_in_browser(page, path: Path) -> None:
+    """What must hold for every report of several levels."""
+    first = pixels(page)
+    assert len(np.unique(first.reshape(-1, 3), axis=0)) > 100  # not blank
+    assert changed(first, pixels(page)) == 0  # and still: what changes below is no flicker
+    part = page.locator('[data-table]:not([hidden]) input[data-part="1"]')
+    part.uncheck()
+    without = pixels(page)
+    assert changed(first, without) > 0.002
+    part.check()
+    assert changed(first, pixels(page)) == 0
+    page.locator("#opacity").fill("0")
+    bare = pixels(page)
+    assert changed(first, bare) > 0.002
+    colourful = np.ptp(bare, axis=-1) > 60
+    assert colourful.mean() < 0.01 < (np.ptp(first, axis=-1) > 60).mean()  # nothing but the grey scan is left
+    page.locator("#opacity").fill("0.5")
+    page.locator('input[name="level"]').first.check()
+    assert changed(first, pixels(page)) > 0.002
+    page.locator('input[name="view"][value="render"]').check()
+    assert changed(first, pixels(page)) > 0.02
+    local = [url for url in page.seen["requests"] if not url.startswith(("blob:", "data:"))]
+    assert local == [path.resolve().as_uri()], "the page asked for something beyond itself"
+    assert page.seen["errors"] == []
+
+
+@pytest.mark.slow
+def test_report_in_a_browser(scan, browser):
+    (path,) = make_reports(scan)
+    page = open_page(browser, path)
+    check_in_browser(page, path)
+    page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SCANS, reason="DIFFDISCOVER3D_TEST_SCANS names no folder of real scans")
+def test_reports_of_real_scans_in_a_browser(tmp_path, browser):
+    results = segment(SCANS, tmp_path, level="all", report=True, fast=True)
+    assert results
+    for result in results:
+        page = open_page(browser, result.report, (1300, 1000))
+        check_in_browser(page, result.report)
+        page.close()
+
+
+def test_without_webgl_the_page_says_so(scan, browser):
+    (path,) = make_reports(scan)
+    page = browser.new_page()
+    page.add_init_script("HTMLCanvasElement.prototype.getContext = () => null")
+    page.goto(path.resolve().as_uri())
+    page.wait_for_function("document.getElementById('message').textContent.includes('WebGL 2')", timeout=60_000)
+    assert page.locator("table").first.is_visible()
+    page.close()
+
+
+def test_shipped_viewer_is_whole():
+    folder = Path(diffdiscover3d.__file__).parent / "reporting" / "viewer"
+    code = gzip.decompress((folder / "niivue.js.gz").read_bytes()).decode()
+    assert 2_000_000 < len(code) < 3_000_000 and "Niivue" in code and "</script" not in code.lower()
+    licenses = (folder / "LICENSES.txt").read_text()
+    assert "BSD 2-Clause License" in licenses and licenses.count("bundled in NiiVue") == 9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("npm"), reason="no npm on this machine")
+def test_viewer_is_what_npm_gives():
+    script = Path(__file__).parent.parent.parent / "tools" / "build_viewer.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_report_needs_no_sidecar_and_is_the_same_every_time(scan, tmp_path):
+    source, maps = read_nifti(scan), find_label_maps(scan)
+    for name in ("one", "two"):
+        write_report(tmp_path / f"{name}.html", source, scan.name, maps)
+    one = (tmp_path / "one.html").read_bytes()
+    assert one == (tmp_path / "two.html").read_bytes() and b"without a record" in one

@@ -1,0 +1,33 @@
+"""The progress bar: drawn on a terminal, silent elsewhere."""
+
+from diffdiscover3d.progress import Stages
+
+
+def work(**options):
+    with Stages(total=6, **options) as stages:
+        for number in range(2):
+            stages.begin_case(f"scan {number + 1} of 2", 3)
+            stages.show("reading the scan", "loss 0.5")
+            stages.done()
+        return stages
+
+
+def test_silent_when_piped(capsys):
+    work()
+    work(enabled=False, force=True)
+    printed = capsys.readouterr()
+    assert printed.out == printed.err == ""
+
+
+def test_drawn_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    work(force=True)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "scan 2 of 2: reading the scan" in printed.err and "left" in printed.err and "loss 0.5" in printed.err
+
+
+def test_what_a_case_did_not_need_leaves_the_total():
+    stages = work(enabled=False)
+    (task,) = stages._bar.tasks
+    assert (task.completed, task.total) == (2, 4)  # two of the first case's three steps were never done
