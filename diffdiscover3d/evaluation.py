@@ -11,7 +11,7 @@ from diffdiscover3d.baselines.kmeans import IntensityKMeans
 from diffdiscover3d.data.loading import SYNTHETIC_NAMES, load_volumes
 from diffdiscover3d.data.synthetic import GENERATOR_VERSION, LEVEL_PARTS
 from diffdiscover3d.errors import InputError
-from diffdiscover3d.hub import DEFAULT_MODEL, discovery_source, load_discovery
+from diffdiscover3d.hub import DEFAULT_MODEL, discovery_folder, load_discovery
 from diffdiscover3d.metrics import dataset_dice, dice_matrix
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.provenance import describe_environment, weights_sha256
@@ -66,7 +66,7 @@ def evaluate(
         "generator_version": GENERATOR_VERSION,
         "seed": seed,
         "rows": rows,
-        "weights_sha256": weights_sha256(discovery_source(model)),
+        "weights_sha256": weights_sha256(discovery_folder(model)),
         "environment": describe_environment(),
     }
 

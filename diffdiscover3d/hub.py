@@ -98,6 +98,12 @@ def discovery_source(name: str, level: int | None = None) -> str:
     return str(embedded[name].discovery) if name in embedded else name
 
 
+def discovery_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of a network that has been loaded; that of a Hub id lies in the cache, named by its commit."""
+    source = Path(discovery_source(name))
+    return source if source.is_dir() else fetch_snapshot(name, revision=revision, local_files_only=True)
+
+
 def push(folder: str | Path, repo_id: str, **options) -> str:
     """Push a model folder to the Hub after loading it once, so that nothing broken is published.
 

@@ -15,8 +15,7 @@ from diffdiscover3d.data.nifti_header import SUFFIXES
 from diffdiscover3d.data.preflight import estimate_memory, network_config
 from diffdiscover3d.errors import DiffDiscoverError, MemoryLimitError, ModelError, NetworkError, OutputError
 from diffdiscover3d.files import check_targets, sha256, staged_folder, write_json
-from diffdiscover3d.hub import DEFAULT_MODEL, discovery_source, embedded_models, load_discovery
-from diffdiscover3d.hub_files import fetch_snapshot
+from diffdiscover3d.hub import DEFAULT_MODEL, discovery_folder, discovery_source, embedded_models, load_discovery
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.pictures import save_slices
 from diffdiscover3d.reporting.provenance import peak_memory_mib, weights_sha256
@@ -229,9 +228,8 @@ def _label(network: StructureDiscoveryModel, path: Path, scan, progress: bool) -
 
 
 def _describe_model(model: str, level: int | None, revision: str | None) -> dict:
-    source = discovery_source(model, level)
     described = {"id": model, "level": level, "revision": revision}
-    if not Path(source).is_dir():  # it was loaded just now, so it lies in the cache under its commit
-        source = fetch_snapshot(source, revision=revision, local_files_only=True)
-        described["commit"] = source.name
-    return {**described, "sha256": weights_sha256(source)}
+    folder = discovery_folder(model, revision)
+    if not Path(discovery_source(model)).is_dir():
+        described["commit"] = folder.name
+    return {**described, "sha256": weights_sha256(folder)}
