@@ -11,7 +11,9 @@ from diffdiscover3d.baselines.features_kmeans import FeaturesKMeans
 from diffdiscover3d.baselines.kmeans import IntensityKMeans
 from diffdiscover3d.data.brats import BraTSOptions
 from diffdiscover3d.data.brats_volumes import BraTSVolumes
-from diffdiscover3d.hub import load_discovery, load_teacher
+from diffdiscover3d.errors import InputError
+from diffdiscover3d.hub import discovery_folder, load_discovery, load_teacher
+from diffdiscover3d.hub_files import read_json
 from diffdiscover3d.metrics import binary_dice, dice_matrix, hausdorff_95, match_parts
 from diffdiscover3d.postprocessing import clean_mask
 from diffdiscover3d.reporting.provenance import describe_environment, weights_sha256
@@ -52,13 +54,16 @@ def evaluate_brats(
         sha256 of the weights.
 
     Raises:
-        InputError: if a case has no mask or a damaged file.
+        InputError: if a case has no mask or a damaged file, or a model's `split.json` has other cases in this split.
         ModelError, NetworkError: if a model cannot be loaded.
     """
     options = options or BraTSOptions()
     volumes = BraTSVolumes(root, split, options)
     volumes.require_masks()
     networks = {name: load_discovery(source).to(device) for name, source in models.items()}
+    folders = {name: discovery_folder(source) for name, source in models.items()}
+    for folder in folders.values():
+        _check_split(folder, split, volumes.split_ids[split])
     methods: dict[str, tuple[Predict, int]] = {
         name: (lambda v, n=network: n.segment(v[None]).labels[0].cpu().numpy(), network.config.num_parts)
         for name, network in networks.items()
@@ -96,7 +101,7 @@ def evaluate_brats(
         "rows": rows,
         "cases": cases,
         "split_ids": volumes.split_ids,
-        "weights_sha256": {name: weights_sha256(s) for name, s in models.items() if Path(s).is_dir()},
+        "weights_sha256": {name: weights_sha256(folder) for name, folder in folders.items()},
         "environment": describe_environment(),
     }
 
@@ -162,6 +167,23 @@ def format_brats_rows(rows: Sequence[dict]) -> str:
             f"| {row['dice_std']:.3f} | {row['hd95_mm']:.1f} | {row['hd95_std']:.1f} | {row['empty']} |"
         )
     return "\n".join(lines)
+
+
+def _check_split(folder: Path, split: str, ids: Sequence[str]) -> None:
+    """The cases to be scored must be those that the model's training set aside, or it may have seen some of them."""
+    path = folder / "split.json"
+    if not path.is_file():
+        return
+    recorded = read_json(path).get(split)
+    if not isinstance(recorded, list):
+        raise InputError(f"{path}: has no {split} split; copy it again from the training's folder.")
+    more, fewer = sorted(set(ids) - set(recorded)), sorted(set(recorded) - set(ids))
+    if more or fewer:
+        differences = [f"{len(d)} {how} ({', '.join(d[:3])})" for d, how in ((more, "more"), (fewer, "missing")) if d]
+        raise InputError(
+            f"{path}: the {split} cases are not those of the model's training: {' and '.join(differences)}; give the "
+            "same BraTS folder, complete, with the --grade it was trained with."
+        )
 
 
 def _matched(matrix: np.ndarray) -> int | None:

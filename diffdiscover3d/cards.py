@@ -33,6 +33,9 @@ _COLUMNS = {
     "hd95_mm": "HD95 (mm)",
 }
 _FORMATS = {"hd95_mm": ".1f", "parts": "d"}
+_MODALITIES = {"flair": "FLAIR", "t1": "T1", "t1ce": "T1ce", "t2": "T2"}
+_MODALITIES |= {"t2f": "FLAIR", "t1n": "T1", "t1c": "T1ce", "t2w": "T2"}  # the names of 2023
+_BRATS_CROP = (200, 200, 155)  # where the options leave it to the data
 _TAGS = ["3d", "diffusion", "unsupervised-segmentation", "biomedical-imaging"]
 
 
@@ -70,7 +73,8 @@ def render_card(folder: str | Path, repo_id: str) -> str:
     kind = folder_kind(folder)
     options = _read_if_there(folder / "train_config.json")
     rows = _score_rows(folder, kind)
-    dataset = _dataset_of(options, _read_if_there(folder / SCORES_NAME))
+    scores = _read_if_there(folder / SCORES_NAME)
+    dataset, scored = _dataset_of(options), _dataset_of(scores)
     environment = Environment(
         loader=PackageLoader("diffdiscover3d", "hub_cards"),
         undefined=StrictUndefined,
@@ -82,10 +86,16 @@ def render_card(folder: str | Path, repo_id: str) -> str:
     if len({row.get("parts") for row in rows}) > 1:  # a nested network is scored at each of its levels
         columns.insert(0, "parts")
     text = environment.get_template(f"{kind}.md.jinja").render(
-        metadata=_metadata(kind, dataset, repo_id, rows).to_yaml(),
+        metadata=_metadata(kind, dataset, repo_id, rows, scored, scores.get("split")).to_yaml(),
         repo_id=repo_id,
         name=repo_id.split("/")[1],
         dataset=dataset,
+        trained=bool(options),
+        scored=scored,
+        split=scores.get("split"),
+        modality=_MODALITIES.get(str(options.get("modality") or "flair").lower(), options.get("modality")),
+        crop=options.get("crop") or _BRATS_CROP,
+        clip_percentiles=options.get("clip_percentiles"),
         config=read_json(folder / "config.json") if kind != "diffusion" else {},
         command=training_command(kind, options) if options else None,
         header=["method", *(_COLUMNS[c] for c in columns)],
@@ -124,7 +134,7 @@ def training_command(kind: str, options: dict) -> str:
     return shlex.join([*words, "--output-dir", f"out/{stage}"])
 
 
-def _metadata(kind: str, dataset: str, repo_id: str, rows: list[dict]):
+def _metadata(kind: str, dataset: str, repo_id: str, rows: list[dict], scored: str, split: str | None):
     from huggingface_hub import EvalResult, ModelCardData
 
     published = dataset if dataset in DATASETS else None
@@ -134,9 +144,9 @@ def _metadata(kind: str, dataset: str, repo_id: str, rows: list[dict]):
         EvalResult(
             task_type="image-segmentation",
             task_name="unsupervised part discovery",
-            dataset_type=dataset,
-            dataset_name=dataset,
-            dataset_split="test",
+            dataset_type=scored,
+            dataset_name=scored,
+            dataset_split=split,
             metric_type=metric.removesuffix("_mm"),
             metric_name=name
             + (f", {row['parts']} parts" if row.get("parts") else "")
@@ -178,7 +188,7 @@ def _score_rows(folder: Path, kind: str) -> list[dict]:
         raise ModelError(f"{folder / SCORES_NAME}: has no `rows` with a `method` each; it is not from `evaluate`.")
     parts = _numbers_of_parts(read_json(folder / "config.json")) if kind == "discovery" else None
     rows = [row for row in rows if parts is None or row.get("parts") is None or row["parts"] in parts]
-    return [{**row, "ours": row["method"] in (names | {_OURS})} for row in rows]
+    return [{**row, "ours": row["method"] in (names if recorded else {_OURS})} for row in rows]
 
 
 def _numbers_of_parts(config: dict) -> set[int]:
@@ -187,13 +197,11 @@ def _numbers_of_parts(config: dict) -> set[int]:
     return {config.get("num_parts")} | (_numbers_of_parts(parent) if isinstance(parent, dict) else set())
 
 
-def _dataset_of(options: dict, scores: dict) -> str:
-    for source in (options, scores):
-        if source.get("preset") == "brats":
-            return "brats"
-        if source.get("dataset") in DATASETS:
-            return source["dataset"]
-    return "own"
+def _dataset_of(source: dict) -> str:
+    """The published dataset in options or scores; "own" for any other, and where nothing is said."""
+    if source.get("dataset") in DATASETS:
+        return source["dataset"]
+    return "brats" if source.get("preset") == "brats" else "own"
 
 
 def _method_name(row: dict) -> str:

@@ -4,6 +4,7 @@ The Hub lists each file with the sha256 of its content (large files) or its git 
 believed only if every file of the listing is there and has its hash.
 """
 
+import fnmatch
 import hashlib
 import json
 import re
@@ -14,6 +15,22 @@ from diffdiscover3d.errors import ModelError, NetworkError
 from diffdiscover3d.files import sha256
 
 DATA_FILES = ("*.json", "*.safetensors", "*.md", "*.png")  # what a model consists of; nothing else is fetched
+_WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.safetensors.index.json")
+# what is published of a model folder, each at its place
+MODEL_FILES = (
+    "model_index.json",
+    "config.json",
+    "unet/config.json",
+    "scheduler/scheduler_config.json",
+    *_WEIGHTS,
+    *(f"unet/{pattern}" for pattern in _WEIGHTS),
+    "train_config.json",
+    "scores.json",
+    "selection.json",
+    "split.json",
+    "preview.png",
+    "README.md",
+)
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DOWNLOAD_OPTIONS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
 _SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
@@ -22,6 +39,16 @@ _SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 def is_repo_id(name: str) -> bool:
     """Whether a name has the form of a Hub id, `user/name`, and cannot be mistaken for a path."""
     return bool(REPO_ID.fullmatch(name)) and ".." not in name and "--" not in name
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a path within a model folder, with forward slashes, is that of a file which is published."""
+    return any(fnmatch.fnmatchcase(name, p) and name.count("/") == p.count("/") for p in MODEL_FILES)
+
+
+def is_data_file(name: str) -> bool:
+    """Whether a path within a repository, with forward slashes, is that of a file which is fetched."""
+    return any(PurePosixPath(name).match(pattern) for pattern in DATA_FILES)
 
 
 def fetch_snapshot(
@@ -131,7 +158,7 @@ def _find_damage(repo_id: str, folder: Path, listing: dict[str, tuple[str, str]]
         parts = PurePosixPath(name).parts
         if name.startswith("/") or ".." in parts or "\\" in name:
             raise ModelError(f"{repo_id}: holds a file called {name!r}, which would lie outside its folder; refused.")
-        if not any(PurePosixPath(name).match(pattern) for pattern in DATA_FILES):
+        if not is_data_file(name):
             continue
         path = folder / name
         if not path.is_file() or file_hash(path, kind) != expected:

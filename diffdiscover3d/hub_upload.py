@@ -1,18 +1,21 @@
-"""Push a model folder to the Hub in one commit: configs, safetensors, card and picture, nothing else."""
+"""Push a model folder to the Hub in one commit: the files a model consists of by name, a card and a picture, no others.
+
+A folder of somebody's model may hold more: segmentations, pictures of patients, notes. They stay at home.
+"""
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffdiscover3d.cards import CARD_NAME, PICTURE_NAME, SCORES_NAME, folder_kind, write_card
+from diffdiscover3d.cards import CARD_NAME, DATASETS, PICTURE_NAME, SCORES_NAME, folder_kind, write_card
 from diffdiscover3d.errors import ModelError, NetworkError
-from diffdiscover3d.hub_files import is_repo_id, read_json
+from diffdiscover3d.hub_files import MODEL_FILES, is_model_file, is_repo_id, read_json
 
-_SKIPPED_FOLDERS = ("checkpoints", "previews")
-_PATH_ENTRIES = ("_name_or_path", "dataset", "teacher", "init_from", "parent", "model")
-_WEIGHTS = ("diffusion_pytorch_model*", "unet/diffusion_pytorch_model*")
+_MODEL_ENTRIES = ("_name_or_path", "teacher", "init_from", "parent", "model")  # they may hold Hub ids
+_PATH_ENTRIES = (*_MODEL_ENTRIES, "dataset", "output_dir", "resume")
 
 
 def push_folder(
@@ -29,8 +32,9 @@ def push_folder(
 
     Args:
         folder: as the trainings write it. `scores.json` (written by `evaluate --output`) goes into the card;
-            a README.md in the folder is kept as the card; checkpoints, previews and logs stay at home, and so do
-            the paths in configs and options.
+            a README.md in the folder is kept as the card. Only the files in `MODEL_FILES` go, each from its place;
+            checkpoints, previews, logs and whatever else lies in the folder stay at home, and so do the paths in
+            configs and options. Those of them in the repository that this folder does not have are deleted.
         repo_id: `user/name`; made if it does not exist.
         revision: branch to push to, made if it does not exist; default: main.
         private: of a repository that is made.
@@ -75,7 +79,8 @@ def push_folder(
                 commit_message=commit_message or f"Upload {kind} model with diffdiscover3d",
                 revision=revision,
                 create_pr=create_pr,
-                delete_patterns=list(_WEIGHTS),  # shards of an earlier, larger model must not stay beside the new ones
+                # nothing of an earlier model may stay beside this one: shards, an index, scores
+                delete_patterns=list(MODEL_FILES),
             )
         except Exception as error:  # the Hub's client and its HTTP library raise many kinds
             lines = str(error).strip().splitlines()
@@ -123,10 +128,7 @@ class PushMixin:
 
 def _files_to_push(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder).parts
-        if not path.is_file() or inside[0] in _SKIPPED_FOLDERS or any(part.startswith(".") for part in inside):
-            continue
-        if path.suffix in (".json", ".safetensors", ".png") or path.name == CARD_NAME:
+        if path.is_file() and is_model_file(path.relative_to(folder).as_posix()):
             yield path
 
 
@@ -134,14 +136,22 @@ def _hide_paths(staged: Path) -> None:
     """Where data and models lay says who trained; only the last name of a path is published."""
     for path in staged.rglob("*.json"):
         text = path.read_text(encoding="utf-8")
-        if not any(f'"{name}"' in text for name in _PATH_ENTRIES):
-            continue
-        options = read_json(path)
-        for name in _PATH_ENTRIES:
-            value = options.get(name)
-            if isinstance(value, str) and not is_repo_id(value):
-                options[name] = Path(value).name
-        path.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+        if any(f'"{name}"' in text for name in _PATH_ENTRIES):
+            path.write_text(json.dumps(_without_paths(read_json(path)), indent=2) + "\n", encoding="utf-8")
+
+
+def _without_paths(value, name: str = ""):
+    """JSON values with paths shortened wherever they are nested; `name` is the key that holds the value."""
+    if isinstance(value, dict):
+        return {key: _without_paths(inner, key) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(inner, name) for inner in value]
+    if not isinstance(value, str) or name not in _PATH_ENTRIES:
+        return value
+    public = value in DATASETS or value.startswith("hf://") if name == "dataset" else False
+    # a Hub id looks like a relative path of two parts
+    public = public or (name in _MODEL_ENTRIES and is_repo_id(value) and not Path(value).exists())
+    return value if public else re.split(r"[/\\]", value.rstrip("/\\"))[-1]
 
 
 def _add_picture(folder: Path, staged: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from diffdiscover3d.brats_evaluation import evaluate_brats, format_brats_rows, s
 from diffdiscover3d.data.brats import BraTSOptions
 from diffdiscover3d.data.brats_volumes import BraTSVolumes
 from diffdiscover3d.errors import InputError
+from diffdiscover3d.hub import discovery_source
+from diffdiscover3d.reporting.provenance import weights_sha256
 
 ROOT = Path(__file__).parent.parent
 CROP = (20, 22, 19)
@@ -88,6 +91,30 @@ def test_evaluate_writes_what_it_used(tmp_path, layout, tiny_discovery):
     assert kmeans["dice"] > 0.5, "the tumour is the brightest part of these volumes"
     table = format_brats_rows(result["rows"])
     assert "| k-means | yes |" in table and len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_the_split_is_that_of_the_models_training(tmp_path, tiny_discovery):
+    """A model trained on high grades alone, scored with all, would meet cases of its training."""
+    root = make_brats(tmp_path / "data", "2019", count=12)
+    model = shutil.copytree(tiny_discovery, tmp_path / "model")
+    trained = BraTSVolumes(root, "train", OPTIONS).split_ids
+    (model / "split.json").write_text(json.dumps(trained))
+    assert evaluate_brats(root, {"ours": str(model)}, options=OPTIONS, kmeans=False)["split_ids"] == trained
+    other = BraTSOptions(crop=CROP, grade="all")
+    wrong = BraTSVolumes(root, "train", other).split_ids["test"]
+    seen = sorted(set(wrong) - set(trained["test"]))
+    with pytest.raises(InputError, match=r"split\.json: the test cases are not those .*--grade") as caught:
+        evaluate_brats(root, {"ours": str(model)}, options=other, kmeans=False)
+    assert f"{len(seen)} more ({', '.join(seen[:3])})" in str(caught.value)
+    shutil.rmtree(BraTSVolumes(root, "test", OPTIONS).cases[0].mask.parent)
+    with pytest.raises(InputError, match="missing"):
+        evaluate_brats(root, {"ours": str(model)}, options=OPTIONS, kmeans=False)
+
+
+def test_embedded_models_are_recorded_by_their_weights(tmp_path):
+    root = make_brats(tmp_path / "data", "2021")
+    result = evaluate_brats(root, {"cells": "synthetic-regular"}, options=OPTIONS, kmeans=False)
+    assert result["weights_sha256"]["cells"] == weights_sha256(discovery_source("synthetic-regular"))
 
 
 def test_missing_masks_stop_it_before_the_work(tmp_path):

@@ -59,7 +59,9 @@ def split_card(text: str) -> tuple[dict, str]:
 @pytest.mark.parametrize("full", [False, True])
 def test_every_card_is_whole(folder_of, kind, dataset, full):
     row = {"method": "diffdiscover3d", "parts": 3, "dice": 0.61239, "dice_std": 0.1, "hd95_mm": 27.83}
-    folder = folder_of(kind, dataset, **({"scores": {"rows": [row]}} if full else {}))
+    origin = {"preset": "brats"} if dataset == "brats" else {"dataset": dataset}
+    scores = {"scores": {"rows": [row], "split": "validation", **origin}}
+    folder = folder_of(kind, dataset, **(scores if full else {}))
     if full:
         (folder / "preview.png").write_bytes(b"png")
     text = render_card(folder, "someone/model-3d")
@@ -78,6 +80,37 @@ def test_every_card_is_whole(folder_of, kind, dataset, full):
         assert results == {"dice": 0.6124, "hd95": 27.83}
         assert "| diffdiscover3d | 0.612 | 0.100 | 27.8 |" in body
         assert card.data.eval_results[0].dataset_name == dataset
+        assert card.data.eval_results[0].dataset_split == "validation" and "the validation" in body
+
+
+def test_what_it_was_scored_on_is_not_what_it_was_trained_on(folder_of):
+    rows = [{"method": "diffdiscover3d", "parts": 3, "dice": 0.5}]
+    scores = {"rows": rows, "dataset": "synthetic-regular", "split": "test"}
+    folder = folder_of("discovery", "own", scores=scores)
+    metadata, body = split_card(render_card(folder, "a/b"))
+    assert "datasets" not in metadata and "synthetic" not in metadata["tags"]
+    assert (
+        "not published with it" in body and "Trained on the regular" not in body and "nothing but synthetic" not in body
+    )
+    result = metadata["model-index"][0]["results"][0]
+    assert (result["dataset"]["type"], result["dataset"]["split"]) == ("synthetic-regular", "test")
+    assert "test volumes of synthetic-regular" in body
+    (folder / "train_config.json").unlink()
+    metadata, body = split_card(render_card(folder, "a/b"))
+    assert "datasets" not in metadata and "What it was trained on is not published" in body
+
+
+def test_how_brats_was_prepared_is_what_the_options_say(folder_of):
+    folder = folder_of("discovery", "brats")
+    body = " ".join(split_card(render_card(folder, "a/b"))[1].split()).replace("\u00d7", "x")
+    assert "Trained on FLAIR volumes" in body and "200x200x155 voxels" in body and "percentiles" not in body
+    options = json.loads((folder / "train_config.json").read_text())
+    options |= {"modality": "t1c", "crop": [128, 120, 96], "clip_percentiles": [0.5, 99.5]}
+    (folder / "train_config.json").write_text(json.dumps(options))
+    text = split_card(render_card(folder, "a/b"))[1]
+    body = " ".join(text[: text.index("## Training")].split()).replace("\u00d7", "x")
+    assert "Trained on T1ce volumes" in body and "co-registered T1ce volumes" in body and "FLAIR" not in body
+    assert "128x120x96 voxels of its centre, clipped to percentiles 0.5 and 99.5 of its tissue and min-max" in body
 
 
 def test_missing_figures_leave_out_their_place(folder_of):
@@ -119,14 +152,15 @@ def test_rows_go_by_the_weights_not_by_the_name(folder_of):
     rows = [
         {"method": "mine", "parts": 3, "dice": 0.5, "hd95_mm": 40.0, "postprocessed": False},
         {"method": "mine", "parts": 3, "dice": 0.6, "hd95_mm": 20.0, "postprocessed": True},
-        {"method": "theirs", "parts": 3, "dice": 0.9, "hd95_mm": 2.0, "postprocessed": False},
+        {"method": "diffdiscover3d", "parts": 3, "dice": 0.9, "hd95_mm": 2.0, "postprocessed": False},
     ]
-    scores = {"rows": rows, "weights_sha256": {"mine": own, "theirs": {"x.safetensors": "0"}}}
+    # the other one goes by the name that a row of ours has where no weights are recorded by name
+    scores = {"rows": rows, "weights_sha256": {"mine": own, "diffdiscover3d": {"x.safetensors": "0"}}}
     (folder / "scores.json").write_text(json.dumps(scores))
     metadata, body = split_card(render_card(folder, "a/b"))
     metrics = [m for r in metadata["model-index"][0]["results"] for m in r["metrics"]]
     assert sorted(m["value"] for m in metrics) == [0.5, 0.6, 20.0, 40.0]
-    assert "| mine, post-processed | 0.600 | 20.0 |" in body and "| theirs | 0.900 | 2.0 |" in body
+    assert "| mine, post-processed | 0.600 | 20.0 |" in body and "| diffdiscover3d | 0.900 | 2.0 |" in body
 
 
 def test_a_nested_network_shows_every_level(tmp_path):

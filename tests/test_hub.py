@@ -15,6 +15,7 @@ import torch
 import yaml
 from loopback_hub import TOKEN, LoopbackHub, git_hash
 
+from diffdiscover3d.hub_upload import _hide_paths
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
 
@@ -71,6 +72,13 @@ def models(tmp_path_factory, tiny_discovery):
     (discovery / "checkpoints" / "checkpoint-00000001").mkdir(parents=True)
     (discovery / "checkpoints" / "checkpoint-00000001" / "model.safetensors").write_bytes(b"private")
     (discovery / "log.jsonl").write_text('{"step": 1}\n')
+    (discovery / "parts").mkdir()
+    for name in ("jane_dseg.png", "jane_dseg.json", "diffusion_pytorch_model.safetensors", "README.md"):
+        (discovery / "parts" / name).write_bytes(b"a patient's")
+    for name in ("jane.png", "jane.json", "jane.safetensors", "jane.md", "diffusion_pytorch_model.bin"):
+        (discovery / name).write_bytes(b"a patient's")
+    (discovery / "unet").mkdir()
+    (discovery / "unet" / "jane.json").write_bytes(b"a patient's")
     (discovery / "previews").mkdir()
     for step in (1, 2):
         (discovery / "previews" / f"parts-{step:08d}.png").write_bytes(b"picture of step %d" % step)
@@ -93,6 +101,7 @@ def models(tmp_path_factory, tiny_discovery):
 @pytest.fixture(scope="module")
 def pushed(hub, models, tmp_path_factory):
     """Everything pushed from one cache, by the commands and from Python; what each call answered."""
+    hub.put("user/mixed", {"notes/scores.json": b"{}", "LICENSE": b"free"})
     code = """
 answer = {}
 answer["parts"] = cli("push", root + "/discovery", "user/parts", "--commit-message", "first parts", "-q")
@@ -100,6 +109,8 @@ answer["again"] = cli("push", root + "/discovery", "user/parts")
 answer["request"] = cli("push", root + "/diffusion", "user/parts", "--create-pr")
 answer["branch"] = cli("push", root + "/diffusion", "user/cells", "--revision", "v2")
 answer["private"] = cli("push", root + "/discovery", "user/hidden", "--private")
+cli("push", root + "/discovery", "user/mixed")
+answer["mixed"] = cli("push", root + "/diffusion", "user/mixed")
 answer["none"] = cli("push", root, "user/none")
 answer["bad"] = cli("push", root + "/discovery", "../etc/passwd")
 from diffdiscover3d import DiffusionFeaturePipeline, StructureDiscoveryModel, UNet3DModel
@@ -125,9 +136,43 @@ def test_one_commit_a_push(hub, pushed):
         "train_config.json",
     }  # fmt: skip
     assert files["preview.png"] == b"picture of step 2"
-    for secret in ("/home", "somebody", TOKEN):
+    for secret in ("/home", "somebody", "patient", TOKEN):
         assert not any(secret.encode() in content for content in files.values())
     assert json.loads(files["train_config.json"])["dataset"] == "scans"
+
+
+def test_what_an_earlier_model_left_is_deleted(hub, pushed):
+    """A diffusion model over a discovery network: nothing of it stays but what this package does not write."""
+    assert pushed["mixed"][0] == 0
+    files = set(hub.repos["models", "user/mixed"].files("main"))
+    assert files == {
+        "README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors", "notes/scores.json", "LICENSE",
+    }  # fmt: skip
+
+
+def test_relative_paths_are_shortened_however_deep(tmp_path, monkeypatch):
+    """`stmary/jane-doe` has the form of a Hub id."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stmary" / "jane-doe").mkdir(parents=True)
+    config = {"_class_name": "X", "parent": {"_name_or_path": "stmary/jane-doe", "parent": "user/coarse"}}
+    options = {"dataset": "stmary/other", "teacher": "stmary/jane-doe", "init_from": "user/network", "preset": "brats"}
+    options |= {"output_dir": "stmary/out", "resume": "C:\\stmary\\out\\", "sources": [{"dataset": ["stmary/a"]}]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "train_config.json").write_text(json.dumps(options))
+    _hide_paths(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["parent"] == {
+        "_name_or_path": "jane-doe",
+        "parent": "user/coarse",
+    }
+    assert json.loads((tmp_path / "train_config.json").read_text()) == {
+        "dataset": "other", "teacher": "jane-doe", "init_from": "user/network", "preset": "brats",
+        "output_dir": "out", "resume": "out", "sources": [{"dataset": ["a"]}],
+    }  # fmt: skip
+    for dataset in ("hf://datasets/user/cells", "synthetic-regular"):
+        (tmp_path / "train_config.json").write_text(json.dumps({"dataset": dataset}))
+        _hide_paths(tmp_path)
+        assert json.loads((tmp_path / "train_config.json").read_text()) == {"dataset": dataset}
 
 
 def test_no_path_of_the_pusher_is_published(hub, pushed, models):

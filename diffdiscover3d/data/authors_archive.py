@@ -1,10 +1,12 @@
 """Read the authors' pickled synthetic cells without running what a pickle may hold.
 
 The archive holds `{train,test}/im_{i}.p` and the labels `truth_{bg,sc,all}_{i}.p` of levels 1, 2 and 3. A pickle can
-call any function when it is loaded; this unpickler knows nothing but the few names that rebuild a numeric NumPy array.
+call any function when it is loaded; this unpickler knows nothing but the few names that rebuild a numeric NumPy array,
+and stands in for them itself: NumPy meets no byte before the array's type, shape and length have been checked.
 """
 
 import io
+import math
 import pickle
 import re
 from pathlib import Path
@@ -18,25 +20,89 @@ from diffdiscover3d.files import check_targets
 LABELS = {1: "truth_bg", 2: "truth_sc", 3: "truth_all"}  # by level of the hierarchy
 SPLITS = ("train", "test")
 _MAX_BYTES = 256 * 2**20  # a volume of the archive has one megabyte
+_MAX_DIMS = 4  # a volume, and an axis of channels
+_CODES = ("b1", "?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 _IMAGE = re.compile(r"im_(\d+)\.p")
 
 
-class _Rebuild:
-    """What stands for NumPy's empty-array constructor. Slots: a pickle can set no attribute on it."""
+# What stands for NumPy's own objects: a pickle can call `__setstate__` of whatever it is given, and NumPy's believes
+# what it is told about sizes. Instances with slots throughout: none can be subclassed, or given attributes.
+
+
+class _NDArray:
+    __slots__ = ()
+
+
+class _DType:
+    """One of the plain numbers; its byte order comes as its state."""
+
+    __slots__ = ("code", "order")
+
+    def __init__(self, code: str):
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state):
+        if type(state) is not tuple or state[:1] != (3,) or state[2:] != (None, None, None, -1, -1, 0):
+            raise pickle.UnpicklingError("not the state of a plain type of numbers")
+        if state[1] not in ("<", ">", "|"):
+            raise pickle.UnpicklingError("not a byte order")
+        self.order = state[1]
+
+    @property
+    def real(self) -> np.dtype:
+        return np.dtype(self.code).newbyteorder(self.order)
+
+
+class _Array:
+    """What an array is made of, checked; NumPy gets it when the whole pickle is read."""
+
+    __slots__ = ("data", "dtype", "order", "shape")
+
+    def __init__(self):
+        self.data = None  # no state yet
+
+    def __setstate__(self, state):
+        if type(state) is not tuple or len(state) != 5 or state[0] != 1 or type(state[3]) is not bool:
+            raise pickle.UnpicklingError("not the state of an array")
+        self.fill(state[4], state[2], state[1], "F" if state[3] else "C")
+
+    def fill(self, data, dtype, shape, order):
+        if type(dtype) is not _DType or type(data) not in (bytes, bytearray) or order not in ("C", "F"):
+            raise pickle.UnpicklingError("not the state of an array of numbers")
+        if type(shape) is not tuple or len(shape) > _MAX_DIMS or any(type(n) is not int or n < 1 for n in shape):
+            raise pickle.UnpicklingError("not the shape of a volume")
+        if len(data) != math.prod(shape) * dtype.real.itemsize:
+            raise pickle.UnpicklingError(f"holds {len(data)} bytes, which do not make an array of shape {shape}")
+        self.data, self.dtype, self.shape, self.order = bytes(data), dtype, shape, order
+
+    def build(self) -> np.ndarray:
+        if self.data is None:
+            raise pickle.UnpicklingError("an array without content")
+        return np.frombuffer(self.data, self.dtype.real).reshape(self.shape, order=self.order).copy(order="K")
+
+
+class _Reconstruct:
+    """NumPy's constructor of an array that is filled by its state."""
 
     __slots__ = ()
 
     def __call__(self, kind, shape, typecode):
-        if kind is not np.ndarray or shape not in ((0,), 0):
+        if type(kind) is not _NDArray or shape not in ((0,), 0):
             raise pickle.UnpicklingError("not how NumPy pickles an array")
-        return np.ndarray.__new__(np.ndarray, (0,), np.int8)
+        return _Array()
 
 
 class _FromBuffer:
+    """NumPy's constructor of protocol 5; arrays whose axes are permuted in memory come with their order."""
+
     __slots__ = ()
 
     def __call__(self, buffer, dtype, shape, order, axis_order=None):
-        return np.frombuffer(buffer, dtype=_numeric(np.dtype(dtype))).reshape(shape, order=order)
+        if axis_order is not None:
+            raise pickle.UnpicklingError("arrays with permuted axes are not read")
+        array = _Array()
+        array.fill(buffer, dtype, shape, order)
+        return array
 
 
 class _Latin1:
@@ -50,22 +116,23 @@ class _Latin1:
         return text.encode("latin1")
 
 
-class _DType:
+class _MakeDType:
     """`numpy.dtype` for plain numbers only, by its short code."""
 
     __slots__ = ()
 
     def __call__(self, code, *flags):
-        if not isinstance(code, str) or not re.fullmatch(r"[<>=|]?[biuf][1248]|\?", code):
+        if code not in _CODES:
             raise pickle.UnpicklingError(f"arrays of type {code!r} are not read")
-        return np.dtype(code, False, True)  # a copy: the byte order is set on it next
+        return _DType(code)
 
 
-_ALLOWED = {
-    "_reconstruct": _Rebuild,
+_STAND_INS = {
+    "_reconstruct": _Reconstruct,
     "_frombuffer": _FromBuffer,
     "encode": _Latin1,
-    "dtype": _DType,
+    "dtype": _MakeDType,
+    "ndarray": _NDArray,
 }
 _MODULES = {
     "_reconstruct": ("numpy.core.multiarray", "numpy._core.multiarray"),
@@ -80,7 +147,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if module not in _MODULES.get(name, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return np.ndarray if name == "ndarray" else _ALLOWED[name]()
+        return _STAND_INS[name]()
 
     def persistent_load(self, pid):
         raise pickle.UnpicklingError("it refers to something outside the file")
@@ -97,9 +164,9 @@ def read_pickled_array(path: str | Path) -> np.ndarray:
         if path.stat().st_size > _MAX_BYTES:
             raise InputError(f"{path}: larger than {_MAX_BYTES // 2**20} MiB; it is no volume of the authors' archive.")
         found = _ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
-        if type(found) is not np.ndarray:
+        if type(found) is not _Array:
             raise pickle.UnpicklingError(f"it holds a {type(found).__name__}")
-        _numeric(found.dtype)
+        return found.build()
     except InputError:
         raise
     except OSError as error:
@@ -109,7 +176,6 @@ def read_pickled_array(path: str | Path) -> np.ndarray:
         raise InputError(
             f"{path}: not a pickled array of numbers and nothing else ({reason}); it was not executed."
         ) from error
-    return found
 
 
 def list_archive(root: str | Path) -> dict[str, list[int]]:
@@ -169,9 +235,3 @@ def import_archive(root: str | Path, output: str | Path, *, overwrite: bool = Fa
             write_volume(target.with_name(f"im_{index}_level-{level}_dseg.nii.gz"), label, labels=True)
         write_volume(target, volume)
     return targets
-
-
-def _numeric(dtype: np.dtype) -> np.dtype:
-    if dtype.kind not in "biuf" or dtype.hasobject:
-        raise pickle.UnpicklingError(f"arrays of type {dtype} are not read")
-    return dtype

@@ -104,7 +104,7 @@ class BraTSCase:
         if modality not in self.images:
             raise InputError(
                 f"{self.id}: has no {modality} file, only {', '.join(sorted(self.images)) or 'a mask'}; "
-                "download the case again, or remove its folder."
+                "download the case again (without it the split would be another one)."
             )
         return self.images[modality]
 
@@ -118,7 +118,7 @@ class BraTSCase:
             folder = next(iter(self.images.values())).parent
             raise InputError(
                 f"{self.id}: has no mask in {folder} (…seg.nii.gz); scores need one. Validation sets come without: "
-                "use the training set, or remove the case."
+                "use the training set; without the case the split would be another one."
             )
         return self.mask
 

@@ -59,7 +59,7 @@ class _FilesConfig(datasets.BuilderConfig):
     root: str = ""
     fingerprint: str = ""
     modalities: tuple[str, ...] = ("flair",)
-    grade: str = "all"
+    grade: str = "HGG"  # as in `BraTSOptions`: another default would be another split
     labels: bool = True
     split_seed: int = 0
 
@@ -232,7 +232,7 @@ class _TrainingItem:
         return item
 
 
-def _brats_options(modalities=("flair",), grade: str = "all", labels: bool = True, split_seed: int = 0) -> dict:
+def _brats_options(modalities=("flair",), grade: str = "HGG", labels: bool = True, split_seed: int = 0) -> dict:
     names = brats.MODALITIES if modalities == "all" else (modalities,) if isinstance(modalities, str) else modalities
     names = tuple(brats.BraTSOptions(modality=name).modality for name in names)
     brats.BraTSOptions(grade=grade)

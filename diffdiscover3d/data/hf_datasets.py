@@ -21,8 +21,8 @@ def load_dataset(
         cache_dir: of the `datasets` library.
         num_proc: processes that prepare the cache.
         kind: "brats", "authors-archive" or "folder", where a folder should not be recognised by itself.
-        options: of BraTS: `modalities` (a name, several, or "all"; default flair), `grade` (HGG, LGG, all), `labels`
-            (False for sets without masks), `split_seed`.
+        options: of BraTS: `modalities` (a name, several, or "all"; default flair), `grade` (HGG, LGG, all;
+            default HGG), `labels` (False for sets without masks), `split_seed`; they split as [`BraTSOptions`] does.
 
     Returns:
         `DatasetDict` or `Dataset`; when streaming their iterable kin. Synthetic cells have arrays `volume` and

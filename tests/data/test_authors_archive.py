@@ -4,6 +4,8 @@ import collections
 import os
 import pickle
 import struct
+import subprocess
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -94,6 +96,54 @@ def test_hostile_pickles_are_refused_unexecuted(tmp_path, case):
     with pytest.raises(InputError) as caught:
         read_pickled_array(path)
     assert not marker.exists() and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def short(text: str) -> bytes:
+    return b"\x8c" + bytes([len(text)]) + text.encode()
+
+
+DTYPE = b"\x80\x05cnumpy\ndtype\n(" + short("i8") + b"\x89\x88tR"  # dtype("i8", False, True)
+PLAIN = b"(K\x03" + short("<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+SUBARRAY = b"(K\x03" + short("<") + DTYPE[2:] + b"J\x00\x00\x00\x10\x85\x86NNJ\x08\x00\x00\x00K\x01K\x00tb"
+BUFFER = b"\x96" + struct.pack("<Q", 64) + bytes(64)
+FROMBUFFER = b"\x80\x05cnumpy._core.numeric\n_frombuffer\n("
+EMPTY = b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85C\x01btR"
+FAR = b"J\x00\x00\x00\x10"
+FAR_ELEMENT = b"K\x07J\xff\xff\xff\x0f\x86K\x01s"
+MADE = FROMBUFFER + BUFFER + DTYPE[2:]
+FILLED = b"\x89C\x08" + bytes(8) + b"tb."
+OVERRUNS = {
+    "writing by a subarray type": MADE + SUBARRAY + b"K\x08" + FAR + b"\x86" + short("C") + b"tR" + FAR_ELEMENT + b".",
+    "a state of a subarray type": b"\x80\x05" + EMPTY + b"(K\x01K\x01\x85" + DTYPE[2:] + SUBARRAY + FILLED,
+    "writing far away": MADE + PLAIN + b"K\x08\x85" + short("C") + b"tR" + FAR + b"K\x01s.",
+    "a shape beyond the buffer": MADE + PLAIN + FAR + b"\x85" + short("C") + b"tR.",
+    "a negative shape": MADE + PLAIN + b"J\xff\xff\xff\xff\x85" + short("C") + b"tR.",
+    "a state beyond its bytes": b"\x80\x05" + EMPTY + b"(K\x01" + FAR + b"\x85" + DTYPE[2:] + PLAIN + FILLED,
+    "no state": b"\x80\x05" + EMPTY + b".",
+}
+READ = """
+import sys
+from diffdiscover3d.data.authors_archive import read_pickled_array
+from diffdiscover3d.errors import InputError
+for path in sys.argv[1:]:
+    try:
+        print("read", read_pickled_array(path).sum())
+    except InputError as error:
+        print("refused", error)
+"""
+
+
+@pytest.mark.parametrize("case", OVERRUNS)
+def test_no_pickle_leads_numpy_beyond_a_buffer(tmp_path, case):
+    """In a process of its own, which NumPy could bring down; the same bytes with a true shape are read."""
+    (tmp_path / "bad.p").write_bytes(OVERRUNS[case])
+    good = FROMBUFFER + BUFFER + DTYPE[2:] + PLAIN + b"K\x08\x85" + short("C") + b"tR."
+    (tmp_path / "good.p").write_bytes(good)
+    paths = [str(tmp_path / name) for name in ("bad.p", "good.p")]
+    done = subprocess.run([sys.executable, "-c", READ, *paths], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+    bad, good = done.stdout.splitlines()
+    assert bad.startswith("refused") and "not executed" in bad and good == "read 0"
 
 
 def test_a_refused_pickle_leaves_nothing_behind(tmp_path):

@@ -15,6 +15,8 @@ from test_authors_archive import make_archive
 
 from diffdiscover3d import load_dataset
 from diffdiscover3d.data import synthetic
+from diffdiscover3d.data.brats import BraTSOptions
+from diffdiscover3d.data.brats_volumes import BraTSVolumes
 from diffdiscover3d.data.loading import load_volumes
 from diffdiscover3d.data.nifti import as_volume_tensor
 from diffdiscover3d.errors import InputError
@@ -53,10 +55,6 @@ def test_streaming_writes_no_cache(tmp_path, few):
     sample = synthetic.synthesize("regular", "validation", 1)
     np.testing.assert_array_equal(np.asarray(rows[1]["volume"], dtype=np.float32), sample.volume)
     assert len(rows) == 2 and not list(tmp_path.rglob("*.arrow"))
-
-
-def mean_of(row):
-    return {"mean": float(np.mean(row["volume"]))}
 
 
 def test_several_processes_prepare_and_map_the_same(tmp_path, few):
@@ -99,7 +97,7 @@ def test_training_volumes_are_mapped(tmp_path, few):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_brats_in_every_layout(tmp_path, layout):
     root = make_brats(tmp_path / "data", layout)
-    brats = load_dataset(str(root), cache_dir=str(tmp_path / "cache"), modalities=("flair", "t1c"))
+    brats = load_dataset(str(root), cache_dir=str(tmp_path / "cache"), modalities=("flair", "t1c"), grade="all")
     assert set(brats) == {"train", "validation", "test"} and sum(map(len, brats.values())) == 6
     row = brats["train"][0]
     assert set(row) == {"id", "edition", "grade", "flair", "t1ce", "labels", "whole_tumour"}
@@ -113,6 +111,15 @@ def test_brats_in_every_layout(tmp_path, layout):
 
     case = next(c for c in find_cases(root) if c.id == row["id"])
     np.testing.assert_array_equal(as_volume_tensor(row["flair"])[0, 0], read_image(case, "flair").data)
+
+
+@pytest.mark.parametrize("options", [{}, {"grade": "LGG"}, {"grade": "all", "split_seed": 3}])
+def test_brats_splits_as_the_trainings_do(tmp_path, options):
+    root = make_brats(tmp_path / "data", "2019", count=12)
+    brats = load_dataset(str(root), cache_dir=str(tmp_path / "cache"), **options)
+    expected = BraTSVolumes(root, options=BraTSOptions(**options), cache=tmp_path / "mapped").split_ids
+    assert {name: split["id"][:] for name, split in brats.items()} == expected
+    assert sum(map(len, expected.values())) == {"LGG": 4, "all": 12}.get(options.get("grade"), 8)
 
 
 def test_brats_streams_and_splits_the_same(tmp_path):
@@ -178,6 +185,8 @@ ROUND_TRIP = """
 import sys, numpy as np, datasets
 import diffdiscover3d
 from diffdiscover3d.data import synthetic
+from diffdiscover3d.data.brats import BraTSOptions
+from diffdiscover3d.data.brats_volumes import BraTSVolumes
 synthetic.SPLITS = {"train": 3, "validation": 2, "test": 2}
 cells = diffdiscover3d.load_dataset("synthetic-regular", cache_dir=sys.argv[1] + "/made")
 cells.push_to_hub("user/cells", commit_message="cells")
