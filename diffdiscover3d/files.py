@@ -69,6 +69,23 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def replaced_folder(target: str | Path) -> Iterator[Path]:
+    """As `atomic_folder`, in the place of a folder that may exist; that one stays until the new one is there."""
+    target = Path(target)
+    aside = target.with_name(f".{target.name}.{os.getpid()}.replaced")
+    try:
+        with atomic_folder(target) as temporary:
+            yield temporary
+            if target.exists():
+                os.rename(target, aside)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            os.rename(aside, target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def staged_folder(target: str | Path) -> Iterator[Path]:
     """Yield an empty folder whose files, on success, all move into `target`; on an error none does.
 

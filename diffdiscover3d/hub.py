@@ -10,8 +10,8 @@ from diffusers.utils import logging as diffusers_logging
 
 from diffdiscover3d.cards import folder_kind
 from diffdiscover3d.errors import ModelError, NetworkError, OutputError
-from diffdiscover3d.files import atomic_folder, check_folder, read_json
-from diffdiscover3d.hub_files import fetch_snapshot, is_repo_id
+from diffdiscover3d.files import check_folder, read_json, replaced_folder
+from diffdiscover3d.hub_files import fetch_snapshot, is_data_file, is_repo_id
 from diffdiscover3d.hub_upload import push_folder
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNet3DModel
@@ -172,7 +172,7 @@ def pull(
         The folder, or the snapshot in the cache.
 
     Raises:
-        OutputError: if the folder exists or cannot be written.
+        OutputError: if the folder exists or cannot be written, or holds a training's checkpoints.
         ModelError: if the repository, or a folder to be replaced, holds no model of this package.
         NetworkError: if it cannot be fetched whole.
     """
@@ -183,15 +183,21 @@ def pull(
             raise OutputError(f"{target}: exists already; --overwrite replaces it.")
         if target.is_dir() and any(target.iterdir()):
             folder_kind(target)  # replacing means deleting: only ever a model
+            if (target / "checkpoints").exists():
+                raise OutputError(
+                    f"{target}: holds the checkpoints of a training, which would be lost; choose another."
+                )
     snapshot = fetch_snapshot(repo_id, revision=revision, local_files_only=local_files_only)
     kind = folder_kind(snapshot)
     _load(_MODEL_CLASSES[kind], str(snapshot), marker="model_index.json" if kind == "diffusion" else "config.json")
     if target is None:
         return snapshot
-    with atomic_folder(target) as temporary:
-        shutil.copytree(snapshot, temporary, dirs_exist_ok=True)
-        if target.is_dir():
-            shutil.rmtree(target)
+    with replaced_folder(target) as temporary:
+        for path in snapshot.rglob("*"):  # the cache may hold more, fetched by other programs
+            name = path.relative_to(snapshot)
+            if path.is_file() and is_data_file(name.as_posix()):
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, temporary / name)
     return target
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -243,10 +244,16 @@ answer["weights"] = hashlib.sha256(
 
 
 PULL = """
+answer["weights_in"] = cli("pull", "user/parts")[1]
 answer["pulled"] = cli("pull", "user/parts", folder + "/model", "-q")
 answer["exists"] = cli("pull", "user/parts", folder + "/model")
 answer["replaced"] = cli("pull", "user/parts", folder + "/model", "--overwrite")
 answer["precious"] = cli("pull", "user/parts", folder + "/precious", "--overwrite")
+answer["trained"] = cli("pull", "user/parts", folder + "/trained", "--overwrite")
+from pathlib import Path
+(Path(answer["weights_in"]) / "evil.py").write_text("raise SystemExit(1)")
+answer["beside"] = cli("pull", "user/parts", folder + "/beside")
+(Path(answer["weights_in"]) / "evil.py").unlink()
 answer["cached"] = cli("pull", "user/parts", "--local-files-only")
 answer["uncached"] = cli("pull", "user/hidden", "--local-files-only")
 answer["revision"] = cli("pull", "user/parts", "--revision", "v9")
@@ -260,6 +267,8 @@ def pulled(hub, pushed, models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pulled")
     (folder / "precious").mkdir()
     (folder / "precious" / "thesis.txt").write_text("years of work")
+    shutil.copytree(models / "discovery", folder / "trained")
+    (folder / "trained" / "checkpoints" / "one").write_text("weeks of training")
     shards = list(hub.repos["models", "user/sharded"].commits)[1]
     values = {"root": str(models), "shards": shards, "local": "", "folder": str(folder)}
     answer = python(LOAD + PULL, hub.environment(folder / "cache"), output=str(folder / "online"), **values)
@@ -288,6 +297,10 @@ def test_pull_to_a_folder(pulled):
     assert (folder / "model" / "README.md").is_file() and not (folder / "model" / "config.json").is_symlink()
     assert answer["exists"][0] == 4 and "--overwrite" in answer["exists"][2]
     assert answer["precious"][0] == 5 and (folder / "precious" / "thesis.txt").exists()
+    assert answer["trained"][0] == 4 and "checkpoints" in answer["trained"][2]
+    assert (folder / "trained" / "checkpoints" / "one").exists()
+    assert answer["beside"][0] == 0 and not (folder / "beside" / "evil.py").exists()
+    assert {p.name for p in (folder / "beside").iterdir()} == {p.name for p in (folder / "model").iterdir()}
     assert answer["cached"][0] == 0
     assert [answer[k][0] for k in ("uncached", "revision", "missing")] == [6, 6, 6]
     assert "v9" in answer["revision"][2] and "private" in answer["missing"][2]

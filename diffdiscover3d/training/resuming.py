@@ -167,10 +167,10 @@ def _check_identity(config: TrainingConfig, now: dict, state: dict) -> None:
         old, new = saved.get(name), now.get(name)
         if old is None and new is None:
             old, new = written.get(name), options.get(name)
-        if old != new and name == "children":
+        if old and old != new and name == "children":
             raise ModelError(
                 f"the checkpoint's network divides the parts of its parent into {old} and this one would into {new}; "
-                f"give --children {' '.join(map(str, old or ()))} and the same --parent."
+                f"give --children {' '.join(map(str, old))} and the same --parent."
             )
         if old != new:
             raise ModelError(
