@@ -16,7 +16,7 @@ from diffdiscover3d.brats_evaluation import evaluate_brats, format_brats_rows, s
 from diffdiscover3d.data.brats import BraTSOptions
 from diffdiscover3d.data.brats_volumes import BraTSVolumes
 from diffdiscover3d.errors import InputError
-from diffdiscover3d.hub import discovery_source
+from diffdiscover3d.hub import discovery_folder
 from diffdiscover3d.reporting.provenance import weights_sha256
 
 ROOT = Path(__file__).parent.parent
@@ -114,7 +114,7 @@ def test_the_split_is_that_of_the_models_training(tmp_path, tiny_discovery):
 def test_embedded_models_are_recorded_by_their_weights(tmp_path):
     root = make_brats(tmp_path / "data", "2021")
     result = evaluate_brats(root, {"cells": "synthetic-regular"}, options=OPTIONS, kmeans=False)
-    assert result["weights_sha256"]["cells"] == weights_sha256(discovery_source("synthetic-regular"))
+    assert result["weights_sha256"]["cells"] == weights_sha256(discovery_folder("synthetic-regular"))
 
 
 def test_missing_masks_stop_it_before_the_work(tmp_path):
