@@ -179,10 +179,9 @@ def _score_rows(folder: Path, kind: str) -> list[dict]:
     own = {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*.safetensors"))}
     names = {name for name, weights in recorded.items() if weights == own}
     if recorded and not names:
-        raise ModelError(
-            f"{folder / SCORES_NAME}: is of other weights (their sha256 differ); run `diffdiscover3d evaluate --model "
-            f"{folder} --output {folder / SCORES_NAME} --overwrite` again, or remove it."
-        )
+        again = f"run `diffdiscover3d evaluate --model {folder} --output {folder / SCORES_NAME} --overwrite` again, or "
+        again = again if kind == "discovery" else ""  # nothing else is evaluated
+        raise ModelError(f"{folder / SCORES_NAME}: is of other weights (their sha256 differ); {again}remove it.")
     rows = scores.get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and row.get("method") for row in rows):
         raise ModelError(f"{folder / SCORES_NAME}: has no `rows` with a `method` each; it is not from `evaluate`.")

@@ -133,13 +133,17 @@ def read_json(path: Path) -> dict:
 
 
 def _list_files(repo_id: str, commit: str, token) -> dict[str, tuple[str, str]] | None:
-    """Hash of each file at a commit, as (kind, value); `None` if the Hub cannot be asked."""
+    """Hash of each file at a commit, as (kind, value); `None` if the Hub is down or offline mode is on."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         entries = list(HfApi(token=token).list_repo_tree(repo_id, recursive=True, revision=commit))
-    except (OSError, OfflineModeIsEnabled, HfHubHTTPError):
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code < 500:  # the Hub is there and refuses
+            raise _network_error(repo_id, commit, error) from error
+        return None
+    except (OSError, OfflineModeIsEnabled):
         return None
     except Exception as error:
         if type(error).__module__.startswith("httpx"):

@@ -141,6 +141,10 @@ def test_scores_of_other_weights_are_refused(folder_of):
         else:
             with pytest.raises(ModelError, match="other weights"):
                 render_card(folder, "a/b")
+    other = folder_of("diffusion", "own", scores={"rows": rows, "weights_sha256": {"x.safetensors": "0"}})
+    with pytest.raises(ModelError, match=r"differ\); remove it") as caught:
+        render_card(other, "a/b")
+    assert "evaluate" not in str(caught.value)
     (folder / "scores.json").write_text('{"rows": [3]}')
     with pytest.raises(ModelError, match="rows"):
         render_card(folder, "a/b")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import torch
 import yaml
 from loopback_hub import TOKEN, LoopbackHub, git_hash
 
+from diffdiscover3d.errors import ModelError, NetworkError
+from diffdiscover3d.hub_files import _find_damage, _list_files
 from diffdiscover3d.hub_upload import _hide_paths
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
@@ -387,6 +390,32 @@ def test_private_repositories_need_the_token(hub, repo, tmp_path):
     answer = python(FETCH, hub.environment(tmp_path, token=None), names=[name])[name]
     assert answer.startswith("NetworkError") and "hf auth login" in answer
     assert weights in python(FETCH, hub.environment(tmp_path), names=[name])[name]
+
+
+@pytest.mark.parametrize(("status", "refused"), [(403, True), (429, True), (503, False)])
+def test_a_listing_that_is_refused_is_no_listing_to_do_without(monkeypatch, status, refused):
+    from unittest.mock import Mock
+
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def refuse(*_, **__):
+        raise HfHubHTTPError("no", response=Mock(status_code=status, headers={}))
+
+    monkeypatch.setattr(HfApi, "list_repo_tree", refuse)
+    if refused:
+        with pytest.raises(NetworkError, match="user/name: cannot be fetched"):
+            _list_files("user/name", "0" * 40, None)
+    else:
+        assert _list_files("user/name", "0" * 40, None) is None
+
+
+@pytest.mark.parametrize("name", ["../../outside.json", "/etc/x.json", "a/../../x.json", "a\\x.json"])
+def test_listed_names_that_leave_the_folder_are_named(tmp_path, name):
+    with pytest.raises(
+        ModelError, match=f"user/x: holds a file called {re.escape(repr(name))}, which would lie outside"
+    ):
+        _find_damage("user/x", tmp_path, {name: ("git", "0" * 40)})
 
 
 def test_names_that_leave_the_folder_are_refused(hub, tmp_path):
