@@ -14,6 +14,7 @@ from diffdiscover3d.data.nifti import read_nifti
 from diffdiscover3d.data.nifti_header import SUFFIXES, check_reachable
 from diffdiscover3d.data.preflight import estimate_memory, network_config
 from diffdiscover3d.errors import DiffDiscoverError, ModelError, NetworkError
+from diffdiscover3d.files import check_folder
 from diffdiscover3d.hub import DEFAULT_MODEL, discovery_folder, embedded_models, load_discovery, model_levels
 from diffdiscover3d.labelling import SegmentedFile, label_scan
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
@@ -92,6 +93,8 @@ def segment(
     single = isinstance(inputs, str | Path)
     paths = [p for source in ([inputs] if single else inputs) for p in _expand(source)]
     place = choose_device(device)
+    if output is not None:
+        check_folder(Path(output))
     folder = discovery_folder(model, revision)
     levels = choose_levels(model, level, folder)
     extras = Extras(preview, statistics, tables, probabilities, report)

@@ -71,18 +71,17 @@ def test_a_volume_that_can_be_read_but_not_segmented(tmp_path, monkeypatch, tiny
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_of_which_nothing_is_known_before_it_is_loaded(tmp_path, make_nifti, monkeypatch, tiny_discovery):
-    """As one of the Hub: the first volume too is announced, or refused, and a second one once only."""
+def test_a_model_of_the_hub(tmp_path, make_nifti, monkeypatch, tiny_discovery):
+    """The repository is fetched first: the first volume too is announced, or refused."""
     paths = [make_nifti(tmp_path / f"{name}.nii.gz", blobs().astype(np.float32)) for name in "ab"]
-    monkeypatch.setattr("diffdiscover3d.segmentation.network_config", lambda *_: None)
+    monkeypatch.setattr("diffdiscover3d.segmentation.discovery_folder", lambda *_: tiny_discovery)
     monkeypatch.setattr(preflight, "LARGE", 1)
     lines = []
-    segment(paths, tmp_path / "one", model=str(tiny_discovery), device="cpu", on_estimate=lines.append)
+    segment(paths, tmp_path / "one", model="user/name", device="cpu", on_estimate=lines.append)
     assert [line.split(": 12 x")[0] for line in lines] == [str(p) for p in paths]
-    monkeypatch.setattr("diffdiscover3d.segmentation.read_nifti", lambda *_, **__: None)  # the check comes after it
     monkeypatch.setattr(memory, "free_memory", lambda: 2**20)
     with pytest.raises(MemoryLimitError, match=r"a\.nii\.gz.*needs about 0\.1 GiB"):
-        segment(paths, tmp_path / "two", model=str(tiny_discovery), device="cpu")
+        segment(paths, tmp_path / "two", model="user/name", device="cpu")
     assert not (tmp_path / "two").exists()
 
 

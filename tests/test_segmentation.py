@@ -216,7 +216,7 @@ def test_no_model_stops_at_once(tmp_path, make_nifti, monkeypatch):
         asked.append(1)
         raise NetworkError("offline")
 
-    monkeypatch.setattr(module, "load_discovery", offline)
+    monkeypatch.setattr(module, "discovery_folder", offline)
     with pytest.raises(NetworkError):
         segment(tmp_path, tmp_path / "out", model="user/name", on_error=errors.append)
     assert asked == [1] and errors == [] and not (tmp_path / "out").exists()
