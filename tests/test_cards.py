@@ -200,7 +200,7 @@ def test_the_training_command_trains_the_same():
     words = shlex.split(training_command("discovery", options))
     parsed = vars(make_parser().parse_args(words[4:]))
     parsed.pop("stage")
-    parsed.pop("debug")
+    parsed.pop("debug"), parsed.pop("quiet")
     again = as_dict(make_config(DiscoveryConfig, **{k: v for k, v in parsed.items() if k != "config"}))
     assert again == {**options, "output_dir": "out/discovery"}
 

@@ -91,7 +91,7 @@ def models(tmp_path_factory, tiny_discovery):
     scores = {
         "model": str(discovery),
         "rows": rows,
-        "weights_sha256": {"2": {"diffusion_pytorch_model.safetensors": weights}},
+        "weights_sha256": {"diffusion_pytorch_model.safetensors": weights},
     }
     (discovery / "scores.json").write_text(json.dumps(scores))
     torch.manual_seed(0)
