@@ -147,7 +147,7 @@ def push(folder: str | Path, repo_id: str, **options) -> str:
         NetworkError: if the Hub refuses or cannot be reached.
     """
     kind = folder_kind(folder)
-    _load(_MODEL_CLASSES[kind], str(folder), marker="model_index.json" if kind == "diffusion" else "config.json")
+    _load_once(folder, kind)
     return push_folder(folder, repo_id, **options)
 
 
@@ -188,8 +188,7 @@ def pull(
                     f"{target}: holds the checkpoints of a training, which would be lost; choose another."
                 )
     snapshot = fetch_snapshot(repo_id, revision=revision, local_files_only=local_files_only)
-    kind = folder_kind(snapshot)
-    _load(_MODEL_CLASSES[kind], str(snapshot), marker="model_index.json" if kind == "diffusion" else "config.json")
+    _load_once(snapshot, folder_kind(snapshot))
     if target is None:
         return snapshot
     with replaced_folder(target) as temporary:
@@ -199,6 +198,11 @@ def pull(
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, temporary / name)
     return target
+
+
+def _load_once(folder: str | Path, kind: str) -> None:
+    """Load a model only to know that it can be loaded."""
+    _load(_MODEL_CLASSES[kind], str(folder), marker="model_index.json" if kind == "diffusion" else "config.json")
 
 
 def _load(kind, source: str, marker: str, **options):

@@ -34,7 +34,6 @@ class StrictLoadingMixin(PushMixin):
             pretrained_model_name_or_path = fetch_snapshot(str(pretrained_model_name_or_path), **options)
         kwargs["use_safetensors"] = True  # the other formats are pickles
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs["use_safetensors"] = True  # the base class would fall back to a pickle
         kwargs.setdefault("torch_dtype", torch.float32)  # files may be stored in half precision; computing is not
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         problems = {kind: keys for kind, keys in info.items() if keys and kind != "error_msgs"}

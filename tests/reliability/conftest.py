@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from training_runs import SEED
+from training_runs import DIFFUSION, SEED, command, finish, write_scans
 
 COMMAND = "pytest -m slow tests/reliability --summary benchmarks/results/reliability.json"
 _TESTS: dict[str, dict] = {}
@@ -12,6 +12,19 @@ _TESTS: dict[str, dict] = {}
 
 def pytest_addoption(parser):
     parser.addoption("--summary", help="write the outcomes and counts of the tests that run into this JSON file")
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    return write_scans(tmp_path_factory.mktemp("scans"))
+
+
+@pytest.fixture(scope="module")
+def teacher(scans, tmp_path_factory):
+    output = tmp_path_factory.mktemp("teacher")
+    options = {**DIFFUSION, "dataset": scans, "output-dir": output, "max-steps": 3, "preview-every": 0}
+    assert finish(command("diffusion", options)).returncode == 0
+    return output
 
 
 @pytest.fixture

@@ -5,24 +5,11 @@ import time
 
 import pytest
 from safetensors.torch import load_file
-from training_runs import DIFFUSION, DISCOVERY, SEED, command, finish, hashes, log_steps, start, write_scans
+from training_runs import DIFFUSION, DISCOVERY, SEED, command, finish, hashes, log_steps, start
 
 pytestmark = pytest.mark.slow
 STEPS = 14
 KILLS = 15  # of each stage; every third waits for a checkpoint that is being written
-
-
-@pytest.fixture(scope="module")
-def scans(tmp_path_factory):
-    return write_scans(tmp_path_factory.mktemp("scans"))
-
-
-@pytest.fixture(scope="module")
-def teacher(scans, tmp_path_factory):
-    output = tmp_path_factory.mktemp("teacher")
-    options = {**DIFFUSION, "dataset": scans, "output-dir": output, "max-steps": 3, "preview-every": 0}
-    assert finish(command("diffusion", options)).returncode == 0
-    return output
 
 
 def options_of(stage, scans, teacher, output, **more):

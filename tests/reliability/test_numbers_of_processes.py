@@ -5,24 +5,11 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from training_runs import DIFFUSION, DISCOVERY, command, finish, write_scans
+from training_runs import DIFFUSION, DISCOVERY, command, finish
 
 pytestmark = pytest.mark.slow
 STEPS = 50
 SCRIPT = str(Path(__file__).parent / "traced_training.py")
-
-
-@pytest.fixture(scope="module")
-def scans(tmp_path_factory):
-    return write_scans(tmp_path_factory.mktemp("scans"))
-
-
-@pytest.fixture(scope="module")
-def teacher(scans, tmp_path_factory):
-    output = tmp_path_factory.mktemp("teacher")
-    options = {**DIFFUSION, "dataset": scans, "output-dir": output, "max-steps": 3, "preview-every": 0}
-    assert finish(command("diffusion", options)).returncode == 0
-    return output
 
 
 def train(stage, options, folder, processes, accumulation=1):
