@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 class TimeEmbedding(nn.Module):
@@ -43,23 +45,65 @@ class ChannelLayerNorm(nn.Module):
         return F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, eps=1e-5).movedim(-1, 1)
 
 
+class _ChannelsLastNormSiLU(torch.autograd.Function):
+    """SiLU of a group norm, for volumes that lie channels-last in a CPU's memory.
+
+    There torch's backward of the group norm walks through memory in strides and takes about as long as that of a
+    convolution. It is given contiguous copies instead, which is several times faster, copies included; and only the
+    input is kept for it, not what lies between norm and SiLU.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float):
+        normed, mean, rstd = torch.native_group_norm(x, weight, bias, *_sizes(x), groups, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.groups, ctx.eps = groups, eps
+        return F.silu(normed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        x, sizes, groups = x.contiguous(), _sizes(x), ctx.groups
+        normed = torch.native_group_norm(x, weight, bias, *sizes, groups, ctx.eps)[0]
+        gradient = torch.ops.aten.silu_backward(gradient.contiguous(), normed)
+        wanted = list(ctx.needs_input_grad[:3])
+        found = torch.ops.aten.native_group_norm_backward(gradient, x, mean, rstd, weight, *sizes, groups, wanted)
+        of_x = found[0].contiguous(memory_format=torch.channels_last_3d) if wanted[0] else None
+        return of_x, found[1], found[2], None, None
+
+
+def _sizes(x: torch.Tensor) -> tuple[int, int, int]:
+    return x.shape[0], x.shape[1], math.prod(x.shape[2:])
+
+
+class NormSiLU(nn.GroupNorm):
+    """Group norm and SiLU; weights as of `nn.GroupNorm`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        channels_last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+        if x.device.type == "cpu" and channels_last and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _ChannelsLastNormSiLU.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+        return F.silu(super().forward(x))
+
+
 class ResidualBlock(nn.Module):
     """conv-norm-SiLU twice, the time embedding added in between, the input added at the end."""
 
     def __init__(self, in_channels: int, out_channels: int, time_channels: int | None, norm_groups: int):
         super().__init__()
         self.conv1 = nn.Conv3d(in_channels, out_channels, 3, padding=1)
-        self.norm1 = nn.GroupNorm(norm_groups, out_channels)
+        self.norm1 = NormSiLU(norm_groups, out_channels)
         self.time_projection = nn.Linear(time_channels, out_channels) if time_channels else None
         self.conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(norm_groups, out_channels)
+        self.norm2 = NormSiLU(norm_groups, out_channels)
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor, time: torch.Tensor | None = None) -> torch.Tensor:
-        hidden = F.silu(self.norm1(self.conv1(x)))
+        hidden = self.norm1(self.conv1(x))
         if self.time_projection is not None:
             hidden = hidden + self.time_projection(F.silu(time))[:, :, None, None, None]
-        hidden = F.silu(self.norm2(self.conv2(hidden)))
+        hidden = self.norm2(self.conv2(hidden))
         return hidden + self.shortcut(x)
 
 
@@ -86,14 +130,59 @@ class _Attention(nn.Module, ABC):
 
 
 class LinearAttention(_Attention):
-    """Attention at a cost linear in the voxels: softmax of q over channels and of k over voxels."""
+    """Attention at a cost linear in the voxels: softmax of q over channels and of k over voxels.
+
+    Queries, keys and values of a fine grid are many times larger than the volume itself. Where there are more than
+    `chunk` voxels they are made for a chunk of them at a time, and again in the backward pass, so that they never
+    exist as a whole.
+    """
+
+    chunk = 2**14  # voxels
 
     def __init__(self, channels: int, heads: int, head_dim: int):
         super().__init__(channels, heads, head_dim, norm_after=True)
 
     def attend(self, q, k, v):
-        context = k.softmax(dim=-1) @ v.transpose(-1, -2)  # (B, heads, channels of k, channels of v)
+        return self._look_up(q, k.softmax(dim=-1) @ v.transpose(-1, -2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        voxels = math.prod(x.shape[2:])
+        if voxels <= self.chunk or torch.compiler.is_compiling():  # a compiler fuses what would be large
+            return super().forward(x)
+        chunks = x.flatten(2)[..., None, None].split(self.chunk, dim=2)
+        with torch.no_grad():  # the softmax does not depend on what is taken off its exponents
+            largest = torch.stack([self._project(c, 1).amax(dim=-1) for c in chunks]).amax(dim=0)[..., None]
+        context, total = 0, 0
+        for c in chunks:
+            weighted, weights = _recomputed(self._gather, c, largest)
+            context, total = context + weighted, total + weights
+        context = context / total
+        return torch.cat([_recomputed(self._answer, c, context) for c in chunks], dim=2).reshape(x.shape)
+
+    def _gather(self, x: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A chunk's share of the context, before it is divided by the sum of all weights, and its sum of weights."""
+        weights = (self._project(x, 1) - largest).float().exp()
+        values = self._project(x, 2).float()
+        return weights @ values.transpose(-1, -2), weights.sum(dim=-1, keepdim=True)
+
+    def _answer(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """What the voxels of a chunk get from the context."""
+        found = self._look_up(self._project(x, 0), context.to(x.dtype))
+        return x + self.norm_out(self.out(found.reshape(x.shape[0], -1, *x.shape[2:])))
+
+    def _look_up(self, q: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         return context.transpose(-1, -2) @ (q.softmax(dim=-2) * self.head_dim**-0.5)
+
+    def _project(self, x: torch.Tensor, which: int) -> torch.Tensor:
+        """Queries (0), keys (1) or values (2), (B, heads, head_dim, voxels)."""
+        weight = self.qkv.weight.chunk(3)[which]
+        return F.conv3d(self.norm(x), weight).reshape(x.shape[0], self.heads, self.head_dim, -1)
+
+
+def _recomputed(function, *tensors: torch.Tensor):
+    if not torch.is_grad_enabled():
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False)
 
 
 class FullAttention(_Attention):
