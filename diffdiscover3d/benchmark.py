@@ -195,7 +195,9 @@ class Benchmark:
             base / f"level{cell.level}",
         )
         seconds = sum(self._run(training) for training in trainings)
-        return trainings[-1].folder, [" ".join(t.arguments()) for t in trainings], seconds
+        # where the models lie is nobody else's business
+        commands = [" ".join(t.arguments()).replace(f"{self.output}/", "") for t in trainings]
+        return trainings[-1].folder, commands, seconds
 
     def _run(self, training: Training) -> float:
         """Train, unless that is done; return the seconds it took, in this run or the one that finished it."""
