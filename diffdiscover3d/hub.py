@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from diffusers.utils import logging as diffusers_logging
 
 from diffdiscover3d.cards import folder_kind
@@ -101,7 +102,8 @@ def load_discovery(name: str, level: int | None = None, revision: str | None = N
     """
     embedded = embedded_models()
     source = embedded[name].discovery if name in embedded else _in_folder(Path(name)) if Path(name).is_dir() else name
-    levels = _load(StructureDiscoveryModel, str(source), marker="config.json", revision=revision).eval().levels
+    model = _load(StructureDiscoveryModel, str(source), marker="config.json", revision=revision).eval()
+    levels = model.to(memory_format=torch.channels_last_3d).levels  # convolutions of few channels are faster so
     if level is None:
         return levels[-1]
     if not 1 <= level <= len(levels):

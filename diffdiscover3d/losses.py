@@ -11,6 +11,7 @@ products each. C does not change when a constant is added to h; the channel mean
 difference above would cancel badly in float32.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -77,17 +78,23 @@ def photometric_invariance(masks: torch.Tensor, masks_changed: torch.Tensor) -> 
     return (1 - 2 * (a * b).sum(dim=1) / (a.square().sum(dim=1) + b.square().sum(dim=1))).mean()
 
 
-def interpolation_matrix(coarse: int, extent: int, fine: int, like: torch.Tensor) -> torch.Tensor:
+@functools.lru_cache(maxsize=64)
+def interpolation_matrix(
+    coarse: int, extent: int, fine: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Linear interpolation along one axis with corners aligned, as a matrix.
+
+    Kept between calls, which a training makes with the same sizes at every step; must not be changed in place.
 
     Returns:
         (fine, coarse): row i holds the weights of voxel i, of the first `fine` of `extent` voxels, on the coarse grid.
     """
-    if coarse == 1:
-        return torch.ones(fine, 1, dtype=like.dtype, device=like.device)
-    position = torch.arange(fine, dtype=torch.float64) * ((coarse - 1) / (extent - 1))
-    nodes = torch.arange(coarse, dtype=torch.float64)
-    return (1 - (position[:, None] - nodes[None, :]).abs()).clamp(min=0).to(like.device, like.dtype)
+    with torch.inference_mode(False):  # a tensor made in that mode would be of no use to a later training
+        if coarse == 1:
+            return torch.ones(fine, 1, dtype=dtype, device=device)
+        position = torch.arange(fine, dtype=torch.float64) * ((coarse - 1) / (extent - 1))
+        nodes = torch.arange(coarse, dtype=torch.float64)
+        return (1 - (position[:, None] - nodes[None, :]).abs()).clamp(min=0).to(device, dtype)
 
 
 def _consistency(masks, features, extent, relative, within) -> torch.Tensor:
@@ -102,7 +109,8 @@ def _consistency(masks, features, extent, relative, within) -> torch.Tensor:
     voxels = grid[0] * grid[1] * grid[2]
     matrices = None
     if tuple(coarse) != tuple(grid) or tuple(grid) != extent:
-        matrices = [interpolation_matrix(c, e, n, masks) for c, e, n in zip(coarse, extent, grid, strict=True)]
+        sizes = zip(coarse, extent, grid, strict=True)
+        matrices = [interpolation_matrix(c, e, n, masks.device, masks.dtype) for c, e, n in sizes]
     spread = features if matrices is None else _apply_along_axes(features, [m.T @ m for m in matrices])  # U^T U f
     energy = (features * spread).sum(dim=(1, 2, 3, 4))
 

@@ -40,10 +40,12 @@ def run(config: TrainingConfig) -> str:
     from diffdiscover3d.data.loading import common_grid, has_splits, load_volumes
     from diffdiscover3d.hub import load_discovery, load_teacher
     from diffdiscover3d.training.identity import dataset_fingerprint, weights_fingerprint
-    from diffdiscover3d.training.resuming import check_output
+    from diffdiscover3d.training.precision import settle_precision
+    from diffdiscover3d.training.resuming import CONFIG_FILE, check_output
     from diffdiscover3d.training.runtime import make_accelerator, train
     from diffdiscover3d.training.survey import read_all
 
+    config = settle_precision(config, Path(config.output_dir) / CONFIG_FILE)
     check_output(config)
     accelerator = make_accelerator(config)
     logging.getLogger("diffdiscover3d").disabled = not accelerator.is_main_process

@@ -113,7 +113,7 @@ def test_bfloat16_features_and_autocast():
 def test_interpolation_matrix_is_torch_interpolate():
     line = torch.randn(1, 1, 5, dtype=torch.float64)
     expected = F.interpolate(line, size=13, mode="linear", align_corners=True)[0, 0, :11]
-    torch.testing.assert_close(interpolation_matrix(5, 13, 11, line) @ line[0, 0], expected)
+    torch.testing.assert_close(interpolation_matrix(5, 13, 11, line.device, line.dtype) @ line[0, 0], expected)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         """
         if volume.ndim != 5 or volume.shape[1] != 1:
             raise ValueError(f"`volume` must be (batch, 1, H, W, D), got shape {tuple(volume.shape)}.")
-        normalized = min_max_normalize(volume)
+        normalized = min_max_normalize(volume, check=not self.training)  # a training has checked them all before
         if parent_labels is None:
             parent_labels = self._parent_labels(normalized)
         return StructureDiscoveryOutput(logits=self._logits(self._view(normalized, parent_labels), parent_labels))
@@ -136,7 +136,7 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
     @torch.no_grad()
     def label_parents(self, volume: torch.Tensor) -> torch.Tensor | None:
         """The parts of the parent, (B, 1, H, W, D), for volumes as in `forward`; `None` without a parent."""
-        return self._parent_labels(min_max_normalize(volume))
+        return self._parent_labels(min_max_normalize(volume, check=not self.training))
 
     @torch.no_grad()
     def segment(self, volume, progress: bool = False, parent_labels: torch.Tensor | None = None) -> Segmentation:
@@ -159,7 +159,7 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         probabilities = self._probabilities(normalized, progress, known)
         self.train(was_training)
         dtype = torch.uint8 if self.config.num_parts <= 256 else torch.int32
-        return Segmentation(labels=probabilities.argmax(dim=1).to(dtype), probabilities=probabilities)
+        return Segmentation(labels=probabilities.max(dim=1).indices.to(dtype), probabilities=probabilities)
 
     def order_parts(self, sizes: torch.Tensor) -> None:
         """Renumber the parts, largest first.
@@ -174,7 +174,8 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
     def _parent_labels(self, normalized: torch.Tensor, progress: bool = False) -> torch.Tensor | None:
         if self.parent_model is None:
             return None
-        return self.parent_model._probabilities(normalized, progress).argmax(dim=1, keepdim=True)
+        # several times faster than argmax on a CPU
+        return self.parent_model._probabilities(normalized, progress).max(dim=1, keepdim=True).indices
 
     def _view(self, normalized: torch.Tensor, parent_labels: torch.Tensor | None) -> torch.Tensor:
         """What the network sees: the volume, or each part that is to be divided, standardised for itself.

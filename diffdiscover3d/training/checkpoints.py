@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.files import atomic_folder, sha256, write_json
 
+STATE_FILE = "state.json"
 _NAME = re.compile(r"checkpoint-(\d{8})")
 
 
@@ -34,7 +35,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, torch.
             file = temporary / f"{name}.safetensors"
             save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, file)
             hashes[file.name] = sha256(file)
-        write_json(temporary / "state.json", {"step": step, "files": hashes, **state})
+        write_json(temporary / STATE_FILE, {"step": step, "files": hashes, **state})
     return target
 
 
@@ -45,7 +46,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
         ModelError: if a file is missing, is damaged or is not the one that was written.
     """
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         _check_state(path, state)
         tensors = {}
         for name, expected in state["files"].items():
@@ -140,9 +141,16 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Put tensors packed by [`pack_optimizer`] back."""
+    """Put tensors packed by [`pack_optimizer`] back, in the memory layout of their parameters.
+
+    A fused optimiser takes it for granted that a parameter and its moments lie alike.
+    """
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter).copy_(value)

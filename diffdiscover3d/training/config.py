@@ -10,7 +10,8 @@ from pathlib import Path
 from diffdiscover3d.errors import InputError
 
 SCHEDULES = ("constant", "one_cycle")
-PRECISIONS = ("no", "bf16", "fp16")
+PRECISIONS = ("auto", "no", "bf16", "fp16")
+MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -32,7 +33,13 @@ class TrainingConfig:
     learning_rate: float = option(1e-4, "Adam's learning rate; the peak of a one_cycle schedule")
     lr_schedule: str = option("constant", "how the rate changes over the steps", SCHEDULES)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 switches clipping off")
-    mixed_precision: str | None = option(None, "precision of the forward pass; none: as launched", PRECISIONS)
+    mixed_precision: str = option(
+        "auto",
+        "precision of the forward pass; auto: as launched, or bf16 where it is measured to be faster",
+        PRECISIONS,
+    )
+    memory_format: str = option("auto", "layout of weights and volumes; auto: the faster as measured", MEMORY_FORMATS)
+    compile: bool = option(False, "compile the networks with torch.compile: minutes at the start, faster steps")
     volume_size: tuple[int, ...] | None = option(None, "resample every volume to this grid (one or three integers)")
     modality: str | None = option(None, "of BraTS: flair (the default), t1, t1ce or t2")
     grade: str | None = option(None, "of BraTS 2019: HGG (the default), LGG or all", ("HGG", "LGG", "all"))
@@ -181,7 +188,6 @@ PRESETS: dict[type, dict[str, dict]] = {
             "max_steps": 2_500,
             "learning_rate": 8e-4,
             "lr_schedule": "one_cycle",
-            "mixed_precision": "bf16",
             "ema_decay": 0.995,
         },
         # 64 channels on 128^3: recomputing activations is what makes a batch of 4 fit
@@ -195,7 +201,6 @@ PRESETS: dict[type, dict[str, dict]] = {
             "norm": "instance",  # batch statistics of one volume are none: trained with them, it fails without
             "learning_rate": 1e-3,
             "lr_schedule": "one_cycle",
-            "mixed_precision": "bf16",
             "relative_consistency": True,
             "lambda_denoised": 1.0,
             "invert_probability": 0.5,

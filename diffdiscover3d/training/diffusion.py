@@ -49,7 +49,7 @@ class DiffusionTraining:
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.scheduler = make_scheduler(config.num_train_timesteps)
-        self.ema = EMAModel(self.model.parameters(), decay=config.ema_decay)
+        self.ema = EMAModel(self.model.parameters(), decay=config.ema_decay, foreach=True)
         self.volume_grid = config.volume_size or self.model.noise_grid
         if self.volume_grid is None and common_grid is None:
             raise ValueError("the volumes differ in shape: give --volume-size to bring them to one grid.")
@@ -66,6 +66,12 @@ class DiffusionTraining:
         noisy = self.scheduler.add_noise(clean, batch["noise"], batch["timestep"])  # Eq. 2, in float32
         predicted = model(noisy, batch["timestep"]).sample
         return {"loss": F.l1_loss(predicted.float(), clean)}
+
+    def compile(self) -> None:
+        self.model.compile()
+
+    def reports_after(self, step: int) -> bool:
+        return False
 
     def after_step(self, step: int) -> dict[str, float]:
         self.ema.to(next(self.model.parameters()).device)

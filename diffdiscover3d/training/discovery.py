@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
 from diffdiscover3d.reporting.pictures import save_slices
 from diffdiscover3d.training.config import DiscoveryConfig
-from diffdiscover3d.training.nesting import choose_children, divided_parts, parent_masks
+from diffdiscover3d.training.nesting import choose_children, divided_parts, parent_masks, parent_matrix
+from diffdiscover3d.training.precision import FORMATS
 from diffdiscover3d.training.teacher_signals import TeacherSignals
 
 logger = logging.getLogger("diffdiscover3d")
@@ -56,7 +58,7 @@ class DiscoveryTraining:
         self.config, self.accelerator = config, accelerator
         _check_teacher(config, teacher)
         self.teacher = teacher.to(accelerator.device)
-        self.teacher.unet.eval().requires_grad_(False).to(memory_format=torch.channels_last_3d)
+        self.teacher.unet.eval().requires_grad_(False).to(memory_format=FORMATS[config.memory_format])
         self.model = start or self._new_model(parent, volumes)
         if self.model.config.num_parts != config.num_parts:
             raise ModelError(
@@ -88,6 +90,15 @@ class DiscoveryTraining:
             raise ValueError(f"`children` must sum to `num_parts` ({config.num_parts}), got {children}.")
         return StructureDiscoveryModel.inside(parent, children, dropout=config.dropout, norm=config.norm)
 
+    @cached_property
+    def _division(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The parts that the network decides on, and in which part of the parent each lies.
+
+        Kept on the device: looking them up in every step would make the host wait for it.
+        """
+        divided = torch.tensor(divided_parts(self.model), device=self.accelerator.device)
+        return divided, parent_matrix(self.model)
+
     def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         low, high = self.config.gamma_range
         drawn = {
@@ -103,11 +114,12 @@ class DiscoveryTraining:
             phi = self.signals(batch)
 
         changed = torch.where(inverted, 1 - volume**gamma, volume**gamma)
-        masks = model(volume, phi.parent_labels).logits.float().softmax(dim=1)
-        masks_changed = model(changed, phi.parent_labels).logits.float().softmax(dim=1)
-        divided = divided_parts(self.model)
+        inside = None if phi.parent_labels is None else phi.parent_labels.repeat(2, 1, 1, 1, 1)
+        both = model(torch.cat([volume, changed]), inside).logits.float().softmax(dim=1)  # one pass for both views
+        masks, masks_changed = both.chunk(2)
+        divided, parents = self._division
         relative = config.relative_consistency
-        within = parent_masks(self.model, masks) if relative else None
+        within = parent_masks(masks, parents) if relative and parents is not None else None
 
         def consistency(h, extent=None):
             return region_consistency(masks, h, extent, relative, within)
@@ -124,9 +136,16 @@ class DiscoveryTraining:
             terms["denoised"] = config.lambda_denoised * consistency(phi.denoised)
         return {"loss": sum(terms.values()), **terms}  # Eq. 4
 
+    def compile(self) -> None:
+        self.teacher.unet.compile()
+        self.model.network.compile()
+
+    def reports_after(self, step: int) -> bool:
+        return step % self.epoch_steps == 0 or step == self.config.max_steps
+
     def after_step(self, step: int) -> dict[str, float]:
         """At the end of an epoch: the mean confidence, and the weights if they are the most confident so far."""
-        if not self.accelerator.is_main_process or (step % self.epoch_steps and step != self.config.max_steps):
+        if not (self.accelerator.is_main_process and self.reports_after(step)):
             return {}
         confidence = self.mean_confidence()
         better = self.best is None or confidence > self.best_confidence or self.config.selection == "last"

@@ -27,15 +27,15 @@ class SlotDropout(nn.Dropout):
             return super().forward(x)
         seed, step, slots, passes = self.draws
         current = next(passes)
-        mask = torch.empty_like(x)
+        drawn = torch.empty_like(x, dtype=torch.float32)
         if len(x) % len(slots):
             raise ValueError(f"a batch of {len(x)} cannot hold the volumes of {len(slots)} slots.")
-        for place, one in enumerate(mask):  # several versions of the volumes may share a batch, one after the other
+        for place, one in enumerate(drawn):  # several versions of the volumes may share a batch, one after the other
             version, index = divmod(place, len(slots))
             key = np.random.SeedSequence([seed, step, slots[index], self.layer, current, version, 0xD209])
             generator = torch.Generator(x.device).manual_seed(int(key.generate_state(1, np.uint64)[0]) >> 1)
-            one.bernoulli_(1 - self.p, generator=generator)
-        return x * mask / (1 - self.p)
+            one.uniform_(generator=generator)  # several times faster than bernoulli_ on a CPU
+        return x * (drawn >= self.p) / (1 - self.p)
 
 
 def use_slot_dropout(model: nn.Module) -> list[SlotDropout]:

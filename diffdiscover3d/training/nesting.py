@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
@@ -77,10 +78,18 @@ def divided_parts(model: StructureDiscoveryModel) -> list[int]:
     return [part for part, parent in enumerate(model.parents) if model.config.children[parent] > 1]
 
 
-def parent_masks(model: StructureDiscoveryModel, masks: torch.Tensor) -> torch.Tensor | None:
-    """The parts of the parent, (B, P, H, W, D), as sums of the soft parts that divide them; `None` without a parent."""
+def parent_matrix(model: StructureDiscoveryModel) -> torch.Tensor | None:
+    """(K, P), one where a part lies in a part of the parent, and zero elsewhere; `None` without a parent."""
     if model.parents is None:
         return None
-    parents = torch.tensor(model.parents, device=masks.device)
-    grouped = masks.new_zeros(masks.shape[0], len(model.config.children), *masks.shape[2:])
-    return grouped.index_add(1, parents, masks.detach())
+    return F.one_hot(torch.tensor(model.parents, device=model.device), len(model.config.children)).float()
+
+
+def parent_masks(masks: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+    """The parts of the parent, (B, P, H, W, D), as sums of the soft parts that divide them.
+
+    Args:
+        masks: (B, K, H, W, D) soft parts.
+        parents: as [`parent_matrix`] gives it.
+    """
+    return torch.einsum("bkhwd,kp->bphwd", masks.detach(), parents)

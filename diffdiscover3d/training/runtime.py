@@ -5,7 +5,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -13,18 +14,20 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from diffdiscover3d.errors import ModelError, OutputError
+from diffdiscover3d.errors import OutputError
 from diffdiscover3d.files import atomic_file, staged_folder, write_json
 from diffdiscover3d.interruption import StopRequest, TrainingInterrupted, ignore_signals
 from diffdiscover3d.progress import Stages
 from diffdiscover3d.reporting.plots import save_loss_curves
 from diffdiscover3d.training.config import TrainingConfig, as_dict
 from diffdiscover3d.training.dropout import sees_its_own_batch_only, set_slots, use_slot_dropout
+from diffdiscover3d.training.figures import StepFigures
+from diffdiscover3d.training.precision import FORMATS
 from diffdiscover3d.training.resuming import CONFIG_FILE, resume_training, save_training
 from diffdiscover3d.training.sampling import StepBatches, TrainingVolumes, draw_generator
 
 logger = logging.getLogger("diffdiscover3d")
-MAX_BAD_STEPS = 5  # steps in a row whose gradient is not finite before the training gives up
+HOST_SIDE = ("index", "flips")  # of a batch: what is only ever asked for on the host
 
 
 class Task(Protocol):
@@ -40,8 +43,14 @@ class Task(Protocol):
     def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Scalar losses of a batch; the one called "loss" is minimised."""
 
+    def compile(self) -> None:
+        """Let torch.compile make the networks faster, in place."""
+
+    def reports_after(self, step: int) -> bool:
+        """Whether `after_step` has figures to log after this step; the same on every process."""
+
     def after_step(self, step: int) -> dict[str, float]:
-        """Called on every process after each step; returns further figures to log."""
+        """Called on every process after each step; returns further figures to log, on the main process."""
 
     def preview(self, step: int, folder: Path) -> None:
         """Write pictures; called on the main process."""
@@ -121,9 +130,11 @@ def train(
     output = Path(config.output_dir)
     identity = identity or {}
     trained = [p for p in task.model.parameters() if p.requires_grad]  # a parent is frozen
-    optimizer = torch.optim.Adam(trained, lr=config.learning_rate)
-    task.model.to(memory_format=torch.channels_last_3d)
+    optimizer = torch.optim.Adam(trained, lr=config.learning_rate, fused=True)
+    task.model.to(memory_format=FORMATS[config.memory_format])
     dropouts = use_slot_dropout(task.model)
+    if config.compile:
+        task.compile()
     model, optimizer = accelerator.prepare(task.model, optimizer)
     start = resume_training(task, config, optimizer.optimizer, accelerator, output, identity)
     if accelerator.is_main_process:
@@ -136,39 +147,39 @@ def train(
         logger.info("batch norm sees each process's volumes apart: another number of processes trains otherwise")
 
     model.train()
-    batches = iter(_make_loader(task, config, volumes, accelerator, start))
-    bad_steps, clock, timed = 0, time.perf_counter(), start
+    batches = _read_ahead(_make_loader(task, config, volumes, accelerator, start))
+    figures, clock, timed = StepFigures(accelerator.device, output), time.perf_counter(), start
+    alone = accelerator.num_processes == 1
     with (
         StopRequest(accelerator.num_processes) as stop,
         Stages(config.max_steps, accelerator.is_main_process, start) as bar,
     ):
         bar.show(f"training, {task.name}")
         for step in range(start, config.max_steps):
-            figures, finite = _take_step(task, model, optimizer, batches, config, accelerator, step, dropouts)
-            stopping = _any_process(stop.requested, accelerator)
-            bad_steps = 0 if finite else bad_steps + 1
-            if bad_steps >= MAX_BAD_STEPS:
-                raise ModelError(
-                    f"the loss is not finite since step {step + 2 - bad_steps}; the checkpoints in {output} are from "
-                    "before. Lower --learning-rate, or use --mixed-precision no."
-                )
             done = step + 1
-            further = task.after_step(done)
-            figures |= further
+            figures.add(done, *_take_step(task, model, optimizer, batches, config, accelerator, step, dropouts, stop))
+            saving = done % config.checkpoint_every == 0 or done == config.max_steps
+            logging_now = done % config.log_every == 0 or task.reports_after(done) or done == config.max_steps
+            # one process decides for itself, and at once; several have to agree, by what all of them read
+            figures.catch_up(everything=saving or logging_now or (alone and stop.requested))
+            stopping = stop.requested if alone else figures.stop_asked
+            if stopping:
+                figures.catch_up(everything=True)
+            shown = figures.latest | task.after_step(done)
             bar.done()
-            bar.show(f"training, {task.name}", "  ".join(f"{k} {v:.4f}" for k, v in figures.items()))
-            if done % config.log_every == 0 or further or done == config.max_steps:
+            bar.show(f"training, {task.name}", "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
+            if logging_now:
                 if accelerator.is_main_process:
-                    _log(output, done, config, figures, (time.perf_counter() - clock) / (done - timed))
-                accelerator.log(figures, step=done)
+                    _log(output, done, config, shown, (time.perf_counter() - clock) / (done - timed))
+                accelerator.log(shown, step=done)
                 clock, timed = time.perf_counter(), done
             # a step that was not finite is no state to go on from
-            if not bad_steps and (done % config.checkpoint_every == 0 or done == config.max_steps or stopping):
+            if not figures.bad_steps and (saving or stopping):
                 save_training(task, config, optimizer.optimizer, accelerator, output, done, identity)
             if stopping and done < config.max_steps:
                 accelerator.wait_for_everyone()  # a launcher that sees one process end may kill the one that saves
                 accelerator.end_training()
-                saved = "its last good step" if bad_steps else "it"
+                saved = "its last good step" if figures.bad_steps else "it"
                 raise TrainingInterrupted(f"interrupted after step {done}; --resume latest goes on from {saved}.")
             wants_preview = config.preview_every and (done % config.preview_every == 0 or done == config.max_steps)
             if wants_preview and accelerator.is_main_process:
@@ -182,39 +193,45 @@ def train(
     return output
 
 
-def _take_step(task, model, optimizer, batches, config, accelerator, step, dropouts) -> tuple[dict[str, float], bool]:
-    """One optimiser step over all micro-batches; its mean losses over all processes, and whether it was finite."""
+def _take_step(
+    task, model, optimizer, batches, config, accelerator, step, dropouts, stop
+) -> tuple[tuple[str, ...], torch.Tensor]:
+    """One optimiser step over all micro-batches; what [`StepFigures`] takes of it. Nothing waits for the device."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(config, step)
     # whatever else draws from the global generator; one seed per step and process makes a resumed step the same step
     torch.manual_seed(draw_generator(config.seed, step, -1 - accelerator.process_index & 0xFFFF).initial_seed())
     sums: dict[str, torch.Tensor] = {}
-    finite = True
+    finite = torch.ones((), device=accelerator.device)
     for _ in range(config.gradient_accumulation_steps):
-        batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in next(batches).items()}
+        batch = next(batches)
         set_slots(dropouts, config.seed, step, batch.pop("slot").tolist())
+        batch = {k: v if k in HOST_SIDE else v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
         with accelerator.accumulate(model):
             losses = task.losses(model, batch)
             accelerator.backward(losses["loss"])
             if accelerator.sync_gradients:
                 limit = config.max_grad_norm or float("inf")
                 norm = accelerator.clip_grad_norm_(model.parameters(), limit)
-                # a float16 scaler skips steps whose gradient overflows by itself and tries a lower scale
-                finite = bool(torch.isfinite(norm)) or accelerator.mixed_precision == "fp16"
-            if finite:
-                optimizer.step()
+                if accelerator.scaler is None:  # a float16 scaler skips what overflows by itself, and lowers its scale
+                    finite = torch.isfinite(norm).float()
+                    optimizer.optimizer.found_inf = 1 - finite  # the fused optimiser then skips the step on the device
+            optimizer.step()
             optimizer.zero_grad()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach().float() / config.gradient_accumulation_steps
-    means = accelerator.reduce(torch.stack(list(sums.values())), reduction="mean").tolist()
-    return dict(zip(sums, means, strict=True)), finite and all(map(math.isfinite, means))
+    asked = torch.full((), float(stop.requested), device=accelerator.device)
+    return tuple(sums), accelerator.reduce(torch.stack([*sums.values(), finite, asked]), reduction="mean")
 
 
-def _any_process(flag: bool, accelerator: Accelerator) -> bool:
-    """Whether the flag is set on any process: all of them then do the same."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
+def _read_ahead(batches: Iterable) -> Iterator:
+    """The batches, each put together in a thread of its own while the step before it runs."""
+    iterator = iter(batches)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        following = pool.submit(next, iterator, None)
+        while (batch := following.result()) is not None:
+            following = pool.submit(next, iterator, None)
+            yield batch
 
 
 def _make_loader(task, config, volumes, accelerator, start) -> DataLoader:

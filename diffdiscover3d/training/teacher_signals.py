@@ -60,7 +60,11 @@ class TeacherSignals:
         for volume, index, flips in zip(batch["volume"], batch["index"].tolist(), batch["flips"].cpu(), strict=True):
             if index not in self._kept:
                 self._kept[index] = self._ask_once(flip(volume[None], flips), index)
-            signals.append(_map(lambda x, f=flips, v=volume: flip(x.to(v.device), f).float(), self._kept[index]))
+
+            def fetch(x, flips=flips, device=volume.device):
+                return flip(x.to(device, non_blocking=True), flips).float()
+
+            signals.append(_map(fetch, self._kept[index]))
         return _join(signals)
 
     def _ask_once(self, volume: torch.Tensor, index: int) -> Signals:
@@ -73,7 +77,8 @@ class TeacherSignals:
                 f"`teacher_noise` is 'fixed' and the teacher pads volumes of {tuple(volume.shape[2:])} voxels to "
                 f"{tuple(found.extent)}, so that features cannot be mirrored; use --teacher-noise fresh or --no-flips."
             )
-        return _map(lambda x: x.to("cpu", torch.float16), found)
+        # pinned, so that a GPU can fetch them while it works
+        return _map(lambda x: x.to("cpu", torch.float16).pin_memory() if x.is_cuda else x.half(), found)
 
     @torch.no_grad()
     def _ask(self, volume: torch.Tensor, noise: torch.Tensor) -> Signals:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
-from diffdiscover3d.training.nesting import divided_parts, parent_masks, share_parts
+from diffdiscover3d.training.nesting import divided_parts, parent_masks, parent_matrix, share_parts
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,6 @@ def test_parent_masks_are_the_parents_parts():
     masks = model(volume).logits.softmax(dim=1)
     labels = parent.eval().segment(volume).labels.numpy()
     expected = np.stack([labels == 0, labels == 1], axis=1).astype(np.float32)
-    np.testing.assert_allclose(parent_masks(model, masks).numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(parent_masks(masks, parent_matrix(model)).numpy(), expected, atol=1e-6)
     assert divided_parts(model) == [1, 2, 3] and model.parents[0] == 1
-    assert parent_masks(parent, masks) is None and divided_parts(parent) == [0, 1]
+    assert parent_matrix(parent) is None and divided_parts(parent) == [0, 1]

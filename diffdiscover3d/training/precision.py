@@ -1,0 +1,133 @@
+"""In which precision and memory layout a device trains fastest: measured at the start, not assumed."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from diffdiscover3d.models.blocks import ResidualBlock
+from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+from diffdiscover3d.training.checkpoints import STATE_FILE
+from diffdiscover3d.training.config import DiffusionConfig, TrainingConfig
+
+logger = logging.getLogger("diffdiscover3d")
+FORMATS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
+_GAIN = 1.15  # bfloat16 has to be so much faster: below, it is not worth its rounding, nor above the noise of timing
+_ROUNDS = 3
+
+
+def settle_precision(config: TrainingConfig, written: Path) -> TrainingConfig:
+    """The config with "auto" replaced in `mixed_precision` and `memory_format`; the same on all processes.
+
+    A training that goes on keeps what it began with, since another choice would be another training. A precision that
+    the launcher was told (`accelerate launch --mixed_precision`) is taken. Otherwise the main process measures.
+
+    Args:
+        written: file with the options of the training in the output folder, if there is one.
+    """
+    wanted = [name for name in ("mixed_precision", "memory_format") if getattr(config, name) == "auto"]
+    if not wanted:
+        return config
+    chosen = {}
+    if config.resume:
+        chosen = _options_in(written if config.resume == "latest" else Path(config.resume) / STATE_FILE)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched in ("bf16", "fp16"):
+        chosen.setdefault("mixed_precision", launched)
+    if any(name not in chosen for name in wanted):
+        state = PartialState()
+        probe = "unet" if isinstance(config, DiffusionConfig) else "discovery"
+        found = [choose(measure(state.device, probe)) if state.is_main_process else None]
+        if state.num_processes > 1:
+            broadcast_object_list(found)
+        chosen = {**found[0], **chosen}
+        if state.is_main_process:
+            logger.info("fastest on this device: %s", ", ".join(f"{k} {v}" for k, v in found[0].items()))
+    return dataclasses.replace(config, **{name: chosen[name] for name in wanted})
+
+
+@functools.lru_cache(maxsize=8)
+def measure(device: torch.device, probe: str = "unet") -> dict[tuple[str, str], float]:
+    """Seconds of a forward and backward pass of a small network, for each (mixed_precision, memory_format).
+
+    On a CPU it is one thread's own time that counts, so that other programs do not decide.
+
+    Args:
+        probe: "unet" for residual blocks of the diffusion model, "discovery" for a segmentation network.
+    """
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network, channels = _PROBES[probe]()
+            volume = torch.randn(2, channels, 24, 24, 24, device=device)
+        return _measure(
+            network.to(device).train(), volume, time.thread_time if device.type == "cpu" else time.perf_counter
+        )
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _residual_blocks() -> tuple[nn.Module, int]:
+    return nn.Sequential(ResidualBlock(16, 16, None, 8), ResidualBlock(16, 32, None, 8)), 16
+
+
+def _segmentation_network() -> tuple[nn.Module, int]:
+    return StructureDiscoveryModel(2, dropout=0.0, norm="instance").network, 1
+
+
+_PROBES: dict[str, Callable] = {"unet": _residual_blocks, "discovery": _segmentation_network}
+
+
+def _measure(network: nn.Module, volume: torch.Tensor, now: Callable[[], float]) -> dict[tuple[str, str], float]:
+    device = volume.device
+    ways = list(itertools.product(("no", "bf16"), FORMATS))
+    seconds: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+    for _ in range(1 + _ROUNDS):  # in turns, so that whatever else the machine does meets all of them alike
+        for precision, layout in ways:
+            network.zero_grad()
+            network.to(memory_format=FORMATS[layout])
+            x = volume.contiguous(memory_format=FORMATS[layout])
+            _wait_for(device)
+            clock = now()
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                loss = network(x).float().square().mean()
+            loss.backward()
+            _wait_for(device)
+            seconds[precision, layout].append(now() - clock)
+    return {way: min(times[1:]) for way, times in seconds.items()}  # the first pass also prepares
+
+
+def choose(seconds: dict[tuple[str, str], float]) -> dict[str, str]:
+    """The options that [`measure`] speaks for; float32 where bfloat16 gains little."""
+    best = {precision: min(FORMATS, key=lambda f, p=precision: seconds[p, f]) for precision in ("no", "bf16")}
+    gain = seconds["no", best["no"]] / seconds["bf16", best["bf16"]]
+    precision = "bf16" if gain >= _GAIN else "no"
+    return {"mixed_precision": precision, "memory_format": best[precision]}
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _options_in(file: Path) -> dict:
+    """What a training wrote down; a file that cannot be read is answered where the options are compared."""
+    try:
+        options = json.loads(file.read_text(encoding="utf-8"))
+        options = options["config"] if file.name == STATE_FILE else options
+        return {k: options[k] for k in ("mixed_precision", "memory_format") if options.get(k) not in (None, "auto")}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return {}
