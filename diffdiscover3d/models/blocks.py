@@ -3,14 +3,31 @@
 All of them take and return channels-first volumes (B, C, H, W, D).
 """
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+
+def precise_if_small(x: torch.Tensor, stride: int) -> AbstractContextManager:
+    """Within it, volumes of few voxels are computed in float32 on a CPU, whatever autocast says.
+
+    oneDNN's weight gradient of a 3³ convolution in bfloat16 is garbage, often NaN, where the first grid axis has two
+    voxels (torch 2.13 on AVX-512). A network that halves its grid meets that if the axis is short enough.
+
+    Args:
+        x: (B, C, H, W, D) what enters the network.
+        stride: by how much the network shrinks the grid.
+    """
+    if x.device.type == "cpu" and x.shape[2] <= 2 * stride:
+        return torch.autocast("cpu", enabled=False)
+    return contextlib.nullcontext()
 
 
 class TimeEmbedding(nn.Module):

@@ -10,6 +10,7 @@ from diffusers.utils import BaseOutput
 
 from diffdiscover3d.data.nifti import as_volume_tensor
 from diffdiscover3d.data.transforms import min_max_normalize, pad_to_multiple
+from diffdiscover3d.models.blocks import precise_if_small
 from diffdiscover3d.models.loading import StrictLoadingMixin
 
 _VIEW_RANGE = 4.0  # standard deviations
@@ -199,7 +200,8 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         padded = pad_to_multiple(view, self.stride)
         if max(padded.shape[2:]) <= self.stride:  # a single voxel would be left on the coarsest grid: nothing to norm
             padded = pad_to_multiple(view, 2 * self.stride)
-        logits = self.network(padded)[:, :, :h, :w, :d]
+        with precise_if_small(padded, self.stride):
+            logits = self.network(padded)[:, :, :h, :w, :d]
         if parent_labels is not None:
             logits = self._keep_inside(logits, parent_labels)
         return logits[:, self.part_order]

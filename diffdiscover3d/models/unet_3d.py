@@ -12,7 +12,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from diffdiscover3d.data.transforms import pad_to_multiple
-from diffdiscover3d.models.blocks import ATTENTIONS, FullAttention, ResidualBlock, TimeEmbedding
+from diffdiscover3d.models.blocks import ATTENTIONS, FullAttention, ResidualBlock, TimeEmbedding, precise_if_small
 from diffdiscover3d.models.loading import StrictLoadingMixin
 
 
@@ -155,10 +155,16 @@ class UNet3DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         if not stages and not return_sample:
             raise ValueError("nothing is asked for: name `stages` or set `return_sample=True`.")
 
-        timestep = torch.as_tensor(timestep, device=sample.device)
-        time = self.time_embedding(timestep.expand(sample.shape[0]))
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         x, extent = self._to_internal_grid(sample)
+        with precise_if_small(x, self.stride):
+            x, features = self._climb(x, timestep, stages, return_sample)
+        prediction = self._to_input_grid(x, sample.shape[2:]) if return_sample else None
+        return UNet3DOutput(sample=prediction, features=tuple(features[s] for s in stages), extent=extent)
 
+    def _climb(self, x, timestep, stages, return_sample) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Down the ladder and up again: the prediction on the internal grid, and the features of the stages passed."""
+        time = self.time_embedding(timestep)
         x = self.conv_in(x)
         skips = []
         for i, level in enumerate(self.down_levels):
@@ -175,13 +181,9 @@ class UNet3DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
             x = self._run(level, torch.cat([x, skips.pop()], dim=1), time)
             features[stage] = x
             if not return_sample and stage == max(stages):
-                break
+                return x, features
             x = upsample(x)
-
-        prediction = None
-        if return_sample:
-            prediction = self._to_input_grid(self.conv_out(self._run(self.final_block, x)), sample.shape[2:])
-        return UNet3DOutput(sample=prediction, features=tuple(features[s] for s in stages), extent=extent)
+        return self.conv_out(self._run(self.final_block, x)), features
 
     def stage_channels(self, stage: int) -> int:
         """Channels of a decoder stage's feature map."""
