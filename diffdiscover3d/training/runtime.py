@@ -69,9 +69,14 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The accelerator of a config; it follows `accelerate launch` where that started the process.
 
     Raises:
-        ValueError: if the launcher started several processes that do not work together, or the tracker is not
-            installed.
+        ValueError: if the launcher started several processes that do not work together, or asks for sharded weights,
+            or the tracker is not installed.
     """
+    if any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED")):
+        raise ValueError(
+            "the launcher must not shard the weights (FSDP, DeepSpeed): checkpoints and averages are whole, and "
+            "the networks fit on one GPU many times over; launch with --multi_gpu."
+        )
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,

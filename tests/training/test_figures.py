@@ -1,0 +1,136 @@
+"""Steps whose figures are read late, and steps that read nothing."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffdiscover3d.data.loading import load_volumes
+from diffdiscover3d.errors import ModelError
+from diffdiscover3d.hub import load_teacher
+from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
+from diffdiscover3d.training.diffusion import DiffusionTraining
+from diffdiscover3d.training.discovery import DiscoveryTraining
+from diffdiscover3d.training.figures import MAX_BAD_STEPS, StepFigures
+from diffdiscover3d.training.runtime import _make_loader, _read_ahead, _take_step, make_accelerator
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")  # only its type is looked at
+NAN = float("nan")
+
+
+def values(loss, finite=1.0, stop=0.0):
+    return torch.tensor([loss, finite, stop])
+
+
+def test_a_cpu_is_read_at_once_and_a_gpu_a_step_late(tmp_path):
+    cpu, gpu = StepFigures(CPU, tmp_path), StepFigures(GPU, tmp_path)
+    for step in (1, 2, 3):
+        for figures in (cpu, gpu):
+            figures.add(step, ("loss",), values(float(step)))
+            figures.catch_up()
+        assert cpu.latest == {"loss": step} and gpu.latest == ({"loss": step - 1} if step > 1 else {})
+    gpu.catch_up(everything=True)
+    assert gpu.latest == {"loss": 3}
+
+
+def test_steps_that_are_not_finite_are_counted_in_a_row(tmp_path):
+    figures = StepFigures(CPU, tmp_path)
+    for step, row in enumerate([values(NAN), values(1.0, finite=0.5), values(1.0), values(NAN)], start=1):
+        figures.add(step, ("loss",), row)
+        figures.catch_up()
+        assert figures.bad_steps == [1, 2, 0, 1][step - 1]
+    for step in range(5, 4 + MAX_BAD_STEPS):
+        figures.add(step, ("loss",), values(NAN))
+    with pytest.raises(ModelError, match=r"not finite since step 4;.*--learning-rate"):
+        figures.catch_up()
+
+
+def test_one_process_that_is_asked_to_stop_stops_all(tmp_path):
+    figures = StepFigures(CPU, tmp_path)
+    figures.add(1, (), torch.tensor([1.0, 0.0]))
+    figures.catch_up()
+    assert not figures.stop_asked
+    figures.add(2, (), torch.tensor([1.0, 0.5]))  # the mean over two processes
+    figures.catch_up()
+    assert figures.stop_asked
+
+
+class Reads(TorchDispatchMode):
+    """Notes whatever reads a number from a tensor: `item`, `float`, `bool`, an index by a mask."""
+
+    waiting = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function).startswith(self.waiting):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def tasks(tmp_path):
+    shared = {"preset": "small", "dataset": "synthetic-regular", "output_dir": str(tmp_path), "batch_size": 1}
+    shared |= {"mixed_precision": "bf16", "memory_format": "channels_last"}
+    volumes = load_volumes("synthetic-regular")
+    config = make_config(DiffusionConfig, **shared, width=8, sample_size=24)
+    yield config, DiffusionTraining(config, (50, 50, 50)), volumes
+    nested = {"parent": "synthetic-regular", "teacher_noise": "fixed", "stages": (1, 2), "num_parts": 12}
+    for more in ({"num_parts": 3}, {**nested, "children": (1, 1, 2, 1, 2, 1, 2, 2)}):
+        config = make_config(DiscoveryConfig, **shared, teacher="synthetic-regular", dropout=0.2, **more)
+        from diffdiscover3d.hub import load_discovery
+
+        parent = load_discovery(config.parent) if config.parent else None
+        teacher = load_teacher("synthetic-regular")
+        accelerator = make_accelerator(config)
+        yield config, DiscoveryTraining(config, teacher, volumes, volumes, accelerator, parent=parent), volumes
+
+
+def test_a_step_reads_nothing_from_the_device(tmp_path):
+    """On a GPU the host would wait there for all the work before."""
+    for config, task, volumes in tasks(tmp_path):
+        accelerator = make_accelerator(config)
+        optimizer = torch.optim.Adam([p for p in task.model.parameters() if p.requires_grad], fused=True)
+        model, optimizer = accelerator.prepare(task.model.train(), optimizer)
+        batches = [dict(b) for b, _ in zip(_make_loader(task, config, volumes, accelerator, 0), range(2), strict=False)]
+        asked = SimpleNamespace(requested=False)
+        # the first step may prepare: constants that are kept, what a fixed teacher says
+        _take_step(task, model, optimizer, iter([dict(batches[0])]), config, accelerator, 0, [], asked)
+        with Reads() as reads:
+            _take_step(task, model, optimizer, iter([dict(batches[0])]), config, accelerator, 1, [], asked)
+        assert reads.found == [], task.name
+
+
+def test_batches_are_put_together_ahead_and_in_order():
+    main, made, threads = threading.get_ident(), [], set()
+
+    def source():
+        for number in range(4):
+            threads.add(threading.get_ident())
+            made.append(number)
+            yield {"number": number}
+
+    batches = _read_ahead(source())
+    assert next(batches)["number"] == 0
+    assert [b["number"] for b in batches] == [1, 2, 3] and made == [0, 1, 2, 3]
+    assert main not in threads
+
+
+def test_an_error_of_the_loader_arrives():
+    def source():
+        yield {"number": 0}
+        raise ModelError("a volume went missing")
+
+    batches = _read_ahead(source())
+    next(batches)
+    with pytest.raises(ModelError, match="went missing"):
+        next(batches)
+
+
+def test_a_launcher_that_shards_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"must not shard.*--multi_gpu"):
+        make_accelerator(make_config(DiffusionConfig, mixed_precision="no"))

@@ -1,0 +1,84 @@
+"""Precision and layout are measured, kept when resumed, and the same on every process."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from diffdiscover3d.training import precision
+from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
+from diffdiscover3d.training.precision import choose, measure, settle_precision
+
+
+def seconds(no_last, no_contiguous, bf16_last, bf16_contiguous):
+    ways = itertools.product(("no", "bf16"), ("channels_last", "contiguous"))
+    return dict(zip(ways, (no_last, no_contiguous, bf16_last, bf16_contiguous), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        (seconds(4, 5, 2, 3), ("bf16", "channels_last")),
+        (seconds(4, 5, 3, 2), ("bf16", "contiguous")),
+        (seconds(4, 2, 3, 3), ("no", "contiguous")),
+        (seconds(2.0, 3, 1.9, 3), ("no", "channels_last")),  # too little gain for the rounding
+    ],
+)
+def test_the_fastest_way_is_chosen(measured, expected):
+    chosen = choose(measured)
+    assert (chosen["mixed_precision"], chosen["memory_format"]) == expected
+
+
+@pytest.mark.parametrize("probe", ["unet", "discovery"])
+def test_a_measurement_leaves_no_trace(probe):
+    measure.cache_clear()
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    found = measure(torch.device("cpu"), probe)
+    assert set(found) == set(seconds(0, 0, 0, 0)) and all(0 < s < 60 for s in found.values())
+    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What was measured, in place of measuring: the probes asked for."""
+    asked = []
+
+    def fake(device, probe):
+        asked.append(probe)
+        return seconds(4, 5, 2, 3)
+
+    monkeypatch.setattr(precision, "measure", fake)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    return asked
+
+
+def test_each_stage_asks_for_its_own_network(measured, tmp_path):
+    for kind in (DiffusionConfig, DiscoveryConfig):
+        config = settle_precision(make_config(kind), tmp_path / "absent.json")
+        assert (config.mixed_precision, config.memory_format) == ("bf16", "channels_last")
+    assert measured == ["unet", "discovery"]
+
+
+def test_what_was_asked_for_is_taken(measured, monkeypatch, tmp_path):
+    config = make_config(DiffusionConfig, mixed_precision="no", memory_format="contiguous")
+    assert settle_precision(config, tmp_path / "absent.json") is config and measured == []
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert settle_precision(make_config(DiffusionConfig), tmp_path / "absent.json").mixed_precision == "fp16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what `accelerate launch` says if it was told nothing
+    assert settle_precision(make_config(DiffusionConfig), tmp_path / "absent.json").mixed_precision == "bf16"
+
+
+def test_a_resumed_training_keeps_its_choice(measured, tmp_path):
+    written = tmp_path / "train_config.json"
+    written.write_text(json.dumps({"mixed_precision": "no", "memory_format": "contiguous"}))
+    resumed = settle_precision(make_config(DiffusionConfig, resume="latest"), written)
+    assert (resumed.mixed_precision, resumed.memory_format) == ("no", "contiguous") and measured == []
+    checkpoint = tmp_path / "checkpoint-00000002"
+    checkpoint.mkdir()
+    options = {"mixed_precision": "bf16", "memory_format": "contiguous"}
+    (checkpoint / "state.json").write_text(json.dumps({"step": 2, "config": options}))
+    resumed = settle_precision(make_config(DiffusionConfig, resume=str(checkpoint)), written)
+    assert (resumed.mixed_precision, resumed.memory_format) == ("bf16", "contiguous") and measured == []
+    written.write_text("torn")  # what is wrong with it is said where all options are compared
+    assert settle_precision(make_config(DiffusionConfig, resume="latest"), written).mixed_precision == "bf16"
