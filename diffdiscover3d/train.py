@@ -42,9 +42,10 @@ def run(config: TrainingConfig) -> str:
     from diffdiscover3d.training.identity import dataset_fingerprint, weights_fingerprint
     from diffdiscover3d.training.precision import settle_precision
     from diffdiscover3d.training.resuming import CONFIG_FILE, check_output
-    from diffdiscover3d.training.runtime import make_accelerator, train
+    from diffdiscover3d.training.runtime import check_launcher, make_accelerator, train
     from diffdiscover3d.training.survey import read_all
 
+    check_launcher()
     config = settle_precision(config, Path(config.output_dir) / CONFIG_FILE)
     check_output(config)
     accelerator = make_accelerator(config)

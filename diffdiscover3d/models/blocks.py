@@ -178,7 +178,7 @@ class LinearAttention(_Attention):
 
     def _gather(self, x: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A chunk's share of the context, before it is divided by the sum of all weights, and its sum of weights."""
-        weights = (self._project(x, 1) - largest).float().exp()
+        weights = (self._project(x, 1).float() - largest.float()).exp()
         values = self._project(x, 2).float()
         return weights @ values.transpose(-1, -2), weights.sum(dim=-1, keepdim=True)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from torch import nn
 
 from diffdiscover3d.models.blocks import ResidualBlock
@@ -38,6 +38,14 @@ def settle_precision(config: TrainingConfig, written: Path) -> TrainingConfig:
     wanted = [name for name in ("mixed_precision", "memory_format") if getattr(config, name) == "auto"]
     if not wanted:
         return config
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    chosen = [_settle(config, written, wanted, state.device) if state.is_main_process else None]
+    if state.num_processes > 1:  # also where nothing was measured: only the main process knows
+        broadcast_object_list(chosen)
+    return dataclasses.replace(config, **{name: chosen[0][name] for name in wanted})
+
+
+def _settle(config: TrainingConfig, written: Path, wanted: list[str], device: torch.device) -> dict[str, str]:
     chosen = {}
     if config.resume:
         chosen = _options_in(written if config.resume == "latest" else Path(config.resume) / STATE_FILE)
@@ -45,15 +53,10 @@ def settle_precision(config: TrainingConfig, written: Path) -> TrainingConfig:
     if launched in ("bf16", "fp16"):
         chosen.setdefault("mixed_precision", launched)
     if any(name not in chosen for name in wanted):
-        state = PartialState()
-        probe = "unet" if isinstance(config, DiffusionConfig) else "discovery"
-        found = [choose(measure(state.device, probe)) if state.is_main_process else None]
-        if state.num_processes > 1:
-            broadcast_object_list(found)
-        chosen = {**found[0], **chosen}
-        if state.is_main_process:
-            logger.info("fastest on this device: %s", ", ".join(f"{k} {v}" for k, v in found[0].items()))
-    return dataclasses.replace(config, **{name: chosen[name] for name in wanted})
+        found = choose(measure(device, "unet" if isinstance(config, DiffusionConfig) else "discovery"))
+        logger.info("fastest on this device: %s", ", ".join(f"{k} {v}" for k, v in found.items()))
+        chosen = {**found, **chosen}
+    return chosen
 
 
 @functools.lru_cache(maxsize=8)
@@ -65,26 +68,28 @@ def measure(device: torch.device, probe: str = "unet") -> dict[tuple[str, str], 
     Args:
         probe: "unet" for residual blocks of the diffusion model, "discovery" for a segmentation network.
     """
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
+    on_cpu, threads = device.type == "cpu", torch.get_num_threads()
+    if on_cpu:
         torch.set_num_threads(1)
+    # a GPU has nothing to do with volumes as small as that: their kernels take as long to start as to run
+    width, edge = (16, 24) if on_cpu else (64, 64)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            network, channels = _PROBES[probe]()
-            volume = torch.randn(2, channels, 24, 24, 24, device=device)
+            network, channels = _PROBES[probe](width)
+            volume = torch.randn(2, channels, edge, edge, edge)
         return _measure(
-            network.to(device).train(), volume, time.thread_time if device.type == "cpu" else time.perf_counter
+            network.to(device).train(), volume.to(device), time.thread_time if on_cpu else time.perf_counter
         )
     finally:
         torch.set_num_threads(threads)
 
 
-def _residual_blocks() -> tuple[nn.Module, int]:
-    return nn.Sequential(ResidualBlock(16, 16, None, 8), ResidualBlock(16, 32, None, 8)), 16
+def _residual_blocks(width: int) -> tuple[nn.Module, int]:
+    return nn.Sequential(ResidualBlock(width, width, None, 8), ResidualBlock(width, 2 * width, None, 8)), width
 
 
-def _segmentation_network() -> tuple[nn.Module, int]:
+def _segmentation_network(_width: int) -> tuple[nn.Module, int]:
     return StructureDiscoveryModel(2, dropout=0.0, norm="instance").network, 1
 
 
@@ -107,7 +112,8 @@ def _measure(network: nn.Module, volume: torch.Tensor, now: Callable[[], float])
             loss.backward()
             _wait_for(device)
             seconds[precision, layout].append(now() - clock)
-    return {way: min(times[1:]) for way, times in seconds.items()}  # the first pass also prepares
+    # the first pass also prepares; a coarse clock may see no time at all
+    return {way: max(min(times[1:]), 1e-9) for way, times in seconds.items()}
 
 
 def choose(seconds: dict[tuple[str, str], float]) -> dict[str, str]:
@@ -119,8 +125,8 @@ def choose(seconds: dict[tuple[str, str], float]) -> dict[str, str]:
 
 
 def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _options_in(file: Path) -> dict:

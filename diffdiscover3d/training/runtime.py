@@ -27,6 +27,7 @@ from diffdiscover3d.training.resuming import CONFIG_FILE, resume_training, save_
 from diffdiscover3d.training.sampling import StepBatches, TrainingVolumes, draw_generator
 
 logger = logging.getLogger("diffdiscover3d")
+_SKIPS_ON_DEVICE = ("cpu", "cuda", "xpu")  # where the fused optimiser heeds `found_inf`; on mps it does not
 HOST_SIDE = ("index", "flips")  # of a batch: what is only ever asked for on the host
 
 
@@ -65,18 +66,27 @@ class Task(Protocol):
         """Write the final model; called on the main process."""
 
 
+def check_launcher() -> None:
+    """Refuse launchers that shard the weights, before they do.
+
+    Raises:
+        ValueError: if the processes were started with FSDP, DeepSpeed, Megatron or a parallelism config.
+    """
+    sharding = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+    if any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in sharding):
+        raise ValueError(
+            "the launcher must not shard the weights (FSDP, DeepSpeed, ...): checkpoints and averages are whole, "
+            "and the networks fit on one GPU many times over; launch with --multi_gpu."
+        )
+
+
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The accelerator of a config; it follows `accelerate launch` where that started the process.
 
     Raises:
-        ValueError: if the launcher started several processes that do not work together, or asks for sharded weights,
-            or the tracker is not installed.
+        ValueError: if the launcher started several processes that do not work together, or the tracker is not
+            installed.
     """
-    if any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED")):
-        raise ValueError(
-            "the launcher must not shard the weights (FSDP, DeepSpeed): checkpoints and averages are whole, and "
-            "the networks fit on one GPU many times over; launch with --multi_gpu."
-        )
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -135,7 +145,7 @@ def train(
     output = Path(config.output_dir)
     identity = identity or {}
     trained = [p for p in task.model.parameters() if p.requires_grad]  # a parent is frozen
-    optimizer = torch.optim.Adam(trained, lr=config.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(trained, lr=config.learning_rate, fused=accelerator.device.type in _SKIPS_ON_DEVICE)
     task.model.to(memory_format=FORMATS[config.memory_format])
     dropouts = use_slot_dropout(task.model)
     if config.compile:
@@ -221,7 +231,8 @@ def _take_step(
                 if accelerator.scaler is None:  # a float16 scaler skips what overflows by itself, and lowers its scale
                     finite = torch.isfinite(norm).float()
                     optimizer.optimizer.found_inf = 1 - finite  # the fused optimiser then skips the step on the device
-            optimizer.step()
+            if accelerator.device.type in _SKIPS_ON_DEVICE or bool(finite):
+                optimizer.step()
             optimizer.zero_grad()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach().float() / config.gradient_accumulation_steps
@@ -258,6 +269,7 @@ def _make_loader(task, config, volumes, accelerator, start) -> DataLoader:
         worker_init_fn=ignore_signals,
         persistent_workers=config.num_workers > 0,
         pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # or it would draw from the global one, in the middle of a step
     )
 
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffdiscover3d.data.loading import load_volumes
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.hub import load_teacher
+from diffdiscover3d.train import main
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
 from diffdiscover3d.training.diffusion import DiffusionTraining
 from diffdiscover3d.training.discovery import DiscoveryTraining
@@ -58,16 +59,19 @@ def test_one_process_that_is_asked_to_stop_stops_all(tmp_path):
 
 
 class Reads(TorchDispatchMode):
-    """Notes whatever reads a number from a tensor: `item`, `float`, `bool`, an index by a mask."""
+    """Notes what would make the host wait for a GPU: `item`, `float`, `bool`, `equal`, an index by a mask or a list."""
 
-    waiting = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal")
+    waiting = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.lift_fresh")
 
     def __init__(self):
         super().__init__()
         self.found = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if str(function).startswith(self.waiting):
+        masked = str(function).startswith("aten.index.") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        if masked or str(function).startswith(self.waiting):
             self.found.append(str(function))
         return function(*args, **(kwargs or {}))
 
@@ -130,7 +134,9 @@ def test_an_error_of_the_loader_arrives():
         next(batches)
 
 
-def test_a_launcher_that_shards_is_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=r"must not shard.*--multi_gpu"):
-        make_accelerator(make_config(DiffusionConfig, mixed_precision="no"))
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_a_launcher_that_shards_is_refused(name, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    assert main(["diffusion", "--preset", "small", "--output-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "must not shard" in error and "--multi_gpu" in error and list(tmp_path.iterdir()) == []
