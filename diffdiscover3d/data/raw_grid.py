@@ -38,9 +38,9 @@ class RawGrid:
         """(H, W, D), along right, anterior, superior."""
         return tuple(self.shape[self.axes.index(axis)] for axis in range(3))
 
-    def slabs(self, voxels: int = SLAB_VOXELS) -> Iterator[tuple[int, int]]:
-        """First and last plane (exclusive) of consecutive slabs of at most so many voxels, but at least a plane."""
-        step = max(1, voxels // (self.shape[0] * self.shape[1]))
+    def slabs(self, voxels: int | None = None) -> Iterator[tuple[int, int]]:
+        """First and last plane (exclusive) of slabs of at most so many voxels (default: 4 Mi), but at least a plane."""
+        step = max(1, (voxels or SLAB_VOXELS) // (self.shape[0] * self.shape[1]))
         for start in range(0, self.shape[2], step):
             yield start, min(start + step, self.shape[2])
 
