@@ -277,13 +277,13 @@ segmentation.segment(sys.argv[2], sys.argv[3], model=sys.argv[4], level="all", *
 
 @pytest.mark.slow
 def test_memory_stays_bounded(tmp_path):
-    """The same scan takes less than 1.5 GiB slab by slab, and more from memory."""
+    """The same scan takes less than 1.1 GiB slab by slab, and more from memory."""
     options = {"channels": (2, 4), "strides": (2,), "norm": "instance", "window_size": 64}
     coarse = StructureDiscoveryModel(num_parts=4, **options)
     StructureDiscoveryModel.inside(coarse, (2, 2, 2, 2), **options).eval().save_pretrained(tmp_path / "model")
     rng = np.random.default_rng(0)
-    values = rng.integers(0, 60, (280, 260, 300), dtype=np.int16)
-    values[40:200, 60:180, 50:250] += 200
+    values = rng.integers(0, 60, (200, 220, 240), dtype=np.int16)
+    values[40:160, 60:180, 50:190] += 200
     nib.save(nib.Nifti1Image(values, LPS), tmp_path / "scan.nii.gz")
     peaks = {}
     for how in ("slabs", "memory"):
@@ -293,4 +293,4 @@ def test_memory_stays_bounded(tmp_path):
         child.returncode = os.waitstatus_to_exitcode(status)
         assert child.returncode == 0
         peaks[how] = usage.ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
-    assert peaks["slabs"] < 1.5 < peaks["memory"], peaks
+    assert peaks["slabs"] < 1.1 < peaks["memory"], peaks

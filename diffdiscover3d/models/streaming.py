@@ -8,6 +8,7 @@ at hand, and of those planes that the next slab of windows covers as well.
 import itertools
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from diffdiscover3d.data.raw_grid import RawGrid
@@ -59,7 +60,8 @@ def stream_parts(
         for y, next_y in itertools.pairwise([*rows, height]):
             for x in columns:
                 region = scan.grid.region(((x, x + w), (y, y + h), (z, z + d)))
-                above = None if parents is None else _as_batch(parents.read(region), network)
+                # 32 bits, because torch compares no 16-bit ones without a sign
+                above = None if parents is None else _as_batch(parents.read(region).astype(np.int32), network)
                 soft = network.segment_window(_as_batch(scan.normalized(region), network), above, moments)
                 weighted = _to_file(soft[0], scan.grid).mul_(weight).cpu()
                 band[..., x : x + w] += weighted.transpose(0, 1)
@@ -91,7 +93,7 @@ def _importance(shape: tuple[int, int, int], device: torch.device) -> torch.Tens
     return compute_importance_map(shape, mode="gaussian", sigma_scale=0.125, device=device)
 
 
-def _as_batch(box, network: StructureDiscoveryModel) -> torch.Tensor:
+def _as_batch(box: np.ndarray, network: StructureDiscoveryModel) -> torch.Tensor:
     # negative strides and other byte orders do not exist in torch
     return torch.from_numpy(box.astype(box.dtype.newbyteorder("="), order="C"))[None, None].to(network.device)
 
