@@ -8,6 +8,7 @@ from diffdiscover3d.memory import activation_bytes
 
 OVERLAP = 0.25  # of neighbouring windows, as a share of their side
 BUDGET = 4 * 2**30  # bytes for the activations of one window and the sums of those that are not all in
+_OWN_BUDGET = 19 * 2**28  # the default network takes a volume of 256³ at once in 4.2 GiB: a little more is no leap
 _STEP, _SMALLEST = 16, 64  # voxels: windows are tried in steps of the first, down to the second
 _READING = 200 * 2**20  # bytes in which slabs are read, measured and compressed
 
@@ -44,20 +45,34 @@ def window_starts(length: int, window: int) -> list[int]:
 def choose_window(shape: Sequence[int], network: Mapping) -> int:
     """The side of the windows in which a volume is divided.
 
-    The network's own, if activations and sums then stay in 4 GiB whichever way the scan is stored (axes in another
-    order must not change the labels); otherwise the largest multiple of 16 that does, or 64 if none does.
+    The network's own, if activations and sums stay in 4 GiB with it. Otherwise the one with which the network sees the
+    fewest voxels, the largest in a tie: of the multiples of 16 from half of its own on that stay in 4 GiB, and its own
+    if that stays in 4.75. If none of these does, the largest below, but at least 64. What counts is the order of the
+    axes that takes most, so that it does not matter how a scan is stored.
 
     Args:
         shape: of the volume, in voxels.
         network: the configuration of the discovery network; its parents do not count.
     """
-    own = network["window_size"]
-    if max(shape[:3]) <= own:
+    shape, own = shape[:3], network["window_size"]
+    orders = set(itertools.permutations(shape))
+
+    def takes(side: int) -> float:
+        return max(window_bytes(order, side, network) for order in orders)
+
+    if max(shape) <= own or takes(own) <= BUDGET:
         return own
-    sides = [own, *range((own - 1) // _STEP * _STEP, _SMALLEST - 1, -_STEP)]
-    stored = set(itertools.permutations(shape[:3]))
-    fitting = (side for side in sides if max(window_bytes(order, side, network) for order in stored) <= BUDGET)
-    return next(fitting, sides[-1])
+    fitting = [side for side in range((own - 1) // _STEP * _STEP, _SMALLEST - 1, -_STEP) if takes(side) <= BUDGET]
+    wide = [own] if takes(own) <= _OWN_BUDGET else []
+    wide += [side for side in fitting if 2 * side >= own]
+    if wide:
+        return min(wide, key=lambda side: seen_voxels(shape, side))
+    return fitting[0] if fitting else min(own, _SMALLEST)
+
+
+def seen_voxels(shape: Sequence[int], window: int) -> int:
+    """The voxels of all windows together: more than the volume has, since windows overlap."""
+    return math.prod(len(window_starts(n, window)) * min(n, window) for n in shape)
 
 
 def window_bytes(shape: Sequence[int], window: int, network: Mapping) -> float:
