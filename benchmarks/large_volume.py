@@ -26,6 +26,7 @@ def write_scan(path: Path, shape: tuple[int, ...]) -> None:
     across = [np.arange(n) % size for n, size in zip(shape, tile.shape, strict=True)]
     header = nib.Nifti1Image(np.zeros((1, 1, 1), np.int16), np.eye(4)).header
     header.set_data_shape(shape)
+    header.set_slope_inter(1, 0)
     rng = np.random.default_rng(0)
     with open(path, "wb") as file:
         header.write_to(file)

@@ -148,7 +148,7 @@ class _Dividing:
         probabilities = self._grids(count, np.dtype(np.float32)) if soft else None
 
         def keep(plane: int, row: int, sums: torch.Tensor) -> None:
-            labels.write_rows(plane, row, sums.argmax(dim=0).numpy())
+            labels.write_rows(plane, row, largest(sums.numpy(), labels.dtype))
             if probabilities:
                 for grid, values in zip(probabilities, sums / sums.sum(dim=0), strict=True):
                     grid.write_rows(plane, row, values.numpy())
@@ -187,6 +187,18 @@ class _Dividing:
         size = int(np.prod(grid.shape)) * dtype.itemsize
         file = self.scratch.enter_context(scratch_file(self.folder, count * size)).raw
         return [RawGrid(file, grid.shape, dtype, grid.orientation, i * size) for i in range(count)]
+
+
+def largest(sums: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """For every voxel of (K, rows, columns) the part with the largest value, the first in a tie.
+
+    What argmax gives, without its walking through memory voxel by voxel.
+    """
+    best, labels = sums[0].copy(), np.zeros(sums.shape[1:], dtype)
+    for part, values in enumerate(sums[1:], start=1):
+        labels[values > best] = part
+        np.maximum(best, values, out=best)
+    return labels
 
 
 def write_stored_labels(path: Path, scan: SlabScan, found: StoredParts) -> None:

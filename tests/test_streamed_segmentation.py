@@ -127,6 +127,11 @@ def test_labels_do_not_depend_on_how_the_scan_is_stored(tmp_path, sliding):
     np.testing.assert_array_equal(found[0], found[2])
 
 
+def test_the_largest_part_of_a_voxel():
+    sums = np.random.default_rng(0).integers(0, 4, (5, 9, 11)).astype(np.float32)  # with many ties
+    np.testing.assert_array_equal(streamed_labelling.largest(sums, np.uint16), sums.argmax(axis=0))
+
+
 def test_a_coarser_level_is_divided_once_and_alone_gives_the_same(tmp_path, sliding, monkeypatch):
     path, _ = store(tmp_path / "in", "plain")
     alone = {x: segment(path, tmp_path / str(x), model=str(sliding), level=x)[0] for x in (1, 2)}

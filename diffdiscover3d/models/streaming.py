@@ -51,7 +51,7 @@ def stream_parts(
     width, height, depth = scan.grid.shape
     columns, rows, slabs = (_file_starts(scan.grid, axis, window) for axis in range(3))
     w, h, d = min(window, width), min(window, height), min(window, depth)
-    weight = _importance((d, h, w), network.device)
+    weight = _importance(scan.grid, (w, h, d), network.device)
     parts = network.config.num_parts
     band = torch.zeros(d, parts, h, width)  # the row of windows at hand
     shared = torch.zeros(shared_planes(slabs, d), parts, height, width)  # what the slab before adds to this one
@@ -63,8 +63,7 @@ def stream_parts(
                 # 32 bits, because torch compares no 16-bit ones without a sign
                 above = None if parents is None else _as_batch(parents.read(region).astype(np.int32), network)
                 soft = network.segment_window(_as_batch(scan.normalized(region), network), above, moments)
-                weighted = _to_file(soft[0], scan.grid).mul_(weight).cpu()
-                band[..., x : x + w] += weighted.transpose(0, 1)
+                band[..., x : x + w] += _to_file(soft[0].mul_(weight), scan.grid).cpu().transpose(0, 1)
                 on_window()
             done = next_y - y  # rows that no further window of this slab covers
             for plane in range(d):
@@ -87,9 +86,11 @@ def _file_starts(grid: RawGrid, axis: int, window: int) -> list[int]:
     return [length - s - min(window, length) for s in reversed(starts)] if grid.flipped[axis] else starts
 
 
-def _importance(shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+def _importance(grid: RawGrid, box: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """The weights of a window's voxels in canonical orientation, for a window of that size on the file's axes."""
     from monai.data.utils import compute_importance_map  # several seconds: a network that is made has imported it
 
+    shape = tuple(box[grid.axes.index(axis)] for axis in range(3))
     return compute_importance_map(shape, mode="gaussian", sigma_scale=0.125, device=device)
 
 
@@ -101,4 +102,6 @@ def _as_batch(box: np.ndarray, network: StructureDiscoveryModel) -> torch.Tensor
 def _to_file(soft: torch.Tensor, grid: RawGrid) -> torch.Tensor:
     """(K, h, w, d) in canonical orientation to (K, planes, rows, columns) of the file."""
     turned = soft.permute(0, *(1 + axis for axis in reversed(grid.axes)))
-    return turned.flip([1 + i for i, flipped in enumerate(reversed(grid.flipped)) if flipped])
+    if against := [1 + i for i, flipped in enumerate(reversed(grid.flipped)) if flipped]:
+        turned = turned.flip(against)
+    return turned.contiguous()  # adding it up as it lies in memory would take ten times as long
