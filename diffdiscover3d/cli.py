@@ -125,7 +125,7 @@ def segment(
     """Divide volumes into parts: writes STEM_dseg.nii.gz, .json and .tsv, on each input's own grid."""
     from diffdiscover3d.data.preflight import refuse_early
 
-    refuse_early(inputs, device, volume=volume, nan_to_zero=nan_to_zero, ignore_affine=ignore_affine)
+    refuse_early(inputs, device, by_slabs=not fast, volume=volume, nan_to_zero=nan_to_zero, ignore_affine=ignore_affine)
     from diffdiscover3d.segmentation import segment as run
 
     errors: list[DiffDiscoverError] = []

@@ -8,10 +8,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from diffdiscover3d.errors import DiffDiscoverError, OutputError
 
+_DISK_MARGIN = 2**20  # bytes left free for the small files beside a large one
 _MARKERS = ("model_index.json", "config.json")  # a folder holding one of these is taken for a model
 
 
@@ -112,6 +115,50 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
         _remove_empty(missing)
 
 
+@dataclass(frozen=True)
+class Scratch:
+    """A file without a name, to be written and read again.
+
+    Attributes:
+        raw: the open file, without a buffer.
+        folder: where its bytes lie.
+    """
+
+    raw: BinaryIO
+    folder: Path
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within the context an OSError is one of this file's disk: it becomes an OutputError."""
+        with _output_errors(self.folder):
+            yield
+
+
+@contextlib.contextmanager
+def scratch_file(folder: str | Path, size: int) -> Iterator[Scratch]:
+    """Yield a file for what is too large for memory; it has no name, so it is gone however the process ends.
+
+    Args:
+        folder: where there is room for it, or one that is to be made there; unlike the folder for temporary files, a
+            folder for results is seldom kept in memory.
+        size: bytes it will take.
+
+    Raises:
+        OutputError: if the folder cannot be written to, or has less free.
+    """
+    folder = _existing(Path(folder))
+    free = shutil.disk_usage(folder).free
+    if free < size + _DISK_MARGIN:
+        raise OutputError(
+            f"{folder}: {size / 2**30:.1f} GiB of temporary space are needed and {free / 2**30:.1f} GiB are free; "
+            "free some or choose another --output folder."
+        )
+    with contextlib.ExitStack() as stack:
+        with _output_errors(folder):
+            raw = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
+        yield Scratch(raw, folder)
+
+
 def _move_all(source: Path, target: Path) -> None:
     def order(path: Path):
         return path.parent == source and path.name in _MARKERS, path.suffix == ".json", path
@@ -141,9 +188,7 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 def check_folder(folder: Path) -> None:
     """Make sure a file could be made in the folder, without making the folder yet."""
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    existing = _existing(folder)
     if not existing.is_dir():
         raise OutputError(f"{folder}: {existing} is no folder; choose another --output folder.")
     probe = existing / f".diffdiscover3d-{os.getpid()}-{time.time_ns()}"
@@ -156,6 +201,13 @@ def check_folder(folder: Path) -> None:
         ) from error
     if shutil.disk_usage(existing).free < 2**20:
         raise OutputError(f"{existing}: the disk is full; free some space or choose another --output folder.")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
 
 
 def check_targets(targets: Iterable[Path], overwrite: bool) -> None:

@@ -1,6 +1,7 @@
 """One scan: find its parts at every level, and write its files."""
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from diffdiscover3d.errors import MemoryLimitError, is_out_of_memory
 from diffdiscover3d.files import sha256, staged_folder, write_json
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.progress import Stages
-from diffdiscover3d.reporting.parts import measure_parts, nest_levels, number_by_size
+from diffdiscover3d.reporting.parts import PartStatistics, measure_parts, nest_levels, number_by_size
 from diffdiscover3d.reporting.pictures import save_slices
 from diffdiscover3d.reporting.provenance import peak_memory_mib
 from diffdiscover3d.reporting.tables import (
@@ -109,17 +110,7 @@ def label_scan(
                 write_like(staged(files.probabilities), np.moveaxis(soft.cpu().numpy(), 0, -1), scan)
             del soft
             parts = measure_parts(labels, scan.data, scan.affine, num_parts[level], topology=extras.statistics)
-            write_part_table(staged(files.table), parts)
-            if files.itksnap:
-                write_itksnap_labels(staged(files.itksnap), len(parts))
-            if files.slicer:
-                write_slicer_colours(staged(files.slicer), len(parts))
-            fractions[level] = tuple(p.voxels / labels.size for p in parts)
-            sidecars[level] = {
-                "parts": [{"index": k, "fraction": round(f, 6)} for k, f in enumerate(fractions[level])],
-                **COLUMNS,
-                **(STATISTICS_COLUMNS if extras.statistics else {}),
-            }
+            fractions[level], sidecars[level] = write_tables(files, staged, parts)
             stages.done()
         stages.show("writing the results")
         if case.tree:
@@ -130,22 +121,81 @@ def label_scan(
             picture = staged(case.preview)
             save_slices(picture, rows, found, spacing_mm=scan.spacing_mm, titles=titles, num_parts=most)
         seconds = read_seconds + time.perf_counter() - clock
-        for level, files in case.levels.items():
-            sidecar = {
-                **provenance[level],
-                "input": {"name": case.input.name, "sha256": digest, "shape": list(scan.header.get_data_shape())},
-                **sidecars[level],
-                "notes": notes,
-                "seconds": round(seconds, 3),
-                "peak_memory_mib": peak_memory_mib(),
-            }
-            write_json(staged(files.sidecar), sidecar)
+        write_sidecars(case, staged, scan.header, digest, provenance, sidecars, notes, seconds)
         if case.report:
             from diffdiscover3d.reporting.page import write_report
 
             label_maps = [staged(files.labels) for files in case.levels.values()]
             write_report(staged(case.report), scan, case.input.name, label_maps)
         stages.done()
+    return as_result(case, fractions, notes, seconds)
+
+
+def write_tables(
+    files: LevelFiles, staged: Callable[[Path], Path], parts: Sequence[PartStatistics]
+) -> tuple[tuple[float, ...], dict]:
+    """Write the tables of a level's parts.
+
+    Args:
+        files: of the level.
+        staged: says where a file is written before it moves to its place.
+        parts: all of them.
+
+    Returns:
+        The share of each in the scan's voxels, and what the level's sidecar says about its parts and the table.
+    """
+    write_part_table(staged(files.table), parts)
+    if files.itksnap:
+        write_itksnap_labels(staged(files.itksnap), len(parts))
+    if files.slicer:
+        write_slicer_colours(staged(files.slicer), len(parts))
+    total = sum(p.voxels for p in parts)
+    fractions = tuple(p.voxels / total for p in parts)
+    described = {
+        "parts": [{"index": k, "fraction": round(f, 6)} for k, f in enumerate(fractions)],
+        **COLUMNS,
+        **(STATISTICS_COLUMNS if parts[0].components is not None else {}),
+    }
+    return fractions, described
+
+
+def write_sidecars(
+    case: CaseFiles,
+    staged: Callable[[Path], Path],
+    header,
+    digest: str,
+    provenance: dict[int | None, dict],
+    sidecars: dict[int | None, dict],
+    notes: Sequence[str],
+    seconds: float,
+) -> dict[int | None, dict]:
+    """Write the sidecar of every level, and return what they say.
+
+    Args:
+        case: the scan and its files.
+        staged: as for [`write_tables`].
+        header, digest: of the scan's file, its header and its sha256.
+        provenance, sidecars: of each level, how it was made and what it holds.
+        notes, seconds: of the scan.
+    """
+    written = {}
+    for level, files in case.levels.items():
+        written[level] = {
+            **provenance[level],
+            "input": {"name": case.input.name, "sha256": digest, "shape": list(header.get_data_shape())},
+            **sidecars[level],
+            "notes": list(notes),
+            "seconds": round(seconds, 3),
+            "peak_memory_mib": peak_memory_mib(),
+        }
+        write_json(staged(files.sidecar), written[level])
+    return written
+
+
+def as_result(
+    case: CaseFiles, fractions: dict[int | None, tuple[float, ...]], notes: Sequence[str], seconds: float
+) -> SegmentedFile:
+    """What was written for a scan, with the figures of its first level."""
     first = next(iter(case.levels))
     return SegmentedFile(
         case.input,

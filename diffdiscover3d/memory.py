@@ -30,22 +30,37 @@ def reading_bytes(header, shape: Sequence[int]) -> float:
     return stored + 8 * math.prod(map(float, shape[:3]))
 
 
-def segmentation_bytes(shape: Sequence[int], network: Mapping) -> float:
-    """What dividing a volume of this shape into parts takes on a CPU, fitted to `benchmarks/results/memory.json`.
+def activation_bytes(shape: Sequence[int], window: int, network: Mapping) -> float:
+    """The activations of a discovery network in one window of a volume, fitted to `benchmarks/results/memory.json`."""
+    return math.prod(min(float(n), window) for n in shape[:3]) * 33 * network["channels"][0]
 
-    The activations of one window, and beside them, where windows slide, the parts' sums over the whole volume.
+
+def segmentation_bytes(shape: Sequence[int], network: Mapping) -> float:
+    """What dividing a volume in memory takes on a CPU, fitted to `benchmarks/results/memory.json`.
+
+    The activations of one window, and beside them, where windows slide, the parts' sums over the whole volume. What
+    dividing it slab by slab takes says `windows.streaming_bytes`.
 
     Args:
         shape: of the volume, in voxels; only the first three axes count.
         network: the configuration of the discovery network.
     """
     shape, window = [float(n) for n in shape[:3]], network["window_size"]
-    at_once = math.prod(min(n, window) for n in shape) * 33 * network["channels"][0]
     slides = max(shape) > window
+    at_once = activation_bytes(shape, window, network)
     return 2**26 + at_once + (math.prod(shape) * (8 * network["num_parts"] + 20) if slides else 0)
 
 
-def check_memory(path: Path, shape: Sequence[int], needed: float) -> None:
+def resampling_bytes(header, shape: Sequence[int], grid: Sequence[int], network: Mapping) -> float:
+    """What dividing a volume on a coarser grid takes: it is read whole, and its soft parts come to every voxel."""
+    voxels = math.prod(map(float, shape[:3]))
+    soft = voxels * (4 * network["num_parts"] + 13)  # beside them the volume, the labels, and these as 64-bit integers
+    return max(reading_bytes(header, shape), 4 * voxels + segmentation_bytes(grid, network), 2**26 + soft)
+
+
+def check_memory(
+    path: Path, shape: Sequence[int], needed: float, remedy: str = "resample it or use a larger machine"
+) -> None:
     """Refuse what cannot fit.
 
     Raises:
@@ -55,5 +70,5 @@ def check_memory(path: Path, shape: Sequence[int], needed: float) -> None:
     if needed > free:
         raise MemoryLimitError(
             f"{path}: a volume of shape {tuple(shape)} needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
-            "of memory are free; resample it or use a larger machine."
+            f"of memory are free; {remedy}."
         )

@@ -34,7 +34,7 @@ class Stages:
             transient=True,
         )
         self._task = self._bar.add_task("starting", total=total, completed=start, figures="")
-        self._case, self._left, self._total = "", 0, total
+        self._case, self._left, self._total, self._finished = "", 0, total, start
 
     def __enter__(self) -> "Stages":
         self._bar.start()
@@ -58,7 +58,16 @@ class Stages:
         """Name the stage that begins, with figures in small print behind the bar."""
         self._bar.update(self._task, description=self._case + stage, figures=figures)
 
+    def within(self, done: int, total: int, unit: str) -> None:
+        """Say how far a long step is, of which the bar then shows that share.
+
+        Example:
+            >>> stages.within(3, 12, "window")  # doctest: +SKIP
+        """
+        self._bar.update(self._task, completed=self._finished + done / total, figures=f"{unit} {done} of {total}")
+
     def done(self, steps: int = 1) -> None:
         """Count finished steps."""
         self._left = max(0, self._left - steps)
-        self._bar.advance(self._task, steps)
+        self._finished += steps
+        self._bar.update(self._task, completed=self._finished)

@@ -4,15 +4,17 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 
 from diffdiscover3d import __version__
 from diffdiscover3d.data.folder import list_volumes
-from diffdiscover3d.data.nifti import read_nifti
+from diffdiscover3d.data.nifti import NiftiVolume, read_nifti
 from diffdiscover3d.data.nifti_header import SUFFIXES, check_reachable
-from diffdiscover3d.data.preflight import estimate_memory, network_config
+from diffdiscover3d.data.preflight import MemoryPlan, network_config, plan_memory
+from diffdiscover3d.data.slabs import SlabScan, open_slabs
 from diffdiscover3d.errors import DiffDiscoverError, ModelError, NetworkError
 from diffdiscover3d.files import check_folder
 from diffdiscover3d.hub import DEFAULT_MODEL, discovery_folder, embedded_models, load_discovery, model_levels
@@ -20,7 +22,8 @@ from diffdiscover3d.labelling import SegmentedFile, label_scan
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.progress import Stages
 from diffdiscover3d.reporting.provenance import weights_sha256
-from diffdiscover3d.results import Extras, check_cases, is_finished, plan_case, shard, stem
+from diffdiscover3d.results import CaseFiles, Extras, check_cases, is_finished, plan_case, shard, stem
+from diffdiscover3d.streamed_labelling import label_streamed
 
 __all__ = ["SegmentedFile", "choose_device", "segment", "stem"]
 
@@ -56,6 +59,9 @@ def segment(
     on_estimate: Callable[[str], None] | None = None,
 ) -> list[SegmentedFile]:
     """Divide volumes into parts and write `<stem>_dseg.nii.gz`, `.json` and `.tsv` for each.
+
+    A scan too large for the network to take at once stays on disk and is divided slab by slab, in memory bounded by its
+    planes (see `windows.py`); `fast` and a model with a working grid need it in memory.
 
     Where several processes were started by `accelerate launch` or torchrun, each works on its share of the inputs.
 
@@ -105,7 +111,7 @@ def segment(
     arguments = {"device": str(place), **reading, "fast": fast, "order": order, "statistics": statistics}
 
     working = working_grid(folder)
-    at_full_size = not fast and working is None
+    network = network_config(folder, levels[-1])
     networks: dict[int | None, StructureDiscoveryModel] = {}
     provenance: dict[int | None, dict] = {}
     results = []
@@ -114,23 +120,28 @@ def segment(
             stages.begin_case(f"scan {number + 1} of {len(mine)}", len(levels) + 2)
             try:
                 stages.show("reading the scan")
-                estimate = _estimate(case.input, folder, levels[-1], place) if at_full_size else None
-                if estimate and on_estimate:
-                    on_estimate(estimate)
-                # the scan is read whole before a model is loaded: a bad file is answered at once
+                plan = MemoryPlan(False, None)  # where nothing is known of the network: loading it will say why
+                if network is not None:
+                    plan = plan_memory(case.input, network, place.type == "cpu", fast=fast, working=working)
+                if plan.line and on_estimate:
+                    on_estimate(plan.line)
+                # all of the scan is looked at before a model is loaded: a bad file is answered at once
                 clock = time.perf_counter()
-                scan = read_nifti(case.input, **reading)
-                read_seconds = time.perf_counter() - clock
-                if not networks:
-                    stages.show("loading the model")
-                    networks = _load_levels(folder, levels, place)
-                    provenance = _provenance(model, folder, levels, revision, arguments)
-                if resume and is_finished(case, provenance):
-                    if on_skip:
-                        on_skip(case.input)
-                    continue
-                stages.done()
-                result = label_scan(networks, working, case, scan, provenance, extras, read_seconds, stages)
+                with _opened(case, plan.by_slabs, reading) as scan:
+                    read_seconds = time.perf_counter() - clock
+                    if not networks:
+                        stages.show("loading the model")
+                        networks = _load_levels(folder, levels, place)
+                        provenance = _provenance(model, folder, levels, revision, arguments)
+                    if resume and is_finished(case, provenance):
+                        if on_skip:
+                            on_skip(case.input)
+                        continue
+                    stages.done()
+                    if plan.by_slabs:
+                        result = label_streamed(networks, case, scan, provenance, extras, read_seconds, stages)
+                    else:
+                        result = label_scan(networks, working, case, scan, provenance, extras, read_seconds, stages)
             except DiffDiscoverError as error:
                 # without a model no other input can be segmented either
                 if on_error is None or isinstance(error, ModelError | NetworkError):
@@ -220,10 +231,11 @@ def _load_levels(folder: Path, levels: Sequence[int | None], place: torch.device
     return {level: hierarchy[level - 1] for level in levels}
 
 
-def _estimate(path: Path, folder: Path, level: int | None, place: torch.device) -> str | None:
-    """A line about the memory a large scan will need, from its header and the model's configuration."""
-    config = network_config(folder, level)
-    return estimate_memory(path, config, place.type == "cpu") if config else None
+def _opened(case: CaseFiles, by_slabs: bool, reading: dict) -> AbstractContextManager[NiftiVolume | SlabScan]:
+    """A scan, looked at whole: in memory, or on disk with what has to be decompressed where the results will lie."""
+    if by_slabs:
+        return open_slabs(case.input, next(iter(case)).parent, **reading)
+    return nullcontext(read_nifti(case.input, **reading))
 
 
 def _provenance(model: str, folder: Path, levels, revision: str | None, arguments: dict) -> dict[int | None, dict]:

@@ -65,9 +65,12 @@ def test_a_volume_that_cannot_be_read_into_memory(tmp_path, monkeypatch):
 def test_a_volume_that_can_be_read_but_not_segmented(tmp_path, monkeypatch, tiny_discovery):
     path = promise(tmp_path / "large.nii", (300, 256, 256))
     monkeypatch.setattr(memory, "free_memory", lambda: 2**30)
-    monkeypatch.setattr("diffdiscover3d.segmentation.read_nifti", None)  # it must not come to that
-    with pytest.raises(MemoryLimitError, match=r"large\.nii.*needs about 5\.0 GiB and 1\.0 GiB"):
+    monkeypatch.setattr("diffdiscover3d.segmentation.open_slabs", None)  # it must not come to that
+    with pytest.raises(MemoryLimitError, match=r"large\.nii.*needs about 4\.5 GiB and 1\.0 GiB"):
         segment(path, tmp_path / "out", model=str(tiny_discovery), device="cpu")
+    monkeypatch.setattr(memory, "free_memory", lambda: 2**29)
+    with pytest.raises(MemoryLimitError, match=r"0\.7 GiB and .*; without --fast .* slab by slab in about 4\.5 GiB"):
+        segment(path, tmp_path / "out", model=str(tiny_discovery), device="cpu", fast=True)
     assert not (tmp_path / "out").exists()
 
 

@@ -31,3 +31,14 @@ def test_what_a_case_did_not_need_leaves_the_total():
     stages = work(enabled=False)
     (task,) = stages._bar.tasks
     assert (task.completed, task.total) == (2, 4)  # two of the first case's three steps were never done
+
+
+def test_a_share_of_a_long_step(capfd):
+    with Stages(total=4, force=True) as stages:
+        stages.begin_case("scan 1 of 1", 4)
+        stages.done()
+        stages.within(3, 4, "window")
+        task = stages._bar.tasks[0]
+        assert task.completed == 1.75 and task.fields["figures"] == "window 3 of 4"
+        stages.done()
+        assert task.completed == 2

@@ -1,6 +1,5 @@
 """Read NIfTI volumes into canonical orientation, and write results back on the input's own grid."""
 
-import gzip
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +9,16 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
-from diffdiscover3d.data.nifti_header import check_shape, check_size, read_affine, read_header
+from diffdiscover3d.data.nifti_header import check_fits, check_shape, check_size, read_affine, read_header
+from diffdiscover3d.data.nifti_output import nifti_stream, output_header
 from diffdiscover3d.data.payload import read_payload
+from diffdiscover3d.data.voxels import check_contrast, check_finite, pick_volume, read_scaling, to_float32
 from diffdiscover3d.errors import InputError
-from diffdiscover3d.files import atomic_file
 
 if TYPE_CHECKING:
     import torch
 
 _CANONICAL = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
-_LABEL_INTENT = 1002
 
 
 @dataclass(frozen=True)
@@ -76,15 +75,17 @@ def read_nifti(
     header = read_header(path)
     shape = check_shape(path, header)
     check_size(path, header, shape)
+    check_fits(path, header, shape)
     affine = read_affine(path, header, ignore_affine, notes)
+    scaling = read_scaling(header, notes)
     data = _read_data(path, header, notes)
-    data = _pick_volume(path, data, shape, volume, notes)
-    data = _to_finite_float32(path, data, nan_to_zero, notes)
-    low, high = float(data.min()), float(data.max())
-    if high - low > float(np.finfo(np.float32).max):  # normalising would divide by Inf
-        raise InputError(f"{path}: its values, {low:g} to {high:g}, are too far apart; rescale it.")
-    if low == high and not allow_constant:
-        raise InputError(f"{path}: no contrast, all voxels are {low:g}; give a scan with structure in it.")
+    data = to_float32(data[..., pick_volume(path, shape, volume, notes)], scaling)
+    finite = np.isfinite(data)
+    bad = data.size - int(np.count_nonzero(finite))
+    check_finite(path, bad, data.size, nan_to_zero, notes)
+    if bad:
+        data = np.where(finite, data, np.float32(0))
+    check_contrast(path, float(data.min()), float(data.max()), allow_constant)
 
     orientation = io_orientation(affine)
     canonical_affine = affine @ inv_ornt_aff(orientation, data.shape)
@@ -103,26 +104,10 @@ def write_like(path: str | Path, array: np.ndarray, like: NiftiVolume, *, labels
     Raises:
         OutputError: if it cannot be written.
     """
-    header = like.header.copy()
     array = like.to_input_grid(array)
-    header.set_data_dtype(array.dtype)
-    header.set_data_shape(array.shape)
-    if array.ndim == 3:
-        header["pixdim"] = like.header["pixdim"]  # setting the shape touches the unused ones
-    header["cal_min"] = header["cal_max"] = 0
-    header["vox_offset"] = 0  # the library puts its own; extensions of the input are not carried over
-    header.extensions.clear()
-    header.set_slope_inter(1, 0)
-    header.set_intent(_LABEL_INTENT if labels else 0, name="parts" if labels else "", allow_unknown=True)
-    header["descrip"] = b"diffdiscover3d"
-    image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    # an affine of None leaves the header's own sform, qform and codes as they are, bit for bit
-    payload = image_class(array, None, header).to_bytes()
-    path = Path(path)
-    if path.name.endswith(".gz"):
-        payload = gzip.compress(payload, compresslevel=6, mtime=0)
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(payload)
+    with nifti_stream(path, output_header(like.header, array.dtype, array.shape, labels)) as write:
+        for plane in np.moveaxis(array, -1, 0):
+            write(plane)
 
 
 def write_volume(
@@ -181,41 +166,7 @@ def as_volume_tensor(volume) -> "torch.Tensor":
 
 
 def _read_data(path: Path, header, notes: list[str]) -> np.ndarray:
-    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
-    if not np.isfinite(slope) or slope == 0 or not np.isfinite(inter):
-        notes.append(f"slope {slope:g} and intercept {inter:g} are no scaling: values are taken as stored")
-        scaling = None
-    else:
-        scaling = (slope, inter)
+    """The stored numbers, whole."""
     dtype, shape, offset = header.get_data_dtype(), header.get_data_shape(), int(header["vox_offset"])
     payload = read_payload(path, offset, int(np.prod(shape)) * dtype.itemsize, notes)
-    data = np.frombuffer(payload, dtype=dtype).reshape(shape, order="F")
-    if scaling and scaling != (1.0, 0.0):
-        # NumPy scalars, not Python ones: float32 data is then scaled in float64 too, as nibabel does
-        data = data * np.float64(scaling[0]) + np.float64(scaling[1])
-    return data
-
-
-def _pick_volume(path: Path, data: np.ndarray, shape: tuple[int, ...], volume: int | None, notes) -> np.ndarray:
-    count = int(np.prod(shape[3:])) if len(shape) > 3 else 1
-    if volume is not None and not 0 <= volume < count:
-        raise InputError(f"{path}: has {count} volume(s), numbered from 0; there is no volume {volume}.")
-    if count > 1 and volume is None:
-        raise InputError(f"{path}: holds {count} volumes (shape {shape}); choose one with --volume N, from 0.")
-    if len(shape) > 3:
-        data = data.reshape(*shape[:3], count, order="F")[..., volume or 0]
-        notes.append(f"volume {volume or 0} of {count} in a {len(shape)}-D file")
-    return data
-
-
-def _to_finite_float32(path: Path, data: np.ndarray, nan_to_zero: bool, notes: list[str]) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        data = data.astype(np.float32)
-    finite = np.isfinite(data)
-    bad = data.size - int(np.count_nonzero(finite))
-    if bad:
-        if not nan_to_zero:
-            raise InputError(f"{path}: {bad:,} of {data.size:,} voxels are NaN or Inf; --nan-to-zero goes on.")
-        data = np.where(finite, data, np.float32(0))
-        notes.append(f"{bad:,} NaN or Inf voxels were set to 0")
-    return data
+    return np.frombuffer(payload, dtype=dtype).reshape(*shape[:3], -1, order="F")

@@ -101,7 +101,7 @@ def check_shape(path: Path, header) -> tuple[int, ...]:
 
 
 def check_size(path: Path, header, shape: tuple[int, ...]) -> None:
-    """Compare what the header promises with what the file can hold and memory can take, before allocating."""
+    """Compare what the header promises with what the file can hold, before allocating."""
     offset = float(header["vox_offset"])
     length = header.template_dtype.itemsize
     if not length <= offset <= _MOST_EXTENSIONS:
@@ -114,6 +114,10 @@ def check_size(path: Path, header, shape: tuple[int, ...]) -> None:
             f"{path}: truncated, its header promises {needed:,} bytes for shape {shape} and the file can hold "
             f"at most {can_hold:,}; copy it again."
         )
+
+
+def check_fits(path: Path, header, shape: tuple[int, ...]) -> None:
+    """Refuse a volume that cannot be read whole into this machine's memory."""
     check_memory(path, shape, reading_bytes(header, shape))
 
 

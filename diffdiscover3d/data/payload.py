@@ -3,7 +3,9 @@
 import gzip
 import io
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -26,23 +28,45 @@ def read_payload(path: Path, offset: int, length: int, notes: list[str]) -> np.n
     Raises:
         InputError: if the file is shorter or damaged.
     """
-    payload = np.empty(length, np.uint8)
-    view, filled = memoryview(payload), 0
+    payload, filled = np.empty(length, np.uint8), 0
+    for piece in _pieces(path, offset, length, notes):
+        payload[filled : filled + len(piece)] = np.frombuffer(piece, np.uint8)
+        filled += len(piece)
+    return payload
+
+
+def unpack_payload(path: Path, offset: int, length: int, wanted: range, target: BinaryIO, notes: list[str]) -> None:
+    """Write those of the (length,) bytes from `offset` on that are `wanted` into an open file, a chunk at a time.
+
+    All are read, so that truncation and wrong checksums are found as by [`read_payload`].
+
+    Raises:
+        InputError: if the file is shorter or damaged.
+        OSError: if `target` cannot be written.
+    """
+    at = 0
+    for piece in _pieces(path, offset, length, notes):
+        first, last = max(wanted.start - at, 0), min(wanted.stop - at, len(piece))
+        rest = memoryview(piece)[first : max(first, last)]
+        while rest:  # a file without a buffer may take less than it is given
+            rest = rest[target.write(rest) :]
+        at += len(piece)
+
+
+def _pieces(path: Path, offset: int, length: int, notes: list[str]) -> Iterator[bytes]:
+    filled = 0
     try:
         with open_payload(path) as file:
             file.seek(offset)
-            while filled < length:
-                count = file.readinto(view[filled : filled + _CHUNK])
-                if not count:
-                    break
-                filled += count
+            while filled < length and (piece := file.read(min(_CHUNK, length - filled))):
+                filled += len(piece)
+                yield piece
             if filled == length:
                 _read_on(path, file, notes)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: its data is damaged ({error}); copy it again.") from error
     if filled < length:
         raise InputError(f"{path}: truncated, {filled:,} of {length:,} bytes of data; copy it again.")
-    return payload
 
 
 def _read_on(path: Path, file: io.BufferedIOBase, notes: list[str]) -> None:

@@ -3,23 +3,41 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from diffdiscover3d.data.nifti import read_nifti
-from diffdiscover3d.data.nifti_header import SUFFIXES, check_reachable, check_shape, check_size, read_header
-from diffdiscover3d.memory import LARGE, check_memory, free_memory, segmentation_bytes
+from diffdiscover3d.data.nifti_header import (
+    SUFFIXES,
+    check_fits,
+    check_reachable,
+    check_shape,
+    check_size,
+    read_header,
+)
+from diffdiscover3d.memory import (
+    LARGE,
+    check_memory,
+    free_memory,
+    reading_bytes,
+    resampling_bytes,
+    segmentation_bytes,
+)
+from diffdiscover3d.windows import choose_window, slides, streaming_bytes
 
 _READ_WHOLE = 2**25  # bytes on disk up to which reading a file twice costs less than it saves
+_READ_INTO = 2**29  # and bytes of memory: a compressed file may grow a thousandfold
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
 
 
-def refuse_early(inputs: Sequence[str], device: str = "auto", **reading) -> None:
+def refuse_early(inputs: Sequence[str], device: str = "auto", *, by_slabs: bool = False, **reading) -> None:
     """Raise what reading the one input would raise; several inputs, folders and lists are left to the command.
 
-    A small file is read whole, of a large one the header: the command reads all of it again before any model.
+    A small file is read whole, of a large one the header: the command looks at all of it again before any model.
 
     Args:
         device: an unknown one is a wrong use, and comes before anything about the file.
+        by_slabs: the command may not need the file in memory as a whole: that it does not fit is no reason yet.
         reading: `volume`, `nan_to_zero`, `ignore_affine` of [`read_nifti`].
 
     Raises:
@@ -31,10 +49,12 @@ def refuse_early(inputs: Sequence[str], device: str = "auto", **reading) -> None
     check_reachable(path)
     if not path.name.endswith(SUFFIXES) or path.is_dir() or any(c in str(path) for c in "*?["):
         return
-    if path.is_file() and path.stat().st_size > _READ_WHOLE:
-        header = read_header(path)
-        check_size(path, header, check_shape(path, header))
-    else:
+    header = read_header(path)
+    shape = check_shape(path, header)
+    check_size(path, header, shape)
+    if not by_slabs:
+        check_fits(path, header, shape)
+    if path.stat().st_size <= _READ_WHOLE and reading_bytes(header, shape) <= _READ_INTO:
         read_nifti(path, **reading)
 
 
@@ -54,18 +74,54 @@ def network_config(folder: str | Path, level: int | None = None) -> dict | None:
         return None
 
 
-def estimate_memory(path: Path, network: Mapping, on_cpu: bool) -> str | None:
-    """A line about the memory that a large volume will take, from its header alone; `None` for a small one.
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a volume is divided, and what a user is told about it beforehand.
+
+    Attributes:
+        by_slabs: from the disk, slab by slab, instead of in memory.
+        line: about the memory that a large volume will take; `None` for a small one.
+    """
+
+    by_slabs: bool
+    line: str | None
+
+
+def plan_memory(
+    path: Path, network: Mapping, on_cpu: bool, *, fast: bool = False, working: Sequence[int] | None = None
+) -> MemoryPlan:
+    """Decide from the header and the network alone how a volume is divided, and whether memory suffices.
+
+    Args:
+        network: configuration of the finest network asked for, which holds those above it.
+        on_cpu: it is the machine's own memory that is used.
+        fast, working: at half the resolution, or on this grid; both need the volume in memory.
 
     Raises:
         InputError: if the header is unusable.
-        MemoryLimitError: if there is less, and it is the machine's own memory that is used.
+        MemoryLimitError: if there is less memory than needed, and it is the machine's own.
     """
-    shape = check_shape(path, read_header(path))
-    needed = segmentation_bytes(shape, network)
+    header = read_header(path)
+    shape = check_shape(path, header)
+    check_size(path, header, shape)
+    by_slabs = not fast and working is None and slides(shape, network)
+    remedy = {}
+    if by_slabs:
+        needed = streaming_bytes(shape, network)
+    elif fast or working is not None:
+        grid = working or tuple((n + 1) // 2 for n in shape[:3])
+        needed = resampling_bytes(header, shape, grid, network)
+        if working is None and slides(shape, network):
+            at_full = streaming_bytes(shape, network) / 2**30
+            remedy = {"remedy": f"without --fast it is divided slab by slab in about {at_full:.1f} GiB"}
+    else:
+        needed = segmentation_bytes(shape, network)
     if on_cpu:
-        check_memory(path, shape, needed)
+        check_memory(path, shape, needed, **remedy)
     if needed < LARGE:
-        return None
+        return MemoryPlan(by_slabs, None)
     have = f" of {free_memory() / 2**30:.1f} GiB that are free" if on_cpu else ""
-    return f"{path}: {' x '.join(map(str, shape[:3]))} voxels, about {needed / 2**30:.1f} GiB of memory needed{have}"
+    line = f"{path}: {' x '.join(map(str, shape[:3]))} voxels, about {needed / 2**30:.1f} GiB of memory needed{have}"
+    if by_slabs:
+        line += f"; divided slab by slab in windows of {choose_window(shape, network)} voxels"
+    return MemoryPlan(by_slabs, line)

@@ -162,6 +162,26 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         dtype = torch.uint8 if self.config.num_parts <= 256 else torch.int32
         return Segmentation(labels=probabilities.max(dim=1).indices.to(dtype), probabilities=probabilities)
 
+    @torch.no_grad()
+    def segment_window(
+        self,
+        normalized: torch.Tensor,
+        parent_labels: torch.Tensor | None = None,
+        moments: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The soft parts of one window of a volume that is not in memory, from what was found of the whole volume.
+
+        Args:
+            normalized: (B, 1, h, w, d), at most `window_size` along each axis, where the whole volume lies in [0, 1].
+            parent_labels: (B, 1, h, w, d) parts of the parent; `None` without a parent.
+            moments: (parts of the parent, 2) mean and standard deviation in each of them over the whole volume,
+                normalised; `None` without a parent.
+
+        Returns:
+            (B, K, h, w, d) float32, summing to 1 over K.
+        """
+        return self._logits(self._view(normalized, parent_labels, moments), parent_labels).float().softmax(dim=1)
+
     def order_parts(self, sizes: torch.Tensor) -> None:
         """Renumber the parts, largest first.
 
@@ -178,7 +198,9 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         # several times faster than argmax on a CPU
         return self.parent_model._probabilities(normalized, progress).max(dim=1, keepdim=True).indices
 
-    def _view(self, normalized: torch.Tensor, parent_labels: torch.Tensor | None) -> torch.Tensor:
+    def _view(
+        self, normalized: torch.Tensor, parent_labels: torch.Tensor | None, moments: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """What the network sees: the volume, or each part that is to be divided, standardised for itself.
 
         The contrast between parents is already spent: what lies in one of them would be a small ripple beside it.
@@ -189,9 +211,8 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         for part, count in enumerate(self.config.children):
             if count > 1:
                 within = (parent_labels == part).to(normalized.dtype)
-                size = within.sum(dim=(2, 3, 4), keepdim=True).clamp(min=1)
-                centred = (normalized - (normalized * within).sum(dim=(2, 3, 4), keepdim=True) / size) * within
-                spread = (centred.square().sum(dim=(2, 3, 4), keepdim=True) / size).sqrt()
+                mean, spread = _moments(normalized, within) if moments is None else moments[part]
+                centred = (normalized - mean) * within
                 view = view + (centred / spread.clamp(min=1e-6)).clamp(-_VIEW_RANGE, _VIEW_RANGE)
         return view
 
@@ -243,6 +264,14 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
             mode="gaussian",
             progress=progress,
         )
+
+
+def _moments(normalized: torch.Tensor, within: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each volume's values where `within` is 1, of shape (B, 1, 1, 1, 1)."""
+    size = within.sum(dim=(2, 3, 4), keepdim=True).clamp(min=1)
+    mean = (normalized * within).sum(dim=(2, 3, 4), keepdim=True) / size
+    centred = (normalized - mean) * within
+    return mean, (centred.square().sum(dim=(2, 3, 4), keepdim=True) / size).sqrt()
 
 
 def _check_children(num_parts: int, parent: dict | None, children: Sequence[int] | None) -> None:

@@ -13,78 +13,38 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from nibabel.orientations import apply_orientation, inv_ornt_aff
 
 from diffdiscover3d.data.nifti import NiftiVolume
 from diffdiscover3d.data.transforms import resize_volume
-from diffdiscover3d.errors import InputError
 from diffdiscover3d.files import atomic_file
 from diffdiscover3d.reporting.colours import part_colour, part_rgb
+from diffdiscover3d.reporting.label_maps import read_label_map
 from diffdiscover3d.reporting.parts import PartStatistics, measure_parts, nest_levels
 
 MAX_VOXELS = 160**3  # shown at most; a larger scan is resampled for the page, and the page says so
 _VIEWER = Path(__file__).parent / "viewer"
-_LEVEL = re.compile(r"_level-(\d+)_dseg\.nii(\.gz)?$")
 
 
 @dataclass(frozen=True)
-class LabelMap:
-    """A label map on the canonical grid of its scan.
+class ShownLevel:
+    """What the page says of a label map.
 
     Attributes:
         level: its level in the hierarchy, `None` if its name tells none.
-        labels: (H, W, D) part numbers.
-        num_parts: K.
         provenance: what its sidecar says, empty if it has none.
+        parts: all its parts, with their components and neighbours.
+        labels: part numbers at the [`shown_voxels`].
     """
 
     level: int | None
-    labels: np.ndarray
-    num_parts: int
     provenance: dict
+    parts: Sequence[PartStatistics]
+    labels: np.ndarray
 
     @property
     def title(self) -> str:
         """How the page calls it."""
-        return f"{self.num_parts} parts" if self.level is None else f"level {self.level}, {self.num_parts} parts"
-
-
-def read_label_map(path: str | Path, scan: NiftiVolume) -> LabelMap:
-    """Read a label map that lies on the grid of a scan.
-
-    Raises:
-        InputError: if it cannot be read, or has another shape or affine than the scan.
-    """
-    path = Path(path)
-    try:
-        image = nib.load(path)
-        array = np.asarray(image.dataobj)
-    except Exception as error:  # nibabel, gzip and zlib raise many kinds
-        raise InputError(f"{path}: cannot be read as a label map ({str(error).splitlines()[0]}).") from error
-    on_disk = tuple(scan.header.get_data_shape()[:3])
-    if array.shape != on_disk:
-        raise InputError(f"{path}: has shape {array.shape}, its scan {on_disk}; give the label map of this scan.")
-    if not _lies_on(image, scan):
-        raise InputError(f"{path}: lies elsewhere than its scan (the affines differ); give the label map of this scan.")
-    if array.min() < 0 or (array != np.round(array)).any():
-        raise InputError(f"{path}: part numbers must be integers from 0; give a label map.")
-    sidecar = path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
-    try:
-        provenance = json.loads(sidecar.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        provenance = {}
-    labels = apply_orientation(array, scan.orientation).astype(np.uint16)
-    level = _LEVEL.search(path.name)
-    count = max(int(labels.max()) + 1, len(provenance.get("parts", ())))
-    return LabelMap(int(level.group(1)) if level else None, labels, count, provenance)
-
-
-def _lies_on(image: nib.spatialimages.SpatialImage, scan: NiftiVolume) -> bool:
-    fields = ("sform_code", "qform_code", "srow_x", "srow_y", "srow_z", "pixdim", "quatern_b", "quatern_c", "quatern_d")
-    if all(f in image.header and np.array_equal(image.header[f], scan.header[f], equal_nan=True) for f in fields):
-        return True  # even where the affine itself is unusable
-    canonical = image.affine @ inv_ornt_aff(scan.orientation, image.shape)
-    return np.allclose(canonical, scan.affine, atol=1e-2)
+        return f"{len(self.parts)} parts" if self.level is None else f"level {self.level}, {len(self.parts)} parts"
 
 
 def write_report(path: str | Path, scan: NiftiVolume, name: str, label_maps: Sequence[str | Path]) -> None:
@@ -101,25 +61,62 @@ def write_report(path: str | Path, scan: NiftiVolume, name: str, label_maps: Seq
         OutputError: if it cannot be written.
     """
     maps = [read_label_map(p, scan) for p in label_maps]
-    step = _shown_grid(scan.data.shape)
-    shape = "×".join(map(str, scan.data.shape))
-    spacing = "×".join(f"{s:.3g}" for s in scan.spacing_mm)
-    summary = f"{shape} voxels of {spacing} mm"
-    if step != scan.data.shape:
-        shown = "×".join(map(str, step))
-        summary += f"; shown here on {shown} voxels to keep the page small, measured at full resolution"
+    grid = shown_grid(scan.data.shape)
+    picks = shown_voxels(scan.data.shape, grid)
+    levels = [
+        ShownLevel(
+            m.level,
+            m.provenance,
+            measure_parts(m.labels, scan.data, scan.affine, m.num_parts, topology=True),
+            m.labels[np.ix_(*picks)],
+        )
+        for m in maps
+    ]
+    numbered = {m.level: m for m in maps if m.level is not None}
+    parts = {level: m.num_parts for level, m in numbered.items()}
+    links = nest_levels({level: m.labels for level, m in numbered.items()}, parts)
+    shown = resize_volume(torch.from_numpy(scan.data)[None, None], grid)[0, 0].numpy()
+    write_page(path, name, scan.data.shape, scan.affine, shown, levels, links, scan.notes)
+
+
+def write_page(
+    path: str | Path,
+    name: str,
+    shape: Sequence[int],
+    affine: np.ndarray,
+    shown: np.ndarray,
+    levels: Sequence[ShownLevel],
+    links: Sequence[dict],
+    notes: Sequence[str],
+) -> None:
+    """Write the report from what it shows, which is small however large the scan is.
+
+    Args:
+        path, name: as for [`write_report`].
+        shape: (H, W, D) of the scan.
+        affine: (4, 4) of the scan, voxels to millimetres.
+        shown: the scan on its [`shown_grid`].
+        levels: with labels on the same grid.
+        links: of [`nest_levels`], empty if there is one level.
+        notes: what was unusual about the scan.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    spacing = "×".join(f"{s:.3g}" for s in np.linalg.norm(affine[:3, :3], axis=0))
+    summary = f"{'×'.join(map(str, shape))} voxels of {spacing} mm"
+    if shown.shape != tuple(shape):
+        grid = "×".join(map(str, shown.shape))
+        summary += f"; shown here on {grid} voxels to keep the page small, measured at full resolution"
     fields = {
         "TITLE": html.escape(f"Parts found in {name}"),
         "SUMMARY": html.escape(summary),
-        "TABLES": "".join(
-            _table(number, m, measure_parts(m.labels, scan.data, scan.affine, m.num_parts, topology=True))
-            for number, m in enumerate(maps)
-        ),
-        "TREE": _tree(maps),
-        "PROVENANCE": _provenance(maps, scan.notes),
+        "TABLES": "".join(_table(number, level) for number, level in enumerate(levels)),
+        "TREE": _tree(levels, links),
+        "PROVENANCE": _provenance(levels, notes),
         "LICENSES": html.escape((_VIEWER / "LICENSES.txt").read_text(encoding="utf-8")),
         # "<" cannot end the script element it stands in
-        "DATA": json.dumps(_data(scan, maps, step)).replace("<", "\\u003c"),
+        "DATA": json.dumps(_data(shape, affine, shown, levels)).replace("<", "\\u003c"),
         "NIIVUE": _niivue(),
         "SCRIPT": (_VIEWER / "report.js").read_text(encoding="utf-8"),
     }
@@ -134,38 +131,42 @@ def _niivue() -> str:
     return base64.b64encode((_VIEWER / "niivue.js.gz").read_bytes()).decode()
 
 
-def _shown_grid(shape: Sequence[int]) -> tuple[int, ...]:
+def shown_grid(shape: Sequence[int]) -> tuple[int, ...]:
+    """The grid on which a scan of this shape is shown: its own, or a coarser one over the same extent."""
     scale = min(1.0, (MAX_VOXELS / np.prod(shape)) ** (1 / 3))
     return tuple(max(1, int(n * scale)) for n in shape) if scale < 1 else tuple(shape)
 
 
-def _data(scan: NiftiVolume, maps: Sequence[LabelMap], grid: tuple[int, ...]) -> dict:
-    factor = np.array(scan.data.shape) / np.array(grid)
+def shown_voxels(shape: Sequence[int], grid: Sequence[int]) -> list[np.ndarray]:
+    """Along each axis the voxels of a scan that lie nearest to the centres of the shown ones."""
+    factors = [n / count for n, count in zip(shape, grid, strict=True)]
+    return [
+        np.clip(np.round(np.arange(count) * f + (f - 1) / 2), 0, None).astype(int)
+        for count, f in zip(grid, factors, strict=True)
+    ]
+
+
+def _data(shape: Sequence[int], affine: np.ndarray, shown: np.ndarray, shown_levels: Sequence[ShownLevel]) -> dict:
+    factor = np.array(shape) / np.array(shown.shape)
     # voxel i of the shown grid covers the voxels from i * factor on, so its centre lies half a factor further
     move = np.eye(4)
     move[:3, :3], move[:3, 3] = np.diag(factor), (factor - 1) / 2
-    affine = scan.affine @ move
-    shown = resize_volume(torch.from_numpy(scan.data)[None, None], grid)[0, 0].numpy()
+    affine = affine @ move
     low, high = float(shown.min()), float(shown.max())
     slope = (high - low) / 255 or 1.0
     window = [float(x) for x in np.percentile(shown, (0.5, 99.5))]
     if window[0] == window[1]:
         window = [low, high]
-    picks = [
-        np.clip(np.round(np.arange(n) * f + (f - 1) / 2), 0, None).astype(int)
-        for n, f in zip(grid, factor, strict=True)
-    ]
     levels = []
-    for number, label_map in enumerate(maps):
-        labels = label_map.labels[np.ix_(*picks)]
-        labels = labels.astype(np.uint8 if label_map.num_parts <= 256 else np.uint16)
+    for number, level in enumerate(shown_levels):
+        labels = level.labels.astype(np.uint8 if len(level.parts) <= 256 else np.uint16)
         levels.append(
             {
                 "key": str(number),
-                "title": label_map.title,
+                "title": level.title,
                 "name": f"level{number}.nii.gz",
                 "nifti": _encode(labels, affine),
-                "colours": [[round(255 * c) for c in part_rgb(k)] for k in range(label_map.num_parts)],
+                "colours": [[round(255 * c) for c in part_rgb(k)] for k in range(len(level.parts))],
             }
         )
     grey = np.round((shown - low) / slope).astype(np.uint8)
@@ -180,12 +181,12 @@ def _encode(array: np.ndarray, affine: np.ndarray, slope: float = 1.0, inter: fl
     return base64.b64encode(gzip.compress(image.to_bytes(), 9, mtime=0)).decode()
 
 
-def _table(key: int, label_map: LabelMap, parts: Sequence[PartStatistics]) -> str:
+def _table(key: int, level: ShownLevel) -> str:
     head = ["show", "part", "", "volume (mL)", "share", "voxels", "intensity (mean ± SD)", "centre R, A, S (mm)"]
     head += ["pieces", "touches"]
-    total = sum(p.voxels for p in parts)
+    total = sum(p.voxels for p in level.parts)
     rows = []
-    for part in parts:
+    for part in level.parts:
         centre = ", ".join(f"{c:.1f}" for c in part.centroid_mm) if part.voxels else "–"
         grey = f"{part.mean_intensity:.4g} ± {part.std_intensity:.3g}" if part.voxels else "–"
         cells = [
@@ -204,17 +205,15 @@ def _table(key: int, label_map: LabelMap, parts: Sequence[PartStatistics]) -> st
         rows.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     titles = "".join(f"<th>{h}</th>" for h in head)
     return (
-        f'<div class="scroll" data-table="{key}"><table><caption class="soft">{html.escape(label_map.title)}'
+        f'<div class="scroll" data-table="{key}"><table><caption class="soft">{html.escape(level.title)}'
         f"</caption><thead><tr>{titles}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
-def _tree(maps: Sequence[LabelMap]) -> str:
+def _tree(levels: Sequence[ShownLevel], links: Sequence[dict]) -> str:
     """The nested list of parts, where several levels are there."""
-    levels = {m.level: m for m in maps if m.level is not None}
-    if len(levels) < 2:
+    if not links:
         return ""
-    links = nest_levels({k: m.labels for k, m in levels.items()}, {k: m.num_parts for k, m in levels.items()})
 
     def branch(level: int, part: int, share: str) -> str:
         own = [x for x in links if x["parent_level"] == level and x["parent"] == part]
@@ -223,22 +222,22 @@ def _tree(maps: Sequence[LabelMap]) -> str:
         text = f'{mark} part {part} <span class="soft">of level {level}{share}</span>'
         return f"<li>{text}{f'<ul>{inside}</ul>' if inside else ''}</li>"
 
-    first = min(levels)
-    roots = "".join(branch(first, part, "") for part in range(levels[first].num_parts))
+    first = min((x for x in levels if x.level is not None), key=lambda x: x.level)
+    roots = "".join(branch(first.level, part, "") for part in range(len(first.parts)))
     return f'<h2>Which part lies in which</h2><ul class="tree">{roots}</ul>'
 
 
-def _provenance(maps: Sequence[LabelMap], notes: Sequence[str]) -> str:
+def _provenance(levels: Sequence[ShownLevel], notes: Sequence[str]) -> str:
     rows: list[tuple[str, str]] = []
-    for label_map in maps:
-        made = label_map.provenance
+    for level in levels:
+        made = level.provenance
         if not made:
             continue
         model = made.get("model", {})
         weights = "; ".join(f"{k} sha256 {v}" for k, v in (model.get("sha256") or {}).items())
         revision = f", revision {model['revision']}" if model.get("revision") else ""
-        rows.append((label_map.title, f"model {model.get('id')}{revision} {weights}"))
-    first = next((m.provenance for m in maps if m.provenance), None)
+        rows.append((level.title, f"model {model.get('id')}{revision} {weights}"))
+    first = next((x.provenance for x in levels if x.provenance), None)
     if first:
         arguments = ", ".join(f"{k} {v}" for k, v in first.get("arguments", {}).items() if v not in (None, False))
         source = first.get("input", {})

@@ -1,7 +1,7 @@
 """What a label map says in numbers: sizes, intensities, places and neighbours of parts, and how levels nest."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,10 +57,36 @@ def measure_parts(
     # the second pass costs little and does not cancel, as a difference of squares would
     deviations = (intensities.ravel().astype(np.float64) - mean[flat]) ** 2
     std = np.sqrt(np.bincount(flat, weights=deviations, minlength=num_parts) / divisor)
+    return describe_parts(
+        voxels,
+        mean,
+        std,
+        _centroids(labels, num_parts, divisor),
+        affine,
+        _components(labels, num_parts) if topology else None,
+        _neighbours(labels, num_parts) if topology else None,
+    )
+
+
+def describe_parts(
+    voxels: np.ndarray,
+    mean: np.ndarray,
+    std: np.ndarray,
+    centroids: np.ndarray,
+    affine: np.ndarray,
+    components: Sequence[int] | None = None,
+    neighbours: Sequence[tuple[int, ...]] | None = None,
+) -> list[PartStatistics]:
+    """Put figures of K parts into words and units.
+
+    Args:
+        voxels, mean, std: (K,) sizes, and mean and standard deviation of the intensities.
+        centroids: (3, K) mean voxel indices.
+        affine: (4, 4), voxels to millimetres.
+        components, neighbours: of each part, where they were found.
+    """
     voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
-    centroids = (affine[:3, :3] @ _centroids(labels, num_parts, divisor) + affine[:3, 3:]).T
-    components = _components(labels, num_parts) if topology else [None] * num_parts
-    neighbours = _neighbours(labels, num_parts) if topology else [None] * num_parts
+    centroids = (affine[:3, :3] @ centroids + affine[:3, 3:]).T
     return [
         PartStatistics(
             k,
@@ -69,10 +95,10 @@ def measure_parts(
             float(mean[k]),
             float(std[k]),
             tuple(map(float, centroids[k])),
-            components[k],
-            neighbours[k],
+            None if components is None else components[k],
+            None if neighbours is None else neighbours[k],
         )
-        for k in range(num_parts)
+        for k in range(len(voxels))
     ]
 
 
@@ -83,8 +109,12 @@ def number_by_size(labels: np.ndarray, num_parts: int) -> np.ndarray:
         (num_parts,) the old number of each new part; empty parts come last, by their old number.
     """
     voxels = np.bincount(labels.ravel(), minlength=num_parts)
-    centroids = _centroids(labels, num_parts, np.maximum(voxels, 1))
-    return np.lexsort((np.arange(num_parts), centroids[2], centroids[1], centroids[0], -voxels))
+    return order_by_size(voxels, _centroids(labels, num_parts, np.maximum(voxels, 1)))
+
+
+def order_by_size(voxels: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """The same order from (K,) sizes and (3, K) mean voxel indices, any numbers where a part is empty."""
+    return np.lexsort((np.arange(len(voxels)), centroids[2], centroids[1], centroids[0], -voxels))
 
 
 def nest_levels(levels: Mapping[int, np.ndarray], num_parts: Mapping[int, int]) -> list[dict]:
@@ -101,26 +131,36 @@ def nest_levels(levels: Mapping[int, np.ndarray], num_parts: Mapping[int, int]) 
         parent, and `None` for it.
     """
     tree = []
-    ordered = sorted(levels)
-    for coarse, fine in itertools.pairwise(ordered):
-        rows, columns = num_parts[fine], num_parts[coarse]
-        pairs = levels[fine].ravel().astype(np.int64) * columns + levels[coarse].ravel()
-        counts = np.bincount(pairs, minlength=rows * columns).reshape(rows, columns)
-        for part, row in enumerate(counts):
-            total = int(row.sum())
-            shares = [float(n / total) for n in row] if total else None
-            parent = int(row.argmax()) if total else None
-            tree.append(
-                {
-                    "level": fine,
-                    "part": part,
-                    "parent_level": coarse,
-                    "parent": parent,
-                    "overlap": shares[parent] if total else None,
-                    "overlaps": shares,
-                }
-            )
+    for coarse, fine in itertools.pairwise(sorted(levels)):
+        counts = count_pairs(levels[fine], levels[coarse], num_parts[fine], num_parts[coarse])
+        tree += nest_counts(fine, coarse, counts)
     return tree
+
+
+def count_pairs(fine: np.ndarray, coarse: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """(rows, columns) voxels for every pair of a part of one label map and a part of another."""
+    pairs = fine.ravel().astype(np.int64) * columns + coarse.ravel()
+    return np.bincount(pairs, minlength=rows * columns).reshape(rows, columns)
+
+
+def nest_counts(fine: int, coarse: int, counts: np.ndarray) -> list[dict]:
+    """The links of [`nest_levels`] from one level to the next coarser one, from what [`count_pairs`] counted."""
+    links = []
+    for part, row in enumerate(counts):
+        total = int(row.sum())
+        shares = [float(n / total) for n in row] if total else None
+        parent = int(row.argmax()) if total else None
+        links.append(
+            {
+                "level": fine,
+                "part": part,
+                "parent_level": coarse,
+                "parent": parent,
+                "overlap": shares[parent] if total else None,
+                "overlaps": shares,
+            }
+        )
+    return links
 
 
 def _centroids(labels: np.ndarray, num_parts: int, divisor: np.ndarray) -> np.ndarray:

@@ -34,40 +34,63 @@ def save_slices(
         num_parts: length of the legend (default: the largest part number seen).
     """
     labels = [None] * len(volumes) if labels is None else labels
+    if num_parts is None and any(x is not None for x in labels):
+        num_parts = 1 + max(int(x.max()) for x in labels if x is not None)
+    cuts = [_middle(volume) for volume in volumes]
+    overlays = [None if x is None else _middle(x) for x in labels]
+    save_cuts(path, cuts, overlays, spacing_mm=spacing_mm, titles=titles, num_parts=num_parts)
+
+
+def save_cuts(
+    path: str | Path,
+    cuts: Sequence[Sequence[np.ndarray]],
+    labels: Sequence[Sequence[np.ndarray] | None],
+    *,
+    spacing_mm: Sequence[float],
+    titles: Sequence[str] | None,
+    num_parts: int | None,
+) -> None:
+    """The same from slices that were cut already, for volumes that are not in memory.
+
+    Args:
+        cuts: for each row the middle slices across the first, second and third axis, (W, D), (H, D) and (H, W), or
+            with a first axis of three colours.
+        labels: the same slices of the label maps, all of them or none.
+    """
     overlaid = any(x is not None for x in labels)
     columns = 6 if overlaid else 3
-    figure = Figure(figsize=(2.4 * columns, 2.6 * len(volumes) + 0.5), layout="constrained", facecolor="black")
+    figure = Figure(figsize=(2.4 * columns, 2.6 * len(cuts) + 0.5), layout="constrained", facecolor="black")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(volumes), columns, squeeze=False)
-    for row, (volume, parts) in enumerate(zip(volumes, labels, strict=True)):
+    axes = figure.subplots(len(cuts), columns, squeeze=False)
+    for row, (three, parts) in enumerate(zip(cuts, labels, strict=True)):
         for plane in range(3):
-            grey = _slice(volume, plane)
+            grey = _upright(three[plane])
             aspect = _aspect(spacing_mm, plane)
             _show(axes[row, plane], grey, aspect)
             if overlaid:
-                _show(axes[row, 3 + plane], _overlay(grey, _slice(parts, plane)), aspect)
+                _show(axes[row, 3 + plane], _overlay(grey, _upright(parts[plane])), aspect)
             if row == 0:
                 for first in range(0, columns, 3):
                     axes[0, first + plane].set_title(_PLANES[plane], color="white", fontsize=9)
         if titles:
             axes[row, 0].set_ylabel(titles[row], color="white", fontsize=9)
     if overlaid:
-        count = num_parts or 1 + max(int(x.max()) for x in labels if x is not None)
-        handles = [Patch(color=part_rgb(k), label=f"part {k}") for k in range(count)]
+        handles = [Patch(color=part_rgb(k), label=f"part {k}") for k in range(num_parts)]
         figure.legend(
-            handles=handles, loc="outside lower center", ncols=min(count, 8), labelcolor="white", frameon=False
+            handles=handles, loc="outside lower center", ncols=min(num_parts, 8), labelcolor="white", frameon=False
         )
     with atomic_file(path, suffix=".png") as temporary:
         figure.savefig(temporary, dpi=100, format="png", metadata={"Software": "diffdiscover3d"})
 
 
-def _slice(volume: np.ndarray, plane: int) -> np.ndarray:
-    """The middle slice across one axis, turned so that superior (or anterior) is up; channels go last."""
-    axis = volume.ndim - 3 + plane
-    cut = np.take(volume, volume.shape[axis] // 2, axis=axis)
-    if cut.ndim == 3:
-        cut = np.moveaxis(cut, 0, -1)
-    return np.rot90(cut)
+def _middle(volume: np.ndarray) -> list[np.ndarray]:
+    """The middle slice across each of the last three axes."""
+    return [np.take(volume, volume.shape[axis] // 2, axis=axis) for axis in range(volume.ndim - 3, volume.ndim)]
+
+
+def _upright(cut: np.ndarray) -> np.ndarray:
+    """A slice turned so that superior (or anterior) is up; channels go last."""
+    return np.rot90(np.moveaxis(cut, 0, -1) if cut.ndim == 3 else cut)
 
 
 def _aspect(spacing_mm: Sequence[float], plane: int) -> float:
