@@ -1,7 +1,7 @@
 """Counting what a computation asks of a machine, and what the machine can give: operations, bytes, peaks."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -146,10 +146,10 @@ def measure_peaks(device: str = "cpu", rounds: int = 5, quick: bool = False) -> 
 
 
 @contextmanager
-def watched(modules: dict[str, torch.nn.Module], enter: Callable, leave: Callable) -> Iterator[None]:
+def watched(modules: Iterable[tuple[str, torch.nn.Module]], enter: Callable, leave: Callable) -> Iterator[None]:
     """Call `enter(name)` and `leave(name)` around the forward pass of every module named."""
     handles = []
-    for name, module in modules.items():
+    for name, module in modules:
         handles.append(module.register_forward_pre_hook(lambda m, i, n=name: enter(n)))
         handles.append(module.register_forward_hook(lambda m, i, o, n=name: leave(n)))
     try:

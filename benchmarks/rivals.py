@@ -137,15 +137,16 @@ def monai_diffusion_unet(unet: UNet3DModel) -> nn.Module:
     from monai.networks.nets import DiffusionModelUNet
 
     config = unet.config
+    channels = tuple(config.width * m for m in config.channel_multipliers)
     return DiffusionModelUNet(
         spatial_dims=3,
         in_channels=config.in_channels,
         out_channels=config.out_channels,
         num_res_blocks=config.blocks_per_level,
-        channels=tuple(config.width * m for m in config.channel_multipliers),
+        channels=channels,
         attention_levels=tuple(a is not None for a in config.attention),
         norm_num_groups=config.norm_groups,
-        num_head_channels=config.attention_head_dim,
+        num_head_channels=tuple(min(config.attention_head_dim, c) for c in channels),
     )
 
 
