@@ -8,7 +8,8 @@ on its 64^3 and the `small` one on its 48^3.
 
 How much stopping early can give is known beforehand: it is the share of operations behind the stage. It stands in the
 details as `flop_ratio`; what a row has beyond it comes from elsewhere, and where a target lies beyond it, stopping
-early alone cannot reach it. The pipeline in bfloat16, whose features differ by its rounding, is a row without a target.
+early alone cannot reach it. Rows without a target show what would: the same pipeline with weights in channels-last, whose
+features are the same but for the order of sums, and in bfloat16, whose features differ by its rounding (`difference`).
 """
 
 import torch
@@ -22,6 +23,7 @@ from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline,
 TIMESTEP = 25
 TARGETS = {1: 2.0, 2: 1.5, 3: None}  # by stage
 WHOLE, UPSAMPLED = "the whole network with hooks", "hooks, and all channels on the voxels"
+VARIANTS = ("package channels-last", "package bf16")
 TOLERANCE = 1e-3  # relative to the features' norm, in float32
 
 
@@ -32,11 +34,12 @@ def make_pipeline(preset: str, seed: int, device: str) -> DiffusionFeaturePipeli
 
 
 def make_ways(preset: str, stage: int, volume: torch.Tensor, noise: torch.Tensor, seed: int) -> dict:
-    """The package's pipeline, the two rivals with a copy of its weights, and the pipeline in bfloat16."""
+    """The package's pipeline, the two rivals with a copy of its weights, and the pipeline's variants."""
     device, grid = volume.device, tuple(volume.shape[2:])
     pipe, rival = (make_pipeline(preset, seed, device) for _ in range(2))
-    low = make_pipeline(preset, seed, device)
-    low.unet.to(torch.bfloat16, memory_format=torch.channels_last_3d)
+    last, low = (make_pipeline(preset, seed, device) for _ in range(2))
+    last.unet.to(memory_format=torch.channels_last_3d)
+    torch.nn.Module.to(low.unet, torch.bfloat16, memory_format=torch.channels_last_3d)
 
     def hooked() -> torch.Tensor:
         noisy, steps = add_noise(rival.scheduler, rival.unet, volume, noise[0], TIMESTEP)
@@ -46,6 +49,7 @@ def make_ways(preset: str, stage: int, volume: torch.Tensor, noise: torch.Tensor
         "package": lambda: pipe.extract(volume, noise, TIMESTEP, (stage,)).features[0],
         WHOLE: hooked,
         UPSAMPLED: lambda: upsample(hooked(), grid),
+        "package channels-last": lambda: last.extract(volume, noise, TIMESTEP, (stage,)).features[0],
         "package bf16": lambda: low.extract(volume, noise, TIMESTEP, (stage,)).features[0],
     }
 
@@ -70,7 +74,7 @@ def main() -> None:
             ways = make_ways(preset, stage, volume, noise, options.seed)
             with torch.no_grad():
                 expected = ways[WHOLE]()
-                differs = {name: difference(ways[name](), expected) for name in ("package", "package bf16")}
+                differs = {name: difference(ways[name](), expected) for name in ("package", *VARIANTS)}
                 if differs["package"] > TOLERANCE:
                     raise SystemExit(f"{preset}, stage {stage}: features differ by {differs['package']:.1e}.")
                 flops = {name: count_flops(way) for name, way in ways.items()}
@@ -80,7 +84,8 @@ def main() -> None:
             details[what] |= {"flop_ratio": flops[WHOLE] / flops["package"], "difference": differs}
             rows.append(compare(what, WHOLE, seconds[WHOLE], seconds["package"], target))
             rows.append(compare(what, UPSAMPLED, seconds[UPSAMPLED], seconds["package"]))
-            rows.append(compare(f"{what}, bf16 package", WHOLE, seconds[WHOLE], seconds["package bf16"]))
+            for name in VARIANTS:
+                rows.append(compare(f"{what}, {name}", WHOLE, seconds[WHOLE], seconds[name]))
     benchmark.write(rows, {"timestep": TIMESTEP, "rounds": rounds, "tolerance": TOLERANCE}, **details)
 
 
