@@ -8,8 +8,9 @@ on its 64^3 and the `small` one on its 48^3.
 
 How much stopping early can give is known beforehand: it is the share of operations behind the stage. It stands in the
 details as `flop_ratio`; what a row has beyond it comes from elsewhere, and where a target lies beyond it, stopping
-early alone cannot reach it. Rows without a target show what would: the same pipeline with weights in channels-last, whose
-features are the same but for the order of sums, and in bfloat16, whose features differ by its rounding (`difference`).
+early alone cannot reach it. Rows without a target show what else there is: the same pipeline with weights in
+channels-last, whose features are the same but for the order of sums, and in bfloat16, whose features differ by its
+rounding (`difference`).
 """
 
 import torch
