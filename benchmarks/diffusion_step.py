@@ -11,8 +11,10 @@ the moving average. The rivals take the same volumes, and only forward, L1, back
 - MONAI: `DiffusionModelUNet` of the same widths and depth, as its users run it (float32), and in bfloat16 and
   channels-last for a comparison on equal terms.
 
-Peak memory is of one process for each way.
+Peak memory is of one process for each way. MONAI's network needs einops (pip install einops), which the package does not.
 """
+
+import importlib.util
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +92,8 @@ def main() -> None:
     if options.worker:
         name, grid = options.worker
         return benchmark.answer(measure_memory(name, int(grid), options.device, options.seed))
+    if importlib.util.find_spec("einops") is None:
+        raise SystemExit("MONAI's diffusion UNet needs einops: pip install einops.")
     grid, small_grid = (24, 8) if options.quick else (48, 24)
     rounds = options.rounds or (3 if options.quick else 15)
     rows, details = [], {}

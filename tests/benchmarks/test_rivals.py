@@ -19,8 +19,9 @@ from rivals import (
     padded_extent,
     upsample,
 )
+from speed import BENCHMARKS, FOLDER, commands, is_fresh
 from speed_report import write_report
-from timing import compare, compare_memory, interleave, judge, ratio, summarize
+from timing import code_version, compare, compare_memory, interleave, judge, ratio, summarize
 
 from diffdiscover3d.losses import photometric_invariance, region_consistency
 from diffdiscover3d.models.unet_3d import UNet3DModel
@@ -214,3 +215,22 @@ def test_the_report_is_of_what_there_is(tmp_path):
     assert line in page and "2.00 | at least 4 | **missed** |" in page
     assert "`python benchmarks/features.py`" in page and "torch 2.99" in page and "CUDA" not in page
     assert (tmp_path / "docs" / "speed" / "ratios-cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_results_of_this_very_code_are_fresh(tmp_path):
+    script, result = FOLDER / "loss.py", tmp_path / "speed-loss.json"
+    assert not is_fresh(result, script)
+    result.write_text('{"code": "of another day"}')
+    assert not is_fresh(result, script)
+    result.write_text(json.dumps({"code": code_version(script)}))
+    assert is_fresh(result, script) and not is_fresh(result, FOLDER / "features.py")
+    result.write_text("torn")
+    assert not is_fresh(result, script)
+
+
+def test_every_benchmark_has_a_command_and_trials_lie_apart():
+    assert all((FOLDER / script).is_file() for script in BENCHMARKS.values())
+    assert len(commands("cpu", quick=False)) == len(BENCHMARKS)
+    results = {result for result, *_ in commands("cpu", quick=False)}
+    assert not results & {result for result, *_ in commands("cpu", quick=True)}
+    assert all("speed-scaling" not in str(result) for result, *_ in commands("cuda", quick=False))
