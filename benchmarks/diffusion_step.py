@@ -11,7 +11,8 @@ the moving average. The rivals take the same volumes, and only forward, L1, back
 - MONAI: `DiffusionModelUNet` of the same widths and depth, as its users run it (float32), and in bfloat16 and
   channels-last for a comparison on equal terms.
 
-Peak memory is of one process for each way. MONAI's network needs einops (pip install einops), which the package does not.
+Peak memory is of one process for each way. MONAI's network needs einops, which the package does not:
+pip install einops.
 """
 
 import importlib.util
