@@ -198,8 +198,8 @@ def save_costs(path: Path, costs: Sequence[dict]) -> None:
     sizes = [c["voxels"] for c in rows]
     left.plot(sizes, [c["ns_per_voxel"] for c in rows], "o-", fillstyle="none")
     left.set(ylabel="ns a voxel, beyond starting up", ylim=(0, None))
-    right.plot(sizes, [c["peak_gib"] for c in rows], "s-", fillstyle="none")
-    right.set(ylabel="peak memory, GiB", ylim=(0, None))
+    right.plot(sizes, [c["peak_gb"] for c in rows], "s-", fillstyle="none")
+    right.set(ylabel="peak memory, GB", ylim=(0, None))
     for row in rows:
         label = "×".join(map(str, row["shape"]))
         left.annotate(
