@@ -21,7 +21,7 @@ from rivals import (
 )
 from speed import BENCHMARKS, FOLDER, commands, is_fresh
 from speed_report import write_report
-from timing import code_version, compare, compare_memory, interleave, judge, ratio, summarize
+from timing import absolute, code_version, compare, compare_memory, interleave, judge, ratio, summarize
 
 from diffdiscover3d.losses import photometric_invariance, region_consistency
 from diffdiscover3d.models.unet_3d import UNet3DModel
@@ -201,20 +201,44 @@ def test_the_packages_own_loop_is_timed_between_the_rivals_turns():
     assert min(seconds["package"]) > max(seconds["rival"])
 
 
-def test_the_report_is_of_what_there_is(tmp_path):
+def result(name: str, rows=(), **details) -> dict:
+    """A result as a script would write it, by hand."""
     environment = {"cpu_cores": 2, "threads": 2, "gpu": None, "packages": {"torch": "2.99"}}
+    made = {"name": name, "device": "cpu", "command": f"python benchmarks/{name}.py", "quick": False, "rows": rows}
+    made |= {"details": details, "environment": environment}
+    return made | {"load_average_before": [0.25] * 3, "load_average_after": [1.0] * 3}
+
+
+def test_the_report_is_of_what_there_is(tmp_path):
     rows = [
         compare("a case", "a rival", [6.0, 6.0], [2.0, 2.0], 2.0),
         compare_memory("a case", "a rival", 10.0, 5.0, 4.0),
     ]
-    result = {"name": "loss", "device": "cpu", "command": "python benchmarks/loss.py", "quick": False, "rows": rows}
-    result |= {"environment": environment, "load_average_before": [0.25] * 3, "load_average_after": [1.0] * 3}
-    (tmp_path / "speed-loss.json").write_text(json.dumps(result))
+    (tmp_path / "speed-loss.json").write_text(json.dumps(result("loss", rows)))
     page = write_report(tmp_path, tmp_path / "docs", {"loss": "loss.py", "features": "features.py"}).read_text()
     line = "| a case | a rival | time | 2 s | 6 s | 3.00 [3.00, 3.00] | at least 2 | met |"
     assert line in page and "2.00 | at least 4 | **missed** |" in page
     assert "`python benchmarks/features.py`" in page and "torch 2.99" in page and "CUDA" not in page
     assert (tmp_path / "docs" / "speed" / "ratios-cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_of_budget_and_costs(tmp_path):
+    row = {"part": "entry", "seconds": 2.0, "least_seconds": 0.5, "gflop": 3.0, "gb": 0.1, "fraction_of_roofline": 0.25}
+    found = {"parts": [row], "seconds": 2.0, "fraction_of_roofline": 0.25, "operators": [{"operator": "a", "share": 1}]}
+    found["largest_gap"] = {"part": "entry", "seconds_above_least": 1.5}
+    peaks = {"gflop_per_second_of": {"float32": {"matmul": 100.0}}, "bytes_per_second": 2e10}
+    recipe = {"hours_at_fraction_of_dense_bf16": {"20%": 1.5}, "total_flop": 4e17}
+    recipe |= {"assumed_dense_bf16_flop_per_second": 99e13, "parts": {"x": {"steps": 9, "flop_of_a_step": 1e12}}}
+    budget = result("budget", peaks=peaks, budgets={"a step": found}, paper_recipe=recipe)
+    cost = {"shape": [8, 9, 7], "voxels": 504, "seconds": 1.0, "peak_gb": 0.5, "ns_per_voxel": 30.0}
+    costs = result("segment-cost", [absolute("a scan", "s", [2.0, 1.0, 9.0], 3.0)], costs=[cost])
+    for made in (budget, costs):
+        (tmp_path / f"speed-{made['name']}.json").write_text(json.dumps(made))
+    page = write_report(tmp_path, tmp_path / "docs", BENCHMARKS).read_text()
+    assert "| entry | 2000.0 | 500.0 | 25% | 3.00 | 0.10 |" in page and "largest gap: entry (1.500 s" in page
+    assert "| a scan | 2 s | 1 to 9 | at most 3 | met |" in page and "an estimate, nothing was measured" in page
+    names = {"budget-cpu.png", "cost-per-voxel-cpu.png"}  # no ratio was measured
+    assert {p.name for p in (tmp_path / "docs" / "speed").iterdir()} == names
 
 
 def test_only_results_of_this_very_code_are_fresh(tmp_path):
