@@ -1,97 +1,89 @@
-"""The exact region-consistency loss against Eq. 5 written directly: time, peak memory, agreement.
+"""The exact region consistency against Eq. 5 as written: time, peak memory, agreement.
 
-    python benchmarks/loss.py --output benchmarks/results/loss.json
+    python benchmarks/loss.py
 
-Each case runs in a process of its own, so that its peak memory is its own; both ways run in the same order three times
-and the fastest counts. Times depend on the machine, their ratio hardly does.
+Forward and backward of the loss with respect to the masks. Both ways take turns; peak memory is of one process for
+each. The third case, three stages of a BraTS volume, does not fit when it is written directly.
 """
 
-import argparse
-import json
-import subprocess
-import sys
-import time
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
+from rivals import eq5_from_features
+from timing import Benchmark, compare, compare_memory, interleave, peak_above, summarize
 
-from diffdiscover3d.files import write_json
 from diffdiscover3d.losses import region_consistency
-from diffdiscover3d.reporting.provenance import describe_environment, peak_memory_mib
 
-# name: (parts, channels by coarse grid, voxel grid, whether Eq. 5 written directly fits as well)
+# name: (parts, channels by coarse grid, voxel grid, whether Eq. 5 written directly fits, targets of time and memory)
 CASES = {
-    "K8_C256_8to50": (8, [(256, (8, 8, 8))], (50, 50, 50), True),
-    "K3_C128_32to100": (3, [(128, (32, 32, 32))], (100, 100, 100), False),
-    "K3_C448_three_stages_200x200x155": (
+    "K=8, C=256, 8^3 to 50^3": (8, [(256, (8, 8, 8))], (50, 50, 50), True, 50, 10),
+    "K=3, C=128, 32^3 to 100^3": (3, [(128, (32, 32, 32))], (100, 100, 100), True, 20, None),
+    "K=3, C=448 of three stages, 200x200x155": (
         3,
         [(256, (25, 25, 20)), (128, (50, 50, 39)), (64, (100, 100, 78))],
         (200, 200, 155),
         False,
+        None,
+        None,
     ),
 }
-REPEATS = 3
+WAYS = {"exact": region_consistency, "as written": eq5_from_features}
+RIVAL = "Eq. 5 as written"
 
 
-def eq5(masks: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
-    """Eq. 5 as the paper states it: upsample all channels, then average and square part by part."""
-    grid = masks.shape[2:]
-    h = torch.cat([F.interpolate(f, size=grid, mode="trilinear", align_corners=True) for f in features], dim=1)
-    total = 0
-    for k in range(masks.shape[1]):
-        m = masks[:, k : k + 1]
-        z = (m * h).sum(dim=(2, 3, 4), keepdim=True) / m.sum(dim=(2, 3, 4), keepdim=True)
-        total = total + (m * (z - h) ** 2).sum(dim=(1, 2, 3, 4))
-    return (total / masks[0, 0].numel()).mean()
+def make_ways(case: str, device: str, seed: int) -> dict[str, Callable[[], tuple[float, float]]]:
+    """For each way a function that takes the loss and its gradient, and returns its value and the gradient's norm."""
+    parts, maps, grid, *_ = CASES[case]
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(1, parts, *grid, generator=generator).to(device).requires_grad_()
+    features = [torch.randn(1, channels, *coarse, generator=generator).to(device) for channels, coarse in maps]
+
+    def make(loss: Callable) -> Callable:
+        def way() -> tuple[float, float]:
+            logits.grad = None
+            value = loss(logits.softmax(dim=1), features)
+            value.backward()
+            return value.item(), logits.grad.norm().item()
+
+        return way
+
+    return {name: make(loss) for name, loss in WAYS.items()}
 
 
-def measure(case: str, way: str) -> dict:
-    """Forward and backward of one way on one case, in this process."""
-    parts, maps, grid, _ = CASES[case]
-    torch.manual_seed(0)
-    logits = torch.randn(1, parts, *grid, requires_grad=True)
-    features = [torch.randn(1, channels, *coarse) for channels, coarse in maps]
-    loss = {"exact": region_consistency, "direct": eq5}[way]
-    before = peak_memory_mib()
-    seconds = []
-    for _ in range(REPEATS):
-        logits.grad = None
-        clock = time.perf_counter()
-        value = loss(logits.softmax(dim=1), features)
-        value.backward()
-        seconds.append(time.perf_counter() - clock)
-    return {
-        "value": value.item(),
-        "gradient_norm": logits.grad.norm().item(),
-        "seconds": min(seconds),
-        "peak_mib": peak_memory_mib(),
-        "peak_above_inputs_mib": peak_memory_mib() - before,
-    }
+def measure_memory(case: str, way: str, device: str, seed: int) -> dict:
+    """Value, gradient and peak memory above the inputs of one way, in this process."""
+    run = make_ways(case, device, seed)[way]
+    found = []
+    peak = peak_above(lambda: found.extend(run()), device)
+    return {"value": found[0], "gradient_norm": found[1], "peak_above_inputs_mib": peak}
 
 
 def main() -> None:
-    """Run every case, print and write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/loss.json"))
-    parser.add_argument("--worker", nargs=2, metavar=("CASE", "WAY"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    """Every case: memory in processes of their own, then times in turns."""
+    benchmark = Benchmark("loss", __file__, __doc__)
+    options = benchmark.parse()
     if options.worker:
-        print(json.dumps(measure(*options.worker)))
-        return
-    results = {}
-    for case, (*_, both) in CASES.items():
-        row = {}
-        for way in ("exact", "direct") if both else ("exact",):
-            command = [sys.executable, __file__, "--worker", case, way]
-            row[way] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        if both:
-            row["speedup"] = row["direct"]["seconds"] / row["exact"]["seconds"]
-            ratio = row["direct"]["peak_above_inputs_mib"] / row["exact"]["peak_above_inputs_mib"]
-            row["memory_ratio"] = ratio
-        results[case] = row
-        print(case, json.dumps(row, indent=2))
-    write_json(options.output, {"seed": 0, "cases": results, "environment": describe_environment()})
+        return benchmark.answer(measure_memory(*options.worker, options.device, options.seed))
+    rounds = options.rounds or (1 if options.quick else 7)
+    rows, details = [], {}
+    for case, (*_, fits, time_target, memory_target) in CASES.items():
+        if options.quick and not fits:
+            continue
+        names = list(WAYS) if fits else ["exact"]
+        found = {name: benchmark.worker(case, name) for name in names}
+        ways = make_ways(case, options.device, options.seed)
+        seconds = interleave({name: ways[name] for name in names}, rounds, 0 if options.quick else 1, options.device)
+        details[case] = {name: {**found[name], **summarize(seconds[name])} for name in names}
+        if not fits:
+            continue
+        exact, written = found["exact"], found["as written"]
+        for figure in ("value", "gradient_norm"):
+            if abs(exact[figure] - written[figure]) > 1e-3 * abs(written[figure]):
+                raise SystemExit(f"{case}: the two ways differ in {figure}: {exact[figure]} and {written[figure]}.")
+        rows.append(compare(case, RIVAL, seconds["as written"], seconds["exact"], time_target))
+        peaks = (written["peak_above_inputs_mib"], exact["peak_above_inputs_mib"])
+        rows.append(compare_memory(case, RIVAL, *peaks, memory_target))
+    benchmark.write(rows, {"rounds": rounds, "agreement": "value and gradient norm within 1e-3 relative"}, **details)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""One step of stage 2 against the direct formulation: 8 parts, features of stage 3, batches of 4, 50^3, small teacher.
+
+    python benchmarks/discovery_step.py
+
+Direct: float32 throughout, the whole teacher with forward hooks, all channels on the voxels, Eq. 5 as written, two
+passes of the segmentation network. The package's step is the one `train` takes, with loading, noise, checks and
+whatever precision its preset has. Before anything is timed, both give the same losses for the same batch in float32.
+
+Two cases: the three losses of the paper (Eq. 4), and the `small` preset as it is, whose consistencies are relative and
+which also asks the teacher for its clean prediction.
+"""
+
+import torch
+from meter import count_flops
+from paced import Repeated, random_volumes, training_config, training_steps
+from rivals import PlainStep, direct_discovery_losses
+from timing import Benchmark, compare, compare_memory, peak_above, summarize
+
+from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+from diffdiscover3d.models.unet_3d import UNET_PRESETS, UNet3DModel
+from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
+from diffdiscover3d.training.config import DiscoveryConfig
+from diffdiscover3d.training.discovery import DiscoveryTraining
+from diffdiscover3d.training.runtime import make_accelerator
+from diffdiscover3d.training.sampling import draw_generator
+
+COMMON = {"preset": "small", "num_parts": 8, "stages": (3,), "batch_size": 4}
+# name: (options, target)
+CASES = {
+    "the paper's losses": ({"relative_consistency": False, "lambda_denoised": 0.0}, 5.0),
+    "the small preset": ({}, None),
+}
+GRID = 50
+WARMUP = 2
+TOLERANCE = 1e-4
+DIRECT = "the direct formulation"
+
+
+def make_teacher(seed: int) -> DiffusionFeaturePipeline:
+    """An untrained network of the `small` preset."""
+    torch.manual_seed(seed)
+    return DiffusionFeaturePipeline(UNet3DModel(**UNET_PRESETS["small"]).eval(), make_scheduler(250))
+
+
+def make_task(config: DiscoveryConfig, accelerator, side: int, seed: int) -> DiscoveryTraining:
+    """The package's training on random volumes."""
+    volumes = Repeated(random_volumes(config.batch_size, (side,) * 3, seed))
+    return DiscoveryTraining(config, make_teacher(seed), volumes, [volumes[0]], accelerator)
+
+
+def make_config(case: str, steps: int, seed: int, **options) -> DiscoveryConfig:
+    return training_config(DiscoveryConfig, steps, teacher="small", seed=seed, **COMMON, **CASES[case][0], **options)
+
+
+def draw_batch(task: DiscoveryTraining, side: int, seed: int, device: str) -> dict[str, torch.Tensor]:
+    """A batch as the training would draw it, from the task's own `draw`."""
+    volumes = random_volumes(task.config.batch_size, (side,) * 3, seed)
+    drawn = [task.draw(v, draw_generator(seed, 0, slot)) for slot, v in enumerate(volumes)]
+    batch = {name: torch.stack([d[name] for d in drawn]) for name in drawn[0]}
+    known = {"index": torch.arange(len(volumes)), "flips": torch.zeros(len(volumes), 3, dtype=torch.bool)}
+    return {name: x.to(device) for name, x in {"volume": volumes, **known, **batch}.items()}
+
+
+def direct_step(task: DiscoveryTraining, batch: dict, seed: int, device: str) -> PlainStep:
+    """The direct formulation as a training step, with a network and teacher of its own in float32, contiguous."""
+    config, teacher = task.config, make_teacher(seed).to(device)
+    teacher.unet.requires_grad_(False)
+    torch.manual_seed(seed)
+    network = StructureDiscoveryModel(config.num_parts, dropout=config.dropout, norm=config.norm).to(device)
+
+    def loss() -> torch.Tensor:
+        return direct_discovery_losses(teacher.unet, teacher.scheduler, network, batch, config)["loss"]
+
+    return PlainStep(network, loss)
+
+
+def both_losses(case: str, side: int, seed: int, device: str) -> dict[str, dict[str, float]]:
+    """The losses of both ways for one batch in float32, dropout off."""
+    config = make_config(case, 1, seed, mixed_precision="no", dropout=0.0, output_dir="unused")
+    task = make_task(config, make_accelerator(config), side, seed)
+    batch = draw_batch(task, side, seed, device)
+    package = task.losses(task.model.train(), dict(batch))
+    direct = direct_discovery_losses(
+        make_teacher(seed).to(device).unet, task.teacher.scheduler, task.model, batch, config
+    )
+    return {name: {k: float(v) for k, v in x.items()} for name, x in (("package", package), ("direct", direct))}
+
+
+def measure(case: str, side: int, rounds: int, seed: int, device: str, rivals: bool) -> tuple[dict, float]:
+    """Seconds of the package's steps, and of the rival's if wanted; and the operations of the rival's."""
+    config = make_config(case, WARMUP + rounds + 1, seed)
+    found = {}
+
+    def make(config: DiscoveryConfig, accelerator) -> DiscoveryTraining:
+        task = make_task(config, accelerator, side, seed)
+        if rivals:
+            steps[DIRECT] = direct_step(task, draw_batch(task, side, seed, device), seed, device)
+            found["flops"] = count_flops(steps[DIRECT])
+        return task
+
+    steps: dict[str, PlainStep] = {DIRECT: lambda: None} if rivals else {}
+    volumes = Repeated(random_volumes(config.batch_size, (side,) * 3, seed))
+    return training_steps(make, config, volumes, steps, WARMUP, device), found.get("flops", 0.0)
+
+
+def measure_memory(case: str, way: str, side: int, seed: int, device: str) -> dict:
+    """Peak memory of three steps of one way above what the process held before them."""
+    if way == DIRECT:
+        config = make_config(case, 1, seed, output_dir="unused")
+        task = make_task(config, make_accelerator(config), side, seed)
+        step = direct_step(task, draw_batch(task, side, seed, device), seed, device)
+        peak = peak_above(lambda: [step() for _ in range(3)], device)
+    else:
+        peak = peak_above(lambda: measure(case, side, 1, seed, device, rivals=False), device)
+    return {"peak_above_inputs_mib": peak}
+
+
+def main() -> None:
+    """Compare the losses, then time both ways in turns, then measure the memory of each."""
+    benchmark = Benchmark("discovery-step", __file__, __doc__)
+    options = benchmark.parse()
+    side = 24 if options.quick else GRID
+    if options.worker:
+        kind, case, *way = options.worker
+        if kind == "losses":
+            return benchmark.answer(both_losses(case, side, options.seed, options.device))
+        return benchmark.answer(measure_memory(case, *way, side, options.seed, options.device))
+    rounds = options.rounds or (2 if options.quick else 11)
+    rows, details = [], {}
+    for case, (_, target) in CASES.items():
+        losses = benchmark.worker("losses", case)
+        for name, value in losses["direct"].items():
+            if abs(losses["package"][name] - value) > TOLERANCE * abs(value):
+                raise SystemExit(f"{case}: the losses differ: {losses}.")
+        seconds, flops = measure(case, side, rounds, options.seed, options.device, rivals=True)
+        memory = {way: benchmark.worker("memory", case, way)["peak_above_inputs_mib"] for way in ("package", DIRECT)}
+        what = f"discovery step, {case}, {side}^3"
+        rows.append(compare(what, DIRECT, seconds[DIRECT], seconds["package"], target))
+        rows.append(compare_memory(what, DIRECT, memory[DIRECT], memory["package"]))
+        details[case] = {"package": summarize(seconds["package"]), "direct": summarize(seconds[DIRECT], flops)}
+        details[case] |= {"losses_in_float32": losses, "peak_above_inputs_mib": memory}
+    settings = {**COMMON, "grid": side, "rounds": rounds, "warmup": WARMUP, "tolerance": TOLERANCE}
+    benchmark.write(rows, settings, **details)
+
+
+if __name__ == "__main__":
+    main()
