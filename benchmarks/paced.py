@@ -15,6 +15,7 @@ import torch
 from timing import seconds_of, synchronize
 
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, TrainingConfig, make_config
+from diffdiscover3d.training.precision import settle_precision
 from diffdiscover3d.training.runtime import make_accelerator, train
 
 
@@ -118,6 +119,7 @@ def training_steps(
 
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(config, output_dir=str(Path(folder) / "training"))
+        config = settle_precision(config, Path(folder) / "none")  # as the command does before anything else
         accelerator = make_accelerator(config)
         task = Paced(make_task(config, accelerator), turn, device, moments)
         train(task, config, volumes, accelerator)

@@ -18,10 +18,11 @@ from torch import nn
 from diffdiscover3d.models.blocks import ResidualBlock
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.training.checkpoints import STATE_FILE
-from diffdiscover3d.training.config import DiffusionConfig, TrainingConfig
+from diffdiscover3d.training.config import MEMORY_FORMATS, DiffusionConfig, TrainingConfig
 
 logger = logging.getLogger("diffdiscover3d")
 FORMATS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
+FORMATS["auto"] = FORMATS["channels_last"]  # of a task that was made without measuring first
 _GAIN = 1.15  # bfloat16 has to be so much faster: below, it is not worth its rounding, nor above the noise of timing
 _ROUNDS = 3
 
@@ -98,7 +99,7 @@ _PROBES: dict[str, Callable] = {"unet": _residual_blocks, "discovery": _segmenta
 
 def _measure(network: nn.Module, volume: torch.Tensor, now: Callable[[], float]) -> dict[tuple[str, str], float]:
     device = volume.device
-    ways = list(itertools.product(("no", "bf16"), FORMATS))
+    ways = list(itertools.product(("no", "bf16"), MEMORY_FORMATS[1:]))
     seconds: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
     for _ in range(1 + _ROUNDS):  # in turns, so that whatever else the machine does meets all of them alike
         for precision, layout in ways:
@@ -118,7 +119,9 @@ def _measure(network: nn.Module, volume: torch.Tensor, now: Callable[[], float])
 
 def choose(seconds: dict[tuple[str, str], float]) -> dict[str, str]:
     """The options that [`measure`] speaks for; float32 where bfloat16 gains little."""
-    best = {precision: min(FORMATS, key=lambda f, p=precision: seconds[p, f]) for precision in ("no", "bf16")}
+    best = {
+        precision: min(MEMORY_FORMATS[1:], key=lambda f, p=precision: seconds[p, f]) for precision in ("no", "bf16")
+    }
     gain = seconds["no", best["no"]] / seconds["bf16", best["bf16"]]
     precision = "bf16" if gain >= _GAIN else "no"
     return {"mixed_precision": precision, "memory_format": best[precision]}

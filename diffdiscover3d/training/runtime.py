@@ -89,7 +89,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """
     try:
         accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
+            mixed_precision=None if config.mixed_precision == "auto" else config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=config.report_to,
             project_dir=config.output_dir,
