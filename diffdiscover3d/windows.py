@@ -8,7 +8,7 @@ from diffdiscover3d.memory import activation_bytes
 
 OVERLAP = 0.25  # of neighbouring windows, as a share of their side
 BUDGET = 4 * 2**30  # bytes for the activations of one window and the sums of those that are not all in
-_OWN_BUDGET = 19 * 2**28  # the default network takes a volume of 256³ at once in 4.2 GiB: a little more is no leap
+_OWN_BUDGET = BUDGET + 5 * 2**27  # the default network takes 256³ at once in 4.125 GiB: half a GiB more is no leap
 _STEP, _SMALLEST = 16, 64  # voxels: windows are tried in steps of the first, down to the second
 _READING = 200 * 2**20  # bytes in which slabs are read, measured and compressed
 
@@ -45,10 +45,10 @@ def window_starts(length: int, window: int) -> list[int]:
 def choose_window(shape: Sequence[int], network: Mapping) -> int:
     """The side of the windows in which a volume is divided.
 
-    The network's own, if activations and sums stay in 4 GiB with it. Otherwise the one with which the network sees the
-    fewest voxels, the largest in a tie: of the multiples of 16 from half of its own on that stay in 4 GiB, and its own
-    if that stays in 4.75. If none of these does, the largest below, but at least 64. What counts is the order of the
-    axes that takes most, so that it does not matter how a scan is stored.
+    As near to the network's own as memory allows, since a window changes what a norm over its voxels sees: the own, if
+    activations and sums stay in 4.625 GiB with it, otherwise the largest multiple of 16 with which they stay in 4 GiB,
+    but at least 64. What counts is the order of the axes that takes most, so that it does not matter how a scan is
+    stored.
 
     Args:
         shape: of the volume, in voxels.
@@ -60,19 +60,10 @@ def choose_window(shape: Sequence[int], network: Mapping) -> int:
     def takes(side: int) -> float:
         return max(window_bytes(order, side, network) for order in orders)
 
-    if max(shape) <= own or takes(own) <= BUDGET:
+    if max(shape) <= own or takes(own) <= _OWN_BUDGET:
         return own
-    fitting = [side for side in range((own - 1) // _STEP * _STEP, _SMALLEST - 1, -_STEP) if takes(side) <= BUDGET]
-    wide = [own] if takes(own) <= _OWN_BUDGET else []
-    wide += [side for side in fitting if 2 * side >= own]
-    if wide:
-        return min(wide, key=lambda side: seen_voxels(shape, side))
-    return fitting[0] if fitting else min(own, _SMALLEST)
-
-
-def seen_voxels(shape: Sequence[int], window: int) -> int:
-    """The voxels of all windows together: more than the volume has, since windows overlap."""
-    return math.prod(len(window_starts(n, window)) * min(n, window) for n in shape)
+    sides = range((own - 1) // _STEP * _STEP, _SMALLEST - 1, -_STEP)
+    return next((side for side in sides if takes(side) <= BUDGET), min(own, _SMALLEST))
 
 
 def window_bytes(shape: Sequence[int], window: int, network: Mapping) -> float:

@@ -120,7 +120,7 @@ def test_small_volumes_keep_the_networks_own_window():
     assert choose_window((300, 100, 100), NETWORK) == 256 and slides((300, 100, 100, 7), NETWORK)
     # two windows that take a little more than the budget, where smaller ones would be eight or more
     assert choose_window((256, 300, 256), {**NETWORK, "num_parts": 4}) == 256
-    assert choose_window((300, 300, 300), {**NETWORK, "num_parts": 4}) == 176
+    assert choose_window((300, 300, 300), {**NETWORK, "num_parts": 4}) == 240
 
 
 @pytest.mark.parametrize("shape", [(512, 512, 512), (1024, 1024, 512), (640, 300, 640)])
@@ -130,8 +130,7 @@ def test_windows_of_large_volumes_stay_in_the_budget(shape, parts):
     chosen = {choose_window(order, network) for order in itertools.permutations(shape)}
     (window,) = chosen  # however the axes are stored
     takes = {w: max(window_bytes(o, w, network) for o in itertools.permutations(shape)) for w in range(128, 257, 16)}
-    seen = {w: np.prod([len(window_starts(n, w)) * w for n in shape]) for w in takes if takes[w] <= windows.BUDGET}
-    assert seen and window == max(w for w in seen if seen[w] == min(seen.values()))
+    assert window == max(w for w in takes if takes[w] <= windows.BUDGET) and window < 256 and takes[256] > 4.7 * 2**30
     assert streaming_bytes(shape, network) < windows.BUDGET * 1.1
 
 
