@@ -98,7 +98,7 @@ def label_scan(
             files = case.levels[level]
             soft, found = _probabilities(network, case.input, scan, arguments["fast"], working, notes, coarser)
             coarser = (network, found)  # the next level divides these parts: they need not be found again
-            labels = soft.argmax(dim=0).to(torch.uint8 if len(soft) <= 256 else torch.int32).cpu().numpy()
+            labels = soft.max(dim=0).indices.to(torch.uint8 if len(soft) <= 256 else torch.int32).cpu().numpy()
             labels = labels if labels.dtype == np.uint8 else labels.astype(np.uint16)
             if arguments["order"] == "size":
                 numbers = number_by_size(labels, num_parts[level])
