@@ -11,7 +11,7 @@ import json, resource, sys, time, torch
 from diffdiscover3d.memory import segmentation_bytes
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 shape, parts = tuple(json.loads(sys.argv[1])), int(sys.argv[2])
-model = StructureDiscoveryModel(num_parts=parts).eval()
+model = StructureDiscoveryModel(num_parts=parts).eval().to(memory_format=torch.channels_last_3d)  # as load_discovery
 volume = torch.rand(shape)
 before, clock = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
 model.segment(volume)

@@ -32,7 +32,7 @@ def reading_bytes(header, shape: Sequence[int]) -> float:
 
 def activation_bytes(shape: Sequence[int], window: int, network: Mapping) -> float:
     """The activations of a discovery network in one window of a volume, fitted to `benchmarks/results/memory.json`."""
-    return math.prod(min(float(n), window) for n in shape[:3]) * 33 * network["channels"][0]
+    return math.prod(min(float(n), window) for n in shape[:3]) * 21 * network["channels"][0]
 
 
 def segmentation_bytes(shape: Sequence[int], network: Mapping) -> float:

@@ -8,7 +8,6 @@ from diffdiscover3d.memory import activation_bytes
 
 OVERLAP = 0.25  # of neighbouring windows, as a share of their side
 BUDGET = 4 * 2**30  # bytes for the activations of one window and the sums of those that are not all in
-_OWN_BUDGET = BUDGET + 5 * 2**27  # the default network takes 256³ at once in 4.125 GiB: half a GiB more is no leap
 _STEP, _SMALLEST = 16, 64  # voxels: windows are tried in steps of the first, down to the second
 _READING = 200 * 2**20  # bytes in which slabs are read, measured and compressed
 
@@ -46,9 +45,8 @@ def choose_window(shape: Sequence[int], network: Mapping) -> int:
     """The side of the windows in which a volume is divided.
 
     As near to the network's own as memory allows, since a window changes what a norm over its voxels sees: the own, if
-    activations and sums stay in 4.625 GiB with it, otherwise the largest multiple of 16 with which they stay in 4 GiB,
-    but at least 64. What counts is the order of the axes that takes most, so that it does not matter how a scan is
-    stored.
+    activations and sums stay in 4 GiB with it, otherwise the largest multiple of 16 with which they do, but at least
+    64. What counts is the order of the axes that takes most, so that it does not matter how a scan is stored.
 
     Args:
         shape: of the volume, in voxels.
@@ -60,7 +58,7 @@ def choose_window(shape: Sequence[int], network: Mapping) -> int:
     def takes(side: int) -> float:
         return max(window_bytes(order, side, network) for order in orders)
 
-    if max(shape) <= own or takes(own) <= _OWN_BUDGET:
+    if max(shape) <= own or takes(own) <= BUDGET:
         return own
     sides = range((own - 1) // _STEP * _STEP, _SMALLEST - 1, -_STEP)
     return next((side for side in sides if takes(side) <= BUDGET), min(own, _SMALLEST))

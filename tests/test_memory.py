@@ -22,7 +22,7 @@ NETWORK = {"window_size": 256, "channels": [8, 16], "num_parts": 4}
 @pytest.mark.parametrize("row", MEASURED, ids=lambda r: "x".join(map(str, r["shape"])))
 def test_the_estimate_is_near_the_measured_peak(row):
     estimate = memory.segmentation_bytes(row["shape"], {**NETWORK, "num_parts": row["parts"]}) / 2**30
-    assert estimate == pytest.approx(row["peak_gib"], rel=0.15)
+    assert 0.85 * row["peak_gib"] <= estimate <= 1.25 * row["peak_gib"]
 
 
 def test_large_volumes_cost_their_parts_and_not_their_activations():
@@ -66,10 +66,10 @@ def test_a_volume_that_can_be_read_but_not_segmented(tmp_path, monkeypatch, tiny
     path = promise(tmp_path / "large.nii", (300, 256, 256))
     monkeypatch.setattr(memory, "free_memory", lambda: 2**30)
     monkeypatch.setattr("diffdiscover3d.segmentation.open_slabs", None)  # it must not come to that
-    with pytest.raises(MemoryLimitError, match=r"large\.nii.*needs about 4\.5 GiB and 1\.0 GiB"):
+    with pytest.raises(MemoryLimitError, match=r"large\.nii.*needs about 3\.0 GiB and 1\.0 GiB"):
         segment(path, tmp_path / "out", model=str(tiny_discovery), device="cpu")
     monkeypatch.setattr(memory, "free_memory", lambda: 2**29)
-    with pytest.raises(MemoryLimitError, match=r"0\.7 GiB and .*; without --fast .* slab by slab in about 4\.5 GiB"):
+    with pytest.raises(MemoryLimitError, match=r"0\.5 GiB and .*; without --fast .* slab by slab in about 3\.0 GiB"):
         segment(path, tmp_path / "out", model=str(tiny_discovery), device="cpu", fast=True)
     assert not (tmp_path / "out").exists()
 
