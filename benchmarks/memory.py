@@ -4,7 +4,13 @@ import json
 import subprocess
 import sys
 
-SHAPES = [(64, 64, 64), (128, 128, 128), (200, 200, 155), (256, 256, 256), (300, 260, 200)]
+SHAPES = [
+    (64, 64, 64),
+    (128, 128, 128),
+    (200, 200, 155),
+    (256, 256, 256),
+    (300, 300, 260),
+]  # over the last a window slides
 PARTS = (2, 8)
 PROBE = """
 import json, resource, sys, time, torch

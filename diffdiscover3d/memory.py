@@ -30,6 +30,11 @@ def reading_bytes(header, shape: Sequence[int]) -> float:
     return stored + 8 * math.prod(map(float, shape[:3]))
 
 
+def taken_at_once(shape: Sequence[int], network: Mapping) -> bool:
+    """Whether a network takes a volume at once: if it has no more voxels than one of its windows."""
+    return math.prod(map(float, shape[:3])) <= float(network["window_size"]) ** 3
+
+
 def activation_bytes(shape: Sequence[int], window: int, network: Mapping) -> float:
     """The activations of a discovery network in one window of a volume, fitted to `benchmarks/results/memory.json`."""
     return math.prod(min(float(n), window) for n in shape[:3]) * 21 * network["channels"][0]
@@ -45,10 +50,10 @@ def segmentation_bytes(shape: Sequence[int], network: Mapping) -> float:
         shape: of the volume, in voxels; only the first three axes count.
         network: the configuration of the discovery network.
     """
-    shape, window = [float(n) for n in shape[:3]], network["window_size"]
-    slides = max(shape) > window
-    at_once = activation_bytes(shape, window, network)
-    return 2**26 + at_once + (math.prod(shape) * (8 * network["num_parts"] + 20) if slides else 0)
+    if taken_at_once(shape, network):
+        return 2**26 + activation_bytes(shape, max(shape[:3]), network)
+    sums = math.prod(map(float, shape[:3])) * (8 * network["num_parts"] + 20)
+    return 2**26 + activation_bytes(shape, network["window_size"], network) + sums
 
 
 def resampling_bytes(header, shape: Sequence[int], grid: Sequence[int], network: Mapping) -> float:

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-from diffdiscover3d.memory import activation_bytes
+from diffdiscover3d.memory import activation_bytes, taken_at_once
 
 OVERLAP = 0.25  # of neighbouring windows, as a share of their side
 BUDGET = 4 * 2**30  # bytes for the activations of one window and the sums of those that are not all in
@@ -26,7 +26,7 @@ def slides(shape: Sequence[int], network: Mapping) -> bool:
     This alone decides which volumes `segment` divides slab by slab, so that a scan gets the same labels on every
     machine, however much memory is free.
     """
-    return any(max(shape[:3]) > config["window_size"] for config in hierarchy(network))
+    return not all(taken_at_once(shape, config) for config in hierarchy(network))
 
 
 def window_starts(length: int, window: int) -> list[int]:
@@ -42,7 +42,7 @@ def window_starts(length: int, window: int) -> list[int]:
 
 
 def choose_window(shape: Sequence[int], network: Mapping) -> int:
-    """The side of the windows in which a volume is divided.
+    """The side of the windows in which a volume is divided; its longest one, if the network takes it at once.
 
     As near to the network's own as memory allows, since a window changes what a norm over its voxels sees: the own, if
     activations and sums stay in 4 GiB with it, otherwise the largest multiple of 16 with which they do, but at least
@@ -58,7 +58,9 @@ def choose_window(shape: Sequence[int], network: Mapping) -> int:
     def takes(side: int) -> float:
         return max(window_bytes(order, side, network) for order in orders)
 
-    if max(shape) <= own or takes(own) <= BUDGET:
+    if taken_at_once(shape, network):
+        return max(shape)
+    if takes(own) <= BUDGET:
         return own
     sides = range((own - 1) // _STEP * _STEP, _SMALLEST - 1, -_STEP)
     return next((side for side in sides if takes(side) <= BUDGET), min(own, _SMALLEST))

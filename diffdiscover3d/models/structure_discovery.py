@@ -10,6 +10,7 @@ from diffusers.utils import BaseOutput
 
 from diffdiscover3d.data.nifti import as_volume_tensor
 from diffdiscover3d.data.transforms import min_max_normalize, pad_to_multiple
+from diffdiscover3d.memory import taken_at_once
 from diffdiscover3d.models.blocks import precise_if_small
 from diffdiscover3d.models.loading import StrictLoadingMixin
 
@@ -47,7 +48,8 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         channels, strides: of the MONAI U-Net, as the authors chose them.
         dropout: probability.
         norm: "batch" (the authors' choice) or "instance".
-        window_size: longest side of a volume that is segmented at once; beyond, a window of this size slides over it.
+        window_size: side of a cube that is segmented at once, as is any volume of no more voxels; over a larger one a
+            window of this side slides.
         parent: configuration of the model whose parts this one divides; `None`: it divides the whole volume. The
             parent is a part of this model, frozen, and saved with it (not in the paper).
         children: into how many parts each of the parent's parts is divided; 1 keeps it whole. They sum to K.
@@ -172,7 +174,7 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         """The soft parts of one window of a volume that is not in memory, from what was found of the whole volume.
 
         Args:
-            normalized: (B, 1, h, w, d), at most `window_size` along each axis, where the whole volume lies in [0, 1].
+            normalized: (B, 1, h, w, d), no more voxels than are taken at once, where the whole volume lies in [0, 1].
             parent_labels: (B, 1, h, w, d) parts of the parent; `None` without a parent.
             moments: (parts of the parent, 2) mean and standard deviation in each of them over the whole volume,
                 normalised; `None` without a parent.
@@ -248,7 +250,7 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         if parent_labels is None:
             parent_labels = self._parent_labels(normalized, progress)
         view = self._view(normalized, parent_labels)
-        if max(view.shape[2:]) <= window:
+        if taken_at_once(view.shape[2:], self.config):
             return self._logits(view, parent_labels).float().softmax(dim=1)
         from monai.inferers import sliding_window_inference
 

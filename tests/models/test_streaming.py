@@ -117,7 +117,9 @@ def test_windows_lie_where_monai_puts_them(length, window):
 
 def test_small_volumes_keep_the_networks_own_window():
     assert choose_window((256, 200, 256), NETWORK) == 256 and not slides((256, 200, 256), NETWORK)
-    assert choose_window((300, 100, 100), NETWORK) == 256 and slides((300, 100, 100, 7), NETWORK)
+    # it is the number of voxels that counts
+    assert choose_window((300, 100, 100), NETWORK) == 300 and not slides((300, 100, 100, 7), NETWORK)
+    assert choose_window((257, 256, 256), NETWORK) == 256 and slides((257, 256, 256), NETWORK)
     assert choose_window((300, 300, 300), {**NETWORK, "num_parts": 2}) == 256
     assert choose_window((300, 300, 300), {**NETWORK, "num_parts": 12}) == 240  # whose sums are larger
 
@@ -144,7 +146,7 @@ def test_beyond_all_bounds_the_smallest_window_is_left():
 def test_a_hierarchy_slides_where_one_of_its_networks_does():
     network = {**NETWORK, "parent": {**NETWORK, "num_parts": 2, "window_size": 64}}
     assert [n["num_parts"] for n in hierarchy(network)] == [2, 8]
-    assert slides((70, 20, 20), network) and not slides((64, 20, 20), network)
+    assert slides((64, 64, 65), network) and not slides((64, 64, 64), network) and not slides((655, 20, 20), network)
     wide = {**NETWORK, "parent": {**NETWORK, "channels": [64]}}
     assert streaming_bytes((256,) * 3, wide) > 5 * streaming_bytes((256,) * 3, NETWORK)
 
