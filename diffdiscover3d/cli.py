@@ -1,5 +1,6 @@
 """The command line: parse, call one function, print. Heavy imports wait inside the commands."""
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -120,11 +121,14 @@ def segment(
     volume: VolumeNumber = None,
     nan_to_zero: NanToZero = False,
     ignore_affine: IgnoreAffine = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Take a Hub model from the cache only.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Divide volumes into parts: writes STEM_dseg.nii.gz, .json and .tsv, on each input's own grid."""
     from diffdiscover3d.data.preflight import refuse_early
 
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported, which is still to come
     refuse_early(inputs, device, by_slabs=not fast, volume=volume, nan_to_zero=nan_to_zero, ignore_affine=ignore_affine)
     from diffdiscover3d.segmentation import segment as run
 

@@ -294,6 +294,21 @@ def test_pulled_models_are_the_same_bit_for_bit_and_work_offline(hub, pulled, mo
     assert labels[0] == labels[1] == labels[2]
 
 
+def test_segment_offline_asks_nobody(hub, pulled, models, tmp_path):
+    online, folder, _ = pulled
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    scan, asked = models / "scan.nii.gz", sum(hub.requests.values())
+    for cache, code in ((folder / "cache", 0), (tmp_path / "empty", 6)):
+        command = [sys.executable, "-m", "diffdiscover3d.cli", "segment", str(scan), "-m", "user/parts", "--offline"]
+        environment = {**clean, **hub.environment(cache)}
+        command += ["-o", str(tmp_path / str(code))]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert done.returncode == code, done.stderr
+    assert "cache" in done.stderr and sum(hub.requests.values()) == asked
+    labels = (tmp_path / "0" / "scan_dseg.nii.gz").read_bytes()
+    assert hashlib.sha256(labels).hexdigest() == online["labels"]
+
+
 def test_pull_to_a_folder(pulled):
     answer, folder, _ = pulled
     assert answer["pulled"] == [0, str(folder / "model"), ""] and answer["replaced"][0] == 0
