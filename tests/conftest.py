@@ -1,9 +1,21 @@
 """What several test files share."""
 
+import sys
+
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Each test may choose its precision: in one process accelerate keeps the first, as its own tests know."""
+    yield
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state()
+        state.PartialState._reset_state()
 
 
 @pytest.fixture(scope="session")
