@@ -31,7 +31,7 @@ class StepFigures:
         self.bad_steps, self.stop_asked = 0, False
         self._lag = 0 if device.type == "cpu" else 1
         self._output = output
-        self._waiting: list[tuple[int, dict[str, torch.Tensor]]] = []
+        self._waiting: list[tuple[int, tuple[str, ...], torch.Tensor]] = []
 
     def add(self, step: int, names: tuple[str, ...], values: torch.Tensor) -> None:
         """Take the figures of a step.

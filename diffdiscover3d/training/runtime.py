@@ -218,6 +218,7 @@ def _take_step(
     torch.manual_seed(draw_generator(config.seed, step, -1 - accelerator.process_index & 0xFFFF).initial_seed())
     sums: dict[str, torch.Tensor] = {}
     finite = torch.ones((), device=accelerator.device)
+    skips_on_device = accelerator.device.type in _SKIPS_ON_DEVICE  # only a fused optimiser may be told `found_inf`
     for _ in range(config.gradient_accumulation_steps):
         batch = next(batches)
         set_slots(dropouts, config.seed, step, batch.pop("slot").tolist())
@@ -230,8 +231,9 @@ def _take_step(
                 norm = accelerator.clip_grad_norm_(model.parameters(), limit)
                 if accelerator.scaler is None:  # a float16 scaler skips what overflows by itself, and lowers its scale
                     finite = torch.isfinite(norm).float()
-                    optimizer.optimizer.found_inf = 1 - finite  # the fused optimiser then skips the step on the device
-            if accelerator.device.type in _SKIPS_ON_DEVICE or bool(finite):
+                    if skips_on_device:
+                        optimizer.optimizer.found_inf = 1 - finite
+            if skips_on_device or bool(finite):
                 optimizer.step()
             optimizer.zero_grad()
         for name, value in losses.items():

@@ -140,3 +140,22 @@ def test_a_launcher_that_shards_is_refused(name, monkeypatch, tmp_path, capsys):
     assert main(["diffusion", "--preset", "small", "--output-dir", str(tmp_path)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "must not shard" in error and "--multi_gpu" in error and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_gradient_that_is_not_finite_changes_nothing(fused, tmp_path, monkeypatch):
+    """Where the optimiser cannot skip on the device, as on mps, the host does."""
+    if not fused:
+        monkeypatch.setattr("diffdiscover3d.training.runtime._SKIPS_ON_DEVICE", ())
+    config = make_config(DiffusionConfig, mixed_precision="no", output_dir=str(tmp_path))
+    accelerator = make_accelerator(config)
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters(), fused=fused)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    before, asked = model.weight.detach().clone(), SimpleNamespace(requested=False)
+    for step, scale in enumerate((NAN, 1.0)):
+        task = SimpleNamespace(losses=lambda m, batch, scale=scale: {"loss": scale * m(batch["volume"]).sum()})
+        batch = {"volume": torch.ones(1, 2), "slot": torch.zeros(1, dtype=torch.long)}
+        _, values = _take_step(task, model, optimizer, iter([batch]), config, accelerator, step, [], asked)
+        assert values[-2] == (0 if step == 0 else 1)
+        assert torch.isfinite(model.weight).all() and torch.equal(model.weight, before) == (step == 0)
