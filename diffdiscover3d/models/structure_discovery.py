@@ -11,7 +11,7 @@ from diffusers.utils import BaseOutput
 from diffdiscover3d.data.nifti import as_volume_tensor
 from diffdiscover3d.data.transforms import min_max_normalize, pad_to_multiple
 from diffdiscover3d.memory import taken_at_once
-from diffdiscover3d.models.blocks import precise_if_small
+from diffdiscover3d.models.blocks import Conv3d, precise_if_small
 from diffdiscover3d.models.loading import StrictLoadingMixin
 
 _VIEW_RANGE = 4.0  # standard deviations
@@ -87,7 +87,8 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         self.stride = int(torch.tensor(list(strides)).prod())
         # one output for every part that is not simply a part of the parent
         outputs = num_parts if parent is None else sum(c for c in children if c > 1)
-        self.network = UNet(3, 1, outputs, tuple(channels), tuple(strides), dropout=dropout, norm=norm)
+        network = UNet(3, 1, outputs, tuple(channels), tuple(strides), dropout=dropout, norm=norm)
+        self.network = Conv3d.adopt(network)
         self.register_buffer("part_order", torch.arange(num_parts))
         self.parent_model = None if parent is None else StructureDiscoveryModel(**parent).requires_grad_(False).eval()
 

@@ -12,7 +12,14 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from diffdiscover3d.data.transforms import pad_to_multiple
-from diffdiscover3d.models.blocks import ATTENTIONS, FullAttention, ResidualBlock, TimeEmbedding, precise_if_small
+from diffdiscover3d.models.blocks import (
+    ATTENTIONS,
+    Conv3d,
+    FullAttention,
+    ResidualBlock,
+    TimeEmbedding,
+    precise_if_small,
+)
 from diffdiscover3d.models.loading import StrictLoadingMixin
 
 
@@ -109,7 +116,7 @@ class UNet3DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         level = (blocks_per_level, attention_heads, attention_head_dim, norm_groups)
         entry = width // 3 * 2
         self.time_embedding = TimeEmbedding(width)
-        self.conv_in = nn.Conv3d(in_channels, entry, 7, padding=3)
+        self.conv_in = Conv3d(in_channels, entry, 7, padding=3)
 
         self.down_levels, self.downsamples = nn.ModuleList(), nn.ModuleList()
         for i, (a, b) in enumerate(zip([entry, *channels[:-1]], channels, strict=True)):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from diffdiscover3d.models.blocks import LinearAttention, NormSiLU
+from diffdiscover3d.models.blocks import Conv3d, LinearAttention, NormSiLU
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNet3DModel
 
@@ -107,3 +108,46 @@ def test_gradients_of_short_volumes_are_right_in_bfloat16(shape):
         for name, exact in found[False].items():
             if exact.ndim == 5:  # of the convolutions' weights
                 assert (found[True][name] - exact).norm() <= 0.1 * exact.norm() + 1e-3, name
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (4, 2, 1), (7, 1, 3), (1, 1, 0)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@torch.no_grad()
+def test_a_single_small_volume_is_convolved_as_in_double_precision(kernel, stride, padding, layout):
+    torch.manual_seed(0)
+    convolution = Conv3d(5, 6, kernel, stride=stride, padding=padding).to(memory_format=layout)
+    volume = torch.randn(1, 5, 9, 12, 7).contiguous(memory_format=layout)
+    w, b = convolution.weight.double(), convolution.bias.double()
+    expected = F.conv3d(volume.double(), w, b, stride=stride, padding=padding)
+    torch.testing.assert_close(convolution(volume), expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_single_small_volume_has_the_gradients_of_torchs_convolution():
+    torch.manual_seed(0)
+    convolution, volume = Conv3d(2, 3, 3, padding=1), torch.randn(1, 2, 5, 6, 7)
+    plain = nn.Conv3d(2, 3, 3, padding=1)
+    plain.load_state_dict(convolution.state_dict())
+    for module in (convolution, plain):
+        module(volume).square().sum().backward()
+    torch.testing.assert_close(convolution.weight.grad, plain.weight.grad)
+
+
+def test_small_volumes_do_not_fall_into_torchs_slow_loop():
+    """What Conv3d is for: were torch to mend it, or the way around it to be lost, this would tell."""
+    volume = torch.randn(1, 32, 12, 12, 12)
+    used = {}
+    for kind in (Conv3d, nn.Conv3d):
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            kind(32, 32, 3, padding=1)(volume)
+        used[kind] = {event.key for event in profile.key_averages()}
+    assert "aten::mkldnn_convolution" in used[Conv3d] and "aten::slow_conv3d_forward" not in used[Conv3d]
+    assert "aten::slow_conv3d_forward" in used[nn.Conv3d]
+
+
+def test_somebody_elses_network_is_adopted_under_the_same_names():
+    network = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Sequential(nn.ConvTranspose3d(2, 1, 3), nn.Conv3d(1, 1, 1)))
+    names = list(network.state_dict())
+    assert Conv3d.adopt(network) is network
+    assert list(network.state_dict()) == names
+    assert [type(m) for m in network.modules() if isinstance(m, nn.Conv3d)] == [Conv3d, Conv3d]
+    assert type(network[1][0]) is nn.ConvTranspose3d
