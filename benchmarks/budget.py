@@ -133,7 +133,7 @@ def diffusion_job(side: int, seed: int) -> dict:
 
 def discovery_job(side: int, seed: int) -> dict:
     """The paper's losses on the `small` preset, as in discovery_step.py."""
-    config = make_config("the paper's losses", 1, seed)
+    config = make_config("the paper's losses, small teacher, fresh", 1, seed)
 
     def parts(task) -> tuple[list, list]:
         network = task.model.network

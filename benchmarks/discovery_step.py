@@ -1,4 +1,4 @@
-"""One step of stage 2 against the direct formulation: 8 parts, features of stage 3, batches of 4, 50^3, small teacher.
+"""One step of stage 2 against the direct formulation: 8 parts, features of stage 3, batches of 4, 50^3.
 
     python benchmarks/discovery_step.py
 
@@ -6,16 +6,20 @@ Direct: float32 throughout, the whole teacher with forward hooks, all channels o
 passes of the segmentation network. The package's step is the one `train` takes, with loading, noise, checks and
 whatever precision its preset has. Before anything is timed, both give the same losses for the same batch in float32.
 
-Two cases: the three losses of the paper (Eq. 4), and the `small` preset as it is, whose consistencies are relative and
-which also asks the teacher for its clean prediction.
+Cases: the three losses of the paper (Eq. 4), and the `small` preset as it is, whose consistencies are relative and
+which also asks the teacher for its clean prediction. The teacher is the `small` UNet, or the paper's (width 64, 64^3,
+attention on every level). "Fresh": the teacher is asked at every step, as the direct formulation does. "Fixed": it was
+asked once for each volume (`--teacher-noise fixed`, as in the recipe `small`), and steps after the first epoch are
+timed; what asking took is in the details, as seconds a volume. Its losses are then those of one draw of noise.
 """
 
 import torch
 from meter import count_flops
 from paced import Repeated, random_volumes, training_config, training_steps
 from rivals import PlainStep, direct_discovery_losses
-from timing import Benchmark, compare, compare_memory, peak_above, summarize
+from timing import Benchmark, compare, compare_memory, peak_above, seconds_of, summarize
 
+from diffdiscover3d.models.blocks import Conv3d
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNET_PRESETS, UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
@@ -25,10 +29,15 @@ from diffdiscover3d.training.runtime import make_accelerator
 from diffdiscover3d.training.sampling import draw_generator
 
 COMMON = {"preset": "small", "num_parts": 8, "stages": (3,), "batch_size": 4}
-# name: (options, target)
+PAPER, FIXED = {"relative_consistency": False, "lambda_denoised": 0.0}, {"teacher_noise": "fixed"}
+# name: (teacher, options, target, rounds)
 CASES = {
-    "the paper's losses": ({"relative_consistency": False, "lambda_denoised": 0.0}, 5.0),
-    "the small preset": ({}, None),
+    "the paper's losses, small teacher, fresh": ("small", PAPER, 5.0, 11),
+    "the paper's losses, small teacher, fixed": ("small", {**PAPER, **FIXED}, 5.0, 11),
+    "the small preset, fresh": ("small", {}, None, 7),
+    "the small preset, fixed, no dropout": ("small", {**FIXED, "dropout": 0.0}, None, 7),
+    "the paper's losses, the paper's teacher, fresh": ("paper", PAPER, 5.0, 3),
+    "the paper's losses, the paper's teacher, fixed": ("paper", {**PAPER, **FIXED}, 5.0, 3),
 }
 GRID = 50
 WARMUP = 2
@@ -36,24 +45,37 @@ TOLERANCE = 1e-4
 DIRECT = "the direct formulation"
 
 
-def make_teacher(seed: int) -> DiffusionFeaturePipeline:
-    """An untrained network of the `small` preset."""
+def make_teacher(preset: str, seed: int) -> DiffusionFeaturePipeline:
+    """An untrained network of a preset."""
     torch.manual_seed(seed)
-    return DiffusionFeaturePipeline(UNet3DModel(**UNET_PRESETS["small"]).eval(), make_scheduler(250))
+    return DiffusionFeaturePipeline(UNet3DModel(**UNET_PRESETS[preset]).eval(), make_scheduler(250))
 
 
 def make_task(config: DiscoveryConfig, accelerator, side: int, seed: int) -> DiscoveryTraining:
     """The package's training on random volumes."""
     volumes = Repeated(random_volumes(config.batch_size, (side,) * 3, seed))
-    return DiscoveryTraining(config, make_teacher(seed), volumes, [volumes[0]], accelerator)
+    return DiscoveryTraining(config, make_teacher(config.teacher, seed), volumes, [volumes[0]], accelerator)
 
 
 def make_config(case: str, steps: int, seed: int, **options) -> DiscoveryConfig:
-    return training_config(DiscoveryConfig, steps, teacher="small", seed=seed, **COMMON, **CASES[case][0], **options)
+    teacher, changed, *_ = CASES[case]
+    options = {**COMMON, **changed, **options}
+    return training_config(DiscoveryConfig, steps, teacher=teacher, seed=seed, **options)
+
+
+def ask_for_all(task: DiscoveryTraining, volumes: Repeated) -> float:
+    """What the first epoch of a fixed teacher does: it is asked for every volume. Returns the seconds a volume took."""
+    device, count = task.accelerator.device, len(volumes.volumes)
+    known = {"index": torch.arange(count), "flips": torch.zeros(count, 3, dtype=torch.bool)}
+    with task.accelerator.autocast():
+        seconds = seconds_of(lambda: task.signals({"volume": volumes.volumes.to(device), **known}), device.type)
+    kept = task.signals._kept  # the same few volumes over and over: so are the answers
+    kept.update({index: kept[index % count] for index in range(len(volumes))})
+    return seconds / count
 
 
 def draw_batch(task: DiscoveryTraining, side: int, seed: int, device: str) -> dict[str, torch.Tensor]:
-    """A batch as the training would draw it, from the task's own `draw`."""
+    """A batch as a training with a fresh teacher would draw it, from the task's own `draw`."""
     volumes = random_volumes(task.config.batch_size, (side,) * 3, seed)
     drawn = [task.draw(v, draw_generator(seed, 0, slot)) for slot, v in enumerate(volumes)]
     batch = {name: torch.stack([d[name] for d in drawn]) for name in drawn[0]}
@@ -63,8 +85,8 @@ def draw_batch(task: DiscoveryTraining, side: int, seed: int, device: str) -> di
 
 def direct_step(task: DiscoveryTraining, batch: dict, seed: int, device: str) -> PlainStep:
     """The direct formulation as a training step, with a network and teacher of its own in float32, contiguous."""
-    config, teacher = task.config, make_teacher(seed).to(device)
-    teacher.unet.requires_grad_(False)
+    config, teacher = task.config, make_teacher(task.config.teacher, seed).to(device)
+    Conv3d.release(teacher.unet).requires_grad_(False)
     torch.manual_seed(seed)
     network = StructureDiscoveryModel(config.num_parts, dropout=config.dropout, norm=config.norm).to(device)
 
@@ -76,31 +98,38 @@ def direct_step(task: DiscoveryTraining, batch: dict, seed: int, device: str) ->
 
 def both_losses(case: str, side: int, seed: int, device: str) -> dict[str, dict[str, float]]:
     """The losses of both ways for one batch in float32, dropout off."""
-    config = make_config(case, 1, seed, mixed_precision="no", dropout=0.0, output_dir="unused")
+    config = make_config(case, 1, seed, teacher_noise="fresh", mixed_precision="no", dropout=0.0, output_dir="unused")
     task = make_task(config, make_accelerator(config), side, seed)
     batch = draw_batch(task, side, seed, device)
     package = task.losses(task.model.train(), dict(batch))
     direct = direct_discovery_losses(
-        make_teacher(seed).to(device).unet, task.teacher.scheduler, task.model, batch, config
+        make_teacher(config.teacher, seed).to(device).unet, task.teacher.scheduler, task.model, batch, config
     )
     return {name: {k: float(v) for k, v in x.items()} for name, x in (("package", package), ("direct", direct))}
 
 
-def measure(case: str, side: int, rounds: int, seed: int, device: str, rivals: bool) -> tuple[dict, float]:
-    """Seconds of the package's steps, and of the rival's if wanted; and the operations of the rival's."""
+def fresh_batch(case: str, side: int, seed: int, device: str) -> dict[str, torch.Tensor]:
+    """A batch with noise for the direct formulation, whichever way the package's teacher is asked."""
+    config = make_config(case, 1, seed, teacher_noise="fresh", output_dir="unused")
+    return draw_batch(make_task(config, make_accelerator(config), side, seed), side, seed, device)
+
+
+def measure(case: str, side: int, rounds: int, seed: int, device: str, rivals: bool) -> tuple[dict, dict]:
+    """Seconds of the package's steps, and of the rival's if wanted; and what else was found."""
     config = make_config(case, WARMUP + rounds + 1, seed)
-    found = {}
+    volumes, found = Repeated(random_volumes(config.batch_size, (side,) * 3, seed)), {}
 
     def make(config: DiscoveryConfig, accelerator) -> DiscoveryTraining:
         task = make_task(config, accelerator, side, seed)
+        if task.signals.fixed:
+            found["seconds_to_ask_for_a_volume"] = ask_for_all(task, volumes)
         if rivals:
-            steps[DIRECT] = direct_step(task, draw_batch(task, side, seed, device), seed, device)
+            steps[DIRECT] = direct_step(task, fresh_batch(case, side, seed, device), seed, device)
             found["flops"] = count_flops(steps[DIRECT])
         return task
 
     steps: dict[str, PlainStep] = {DIRECT: lambda: None} if rivals else {}
-    volumes = Repeated(random_volumes(config.batch_size, (side,) * 3, seed))
-    return training_steps(make, config, volumes, steps, WARMUP, device), found.get("flops", 0.0)
+    return training_steps(make, config, volumes, steps, WARMUP, device), found
 
 
 def measure_memory(case: str, way: str, side: int, seed: int, device: str) -> dict:
@@ -108,7 +137,7 @@ def measure_memory(case: str, way: str, side: int, seed: int, device: str) -> di
     if way == DIRECT:
         config = make_config(case, 1, seed, output_dir="unused")
         task = make_task(config, make_accelerator(config), side, seed)
-        step = direct_step(task, draw_batch(task, side, seed, device), seed, device)
+        step = direct_step(task, fresh_batch(case, side, seed, device), seed, device)
         peak = peak_above(lambda: [step() for _ in range(3)], device)
     else:
         peak = peak_above(lambda: measure(case, side, 1, seed, device, rivals=False), device)
@@ -125,21 +154,27 @@ def main() -> None:
         if kind == "losses":
             return benchmark.answer(both_losses(case, side, options.seed, options.device))
         return benchmark.answer(measure_memory(case, *way, side, options.seed, options.device))
-    rounds = options.rounds or (2 if options.quick else 11)
     rows, details = [], {}
-    for case, (_, target) in CASES.items():
+    for case, (_, _, target, usual) in CASES.items():
+        rounds = options.rounds or (2 if options.quick else usual)
         losses = benchmark.worker("losses", case)
         for name, value in losses["direct"].items():
             if abs(losses["package"][name] - value) > TOLERANCE * abs(value):
                 raise SystemExit(f"{case}: the losses differ: {losses}.")
-        seconds, flops = measure(case, side, rounds, options.seed, options.device, rivals=True)
+        seconds, found = measure(case, side, rounds, options.seed, options.device, rivals=True)
         memory = {way: benchmark.worker("memory", case, way)["peak_above_inputs_mib"] for way in ("package", DIRECT)}
         what = f"discovery step, {case}, {side}^3"
         rows.append(compare(what, DIRECT, seconds[DIRECT], seconds["package"], target))
         rows.append(compare_memory(what, DIRECT, memory[DIRECT], memory["package"]))
-        details[case] = {"package": summarize(seconds["package"]), "direct": summarize(seconds[DIRECT], flops)}
-        details[case] |= {"losses_in_float32": losses, "peak_above_inputs_mib": memory}
-    settings = {**COMMON, "grid": side, "rounds": rounds, "warmup": WARMUP, "tolerance": TOLERANCE}
+        details[case] = {
+            "package": summarize(seconds["package"]),
+            "direct": summarize(seconds[DIRECT], found.pop("flops")),
+            "losses_in_float32": losses,
+            "peak_above_inputs_mib": memory,
+            "rounds": rounds,
+            **found,
+        }
+    settings = {**COMMON, "grid": side, "warmup": WARMUP, "tolerance": TOLERANCE}
     benchmark.write(rows, settings, **details)
 
 

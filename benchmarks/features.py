@@ -16,9 +16,10 @@ whose features differ by its rounding (`difference`).
 
 import torch
 from meter import count_flops
-from rivals import add_noise, hooked_features, upsample, with_plain_layers
+from rivals import add_noise, hooked_features, upsample
 from timing import Benchmark, compare, interleave, summarize
 
+from diffdiscover3d.models.blocks import Conv3d
 from diffdiscover3d.models.unet_3d import UNET_PRESETS, UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
 
@@ -40,7 +41,7 @@ def make_ways(preset: str, stage: int, volume: torch.Tensor, noise: torch.Tensor
     """The package's pipeline, the two rivals with a copy of its weights, and the pipeline's variants."""
     device, grid = volume.device, tuple(volume.shape[2:])
     pipe, rival = (make_pipeline(preset, seed, device) for _ in range(2))
-    with_plain_layers(rival.unet)
+    Conv3d.release(rival.unet)
     last, low = (make_pipeline(preset, seed, device) for _ in range(2))
     last.unet.to(memory_format=torch.channels_last_3d)
     torch.nn.Module.to(low.unet, torch.bfloat16, memory_format=torch.channels_last_3d)

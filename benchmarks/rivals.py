@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffdiscover3d.data.transforms import resize_volume
-from diffdiscover3d.models.blocks import Conv3d
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.training.config import DiscoveryConfig
@@ -55,14 +54,6 @@ def eq8(masks: torch.Tensor, masks_changed: torch.Tensor) -> torch.Tensor:
     axes = (1, 2, 3, 4)
     overlap = 2 * (masks * masks_changed).sum(dim=axes)
     return (1 - overlap / ((masks**2).sum(dim=axes) + (masks_changed**2).sum(dim=axes))).mean()
-
-
-def with_plain_layers(unet: UNet3DModel) -> UNet3DModel:
-    """The network with torch's own convolutions, as the authors' is written; in place."""
-    for module in unet.modules():
-        if isinstance(module, Conv3d):
-            module.__class__ = nn.Conv3d
-    return unet
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ BENCHMARKS = {  # result: script, in the order in which they run; the quick ones
     "segment-cost": "segment_cost.py",
     "budget": "budget.py",
     "scaling": "scaling.py",
+    "compiled": "compiled.py",
 }
 CPU_ONLY = ("scaling",)
 

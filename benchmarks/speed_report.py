@@ -16,6 +16,7 @@ TITLES = {
     "discovery-step": "A training step of stage 2",
     "segment-cost": "Segmenting a scan",
     "scaling": "Two processes",
+    "compiled": "torch.compile",
 }
 INTRODUCTION = """# Speed
 

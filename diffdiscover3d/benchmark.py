@@ -16,7 +16,7 @@ from diffdiscover3d.evaluation import score
 from diffdiscover3d.files import read_json, write_json
 from diffdiscover3d.reporting.provenance import describe_environment, weights_sha256
 from diffdiscover3d.reporting.score_tables import plot_table, write_table
-from diffdiscover3d.training.recipes import RECIPES, Recipe, Training, diffusion_training, discovery_trainings
+from diffdiscover3d.training.recipes import RECIPES, Recipe, Training, diffusion_training, train_level
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,8 @@ class Benchmark:
         parent = None
         if recipe.nested and cell.level > 1:
             parent, *_ = self._train(Cell(cell.variant, cell.method, cell.level - 1, cell.seed), method)
-        trainings = discovery_trainings(
+        seconds = []
+        trainings = train_level(
             recipe,
             cell.level,
             f"synthetic-{cell.variant}",
@@ -193,11 +194,11 @@ class Benchmark:
             self._teacher(cell.variant),
             parent,
             base / f"level{cell.level}",
+            lambda training: seconds.append(self._run(training)),
         )
-        seconds = sum(self._run(training) for training in trainings)
         # where the models lie is nobody else's business
         commands = [" ".join(t.arguments()).replace(f"{self.output}/", "") for t in trainings]
-        return trainings[-1].folder, commands, seconds
+        return trainings[-1].folder, commands, sum(seconds)
 
     def _run(self, training: Training) -> float:
         """Train, unless that is done; return the seconds it took, in this run or the one that finished it."""

@@ -18,7 +18,7 @@ from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, Out
 from diffdiscover3d.files import atomic_folder, check_folder, write_json
 from diffdiscover3d.memory import free_memory
 from diffdiscover3d.segmentation import WORKING_GRID_FILE, SegmentedFile, choose_device, segment
-from diffdiscover3d.training.recipes import Training, diffusion_training, discovery_trainings
+from diffdiscover3d.training.recipes import Training, diffusion_training, train_level
 
 
 def discover(
@@ -131,10 +131,14 @@ def _train_all(plan: Plan, output: Path, place: torch.device, verbose: bool, tel
     _train(teacher, "model_index.json", place, verbose)
     parent = None
     for level, steps in enumerate(plan.discovery_steps, start=1):
-        tell(f"Step {level + 1} of {total}: learning to tell {LEVEL_PARTS[level]} parts apart ({sum(steps)} rounds)")
+        rounds = sum(steps) + (steps[0] * (recipe.starts - 1) if level == 1 else 0)
+        tell(f"Step {level + 1} of {total}: learning to tell {LEVEL_PARTS[level]} parts apart ({rounds} rounds)")
         folder = training / f"level{level}"
-        for step in discovery_trainings(recipe, level, dataset, plan.seed, str(teacher.folder), parent, folder):
-            _train(step, "selection.json", place, verbose)
+
+        def run(training: Training) -> None:
+            _train(training, "selection.json", place, verbose)
+
+        train_level(recipe, level, dataset, plan.seed, str(teacher.folder), parent, folder, run)
         parent = folder
     _take_over(teacher.folder, model / "diffusion")
     # with the network, so that it goes where the network goes

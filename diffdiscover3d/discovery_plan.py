@@ -163,4 +163,4 @@ def make_recipe(plan: Plan) -> Recipe:
         level: [{**step, **shared, "max_steps": n} for step, n in zip(_RECIPE.levels[level], steps, strict=True)]
         for level, steps in enumerate(plan.discovery_steps, start=1)
     }
-    return Recipe(diffusion, levels, nested=True)
+    return Recipe(diffusion, levels, nested=True, starts=_RECIPE.starts)

@@ -1,5 +1,6 @@
 """Tables: filled once, resumed, summarised; trainings are real, only shorter."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ from diffdiscover3d.errors import InputError, ModelError
 from diffdiscover3d.hub import load_discovery
 from diffdiscover3d.reporting.score_tables import format_table
 from diffdiscover3d.train import main as train_main
-from diffdiscover3d.training.recipes import RECIPES, discovery_trainings
+from diffdiscover3d.training.recipes import RECIPES, final_loss, train_level
 
 SHORT = {"max_steps": 2, "num_noise": 1, "preview_every": 0, "denoised_timesteps": (25,)}
 
@@ -55,8 +56,10 @@ def test_a_nested_recipe_trains_each_level_inside_the_one_before(tmp_path, two_v
     row = table.fill(Cell("regular", "ours", 2, 0))
     base = tmp_path / "models" / "regular" / "ours-seed0"
     assert [a[a.index("--output-dir") + 1] for a in runs] == [
-        str(base / name) for name in ("level1-step1", "level1", "level2")
+        str(base / name) for name in ("level1-step1", "level1-step1-start2", "level1", "level2")
     ]
+    better = min(("level1-step1", "level1-step1-start2"), key=lambda name: final_loss(base / name))
+    assert runs[2][runs[2].index("--init-from") + 1] == str(base / better)
     assert load_discovery(str(base / "level2")).parents is not None
     assert row["parts"] == 4 and row["training_seconds"] > 0 and len(row["commands"]) == 1
     assert (
@@ -64,7 +67,34 @@ def test_a_nested_recipe_trains_each_level_inside_the_one_before(tmp_path, two_v
     )
     # another level of the same method takes what is trained already
     table.fill(Cell("regular", "ours", 1, 0))
-    assert len(runs) == 3
+    assert len(runs) == 4
+
+
+def write_log(folder, *losses):
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(losses, start=1)]
+    (folder / "log.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize(("losses", "winner"), [((0.8, 0.5), "-start2"), ((0.4, 0.5), "")])
+def test_the_start_with_the_lowest_loss_goes_on(tmp_path, losses, winner):
+    done = []
+
+    def run(training):
+        # low at first, as a start that fails may be: only the last quarter counts
+        write_log(training.folder, 0.1, 0.1, 0.1, losses[len(done) % 2])
+        done.append(training)
+
+    recipe = dataclasses.replace(RECIPES["small"], starts=2)
+    trainings = train_level(recipe, 1, "data", 7, "teacher", None, tmp_path / "level1", run)
+    assert trainings == done and [t.options["seed"] for t in done] == [7, 1007, 7]
+    assert done[-1].options["init_from"] == tmp_path / f"level1-step1{winner}"
+    assert done[-1].folder == tmp_path / "level1"
+
+
+def test_the_last_quarter_of_a_log_is_what_counts(tmp_path):
+    write_log(tmp_path / "a", 9, 9, 9, 9, 9, 9, 1, 2)
+    assert final_loss(tmp_path / "a") == 1.5
 
 
 def test_ablations_change_one_option():
@@ -81,8 +111,15 @@ def test_recipes_are_command_lines(recipe, level, tmp_path):
     from diffdiscover3d.train import make_parser
     from diffdiscover3d.training.config import DiscoveryConfig, make_config
 
-    trainings = discovery_trainings(
-        RECIPES[recipe], level, "synthetic-regular", 7, "teacher", tmp_path / "parent", tmp_path / "out"
+    trainings = train_level(
+        dataclasses.replace(RECIPES[recipe], starts=1),
+        level,
+        "synthetic-regular",
+        7,
+        "teacher",
+        tmp_path / "parent",
+        tmp_path / "out",
+        lambda training: None,
     )
     for training in trainings:
         options = vars(make_parser().parse_args(training.arguments()))

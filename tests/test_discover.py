@@ -36,7 +36,7 @@ def test_grids_follow_the_scans(preset, shape):
         assert ratios.max() / ratios.min() < 1.1 and math.prod(found.working_grid) <= 1.1 * options["volume"] ** 3
     assert found.diffusion_steps == options["diffusion"]
     assert [len(steps) for steps in found.discovery_steps] == [2, 1, 1]
-    assert sum(map(sum, found.discovery_steps)) == options["rounds"] * (400 + 1_000 + 400 + 400)
+    assert sum(map(sum, found.discovery_steps)) == options["rounds"] * (300 + 1_000 + 400 + 400)
 
 
 def test_mixed_shapes_get_the_median_grid():

@@ -38,7 +38,7 @@ class Conv3d(nn.Conv3d):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._is_left_to_torch(x):
+        if torch.compiler.is_compiling() or self._is_left_to_torch(x):
             return super().forward(x)
         where = self.padding, self.stride, self.dilation, self.groups
         return torch.mkldnn_convolution(x, self.weight, self.bias, *where)
@@ -54,7 +54,6 @@ class Conv3d(nn.Conv3d):
             or self.padding_mode != "zeros"
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
-            or torch.compiler.is_compiling()
             or not torch.backends.mkldnn.is_available()
         )
 
@@ -64,6 +63,14 @@ class Conv3d(nn.Conv3d):
         for module in network.modules():
             if type(module) is nn.Conv3d:
                 module.__class__ = cls
+        return network
+
+    @classmethod
+    def release(cls, network: nn.Module) -> nn.Module:
+        """Make the convolutions of a network torch's own again, in place."""
+        for module in network.modules():
+            if type(module) is cls:
+                module.__class__ = nn.Conv3d
         return network
 
 

@@ -14,6 +14,7 @@ from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.files import write_json
 from diffdiscover3d.losses import photometric_invariance, region_consistency
+from diffdiscover3d.models.blocks import Conv3d
 from diffdiscover3d.models.loading import cast_weights
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
@@ -138,7 +139,8 @@ class DiscoveryTraining:
 
     def compile(self) -> None:
         self.teacher.unet.compile()
-        self.model.network.compile()
+        # dropout by slot breaks the graph, and each convolution of our own would be compiled for itself
+        Conv3d.release(self.model.network).compile()
 
     def reports_after(self, step: int) -> bool:
         return step % self.epoch_steps == 0 or step == self.config.max_steps

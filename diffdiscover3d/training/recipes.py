@@ -4,11 +4,16 @@ A recipe is data: options of `python -m diffdiscover3d.train`, and nothing that 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffdiscover3d.data.synthetic import LEVEL_PARTS
+
+logger = logging.getLogger("diffdiscover3d")
+_NEXT_START = 1_000  # added to the seed for each further start: no seed that a user counts up to
 
 
 @dataclass(frozen=True)
@@ -20,11 +25,14 @@ class Recipe:
         levels: for each level the options of one or more discovery trainings, each of which starts from the network of
             the one before it.
         nested: whether levels 2 and 3 divide the parts of the level before them.
+        starts: how often the first training of level 1 is begun, each time from other random weights. The network with
+            the lowest loss goes on: a start can fail, and the loss, which knows no labels, tells.
     """
 
     diffusion: Mapping
     levels: Mapping[int, Sequence[Mapping]]
     nested: bool
+    starts: int = 1
 
     def changed(self, **options) -> "Recipe":
         """The same with other options in every discovery training."""
@@ -57,27 +65,58 @@ def diffusion_training(recipe: Recipe, dataset: str, seed: int, folder: Path) ->
     return Training("diffusion", {**recipe.diffusion, "dataset": dataset, "seed": seed}, folder)
 
 
-def discovery_trainings(
-    recipe: Recipe, level: int, dataset: str, seed: int, teacher: str, parent: Path | None, folder: Path
+def train_level(
+    recipe: Recipe,
+    level: int,
+    dataset: str,
+    seed: int,
+    teacher: str,
+    parent: Path | None,
+    folder: Path,
+    run: Callable[[Training], None],
 ) -> list[Training]:
-    """The trainings of a level, in their order; the last one's folder is `folder`.
+    """Run the trainings of a level in their order, each from the network of the one before.
 
     Args:
         parent: folder of the level before, for a nested recipe.
+        folder: of the last training; those before it lie beside it.
+        run: runs a training, or knows that it is done.
+
+    Returns:
+        The trainings that were run, starts that were given up included.
     """
-    trainings: list[Training] = []
-    steps = recipe.levels[level]
+    steps, done, before = recipe.levels[level], [], None
     for number, step in enumerate(steps, start=1):
-        options = {**step, "dataset": dataset, "seed": seed, "teacher": teacher, "num_parts": LEVEL_PARTS[level]}
-        if trainings:
-            options["init_from"] = trainings[-1].folder
+        shared = {**step, "dataset": dataset, "teacher": teacher, "num_parts": LEVEL_PARTS[level]}
+        if before is not None:
+            shared["init_from"] = before
         elif recipe.nested and parent is not None:
-            options["parent"] = parent
-        is_last = number == len(steps)
-        trainings.append(
-            Training("discovery", options, folder if is_last else folder.with_name(f"{folder.name}-step{number}"))
-        )
-    return trainings
+            shared["parent"] = parent
+        place = folder if number == len(steps) else folder.with_name(f"{folder.name}-step{number}")
+        starts = recipe.starts if level == number == 1 else 1
+        trainings = [
+            Training(
+                "discovery",
+                {**shared, "seed": seed + _NEXT_START * start},
+                place.with_name(f"{place.name}-start{start + 1}") if start else place,
+            )
+            for start in range(starts)
+        ]
+        for training in trainings:
+            run(training)
+        before = min((t.folder for t in trainings), key=final_loss) if starts > 1 else place
+        if starts > 1:
+            logger.info("%s has the lowest loss of %d starts and goes on", before.name, starts)
+        done += trainings
+    return done
+
+
+def final_loss(folder: Path) -> float:
+    """Mean loss in the last quarter of a training's steps, as its log has them."""
+    with (folder / "log.jsonl").open(encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    last = [line["loss"] for line in lines if line["step"] > 0.75 * lines[-1]["step"]]
+    return sum(last) / len(last)
 
 
 def _as_written(preset: str, **options) -> Recipe:
@@ -110,7 +149,14 @@ RECIPES: dict[str, Recipe] = {
         {
             1: [
                 # features find the cell; then all terms, at a rate that gets the confident network to move its boundary
-                {**_WHOLE, "lambda_visual": 0.0, "lambda_denoised": 0.0, "max_steps": 400},
+                {
+                    **_WHOLE,
+                    "lambda_visual": 0.0,
+                    "lambda_denoised": 0.0,
+                    "invert_probability": 1.0,  # where only some steps invert, seeds are lost to bright and dark
+                    "max_steps": 300,
+                    "log_every": 10,
+                },
                 {
                     **_WHOLE,
                     "lambda_invariance": 2.0,
@@ -124,5 +170,6 @@ RECIPES: dict[str, Recipe] = {
             3: [{**_INSIDE, "stages": (3,), "lambda_invariance": 0.03}],
         },
         nested=True,
+        starts=2,
     ),
 }

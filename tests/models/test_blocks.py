@@ -151,3 +151,5 @@ def test_somebody_elses_network_is_adopted_under_the_same_names():
     assert list(network.state_dict()) == names
     assert [type(m) for m in network.modules() if isinstance(m, nn.Conv3d)] == [Conv3d, Conv3d]
     assert type(network[1][0]) is nn.ConvTranspose3d
+    assert Conv3d.release(network) is network and list(network.state_dict()) == names
+    assert not any(isinstance(m, Conv3d) for m in network.modules())

@@ -30,6 +30,17 @@ def test_the_unet_compiles_without_a_graph_break(options):
     assert found.extent == expected.extent
 
 
+@pytest.mark.slow
+def test_a_discovery_training_compiles(tmp_path):
+    """With dropout, which breaks the graph, and volumes on several grids: each must be compiled as a part of a whole."""
+    command = [sys.executable, "-m", "diffdiscover3d.train", "discovery", "--preset", "small", "--compile", "--quiet"]
+    command += ["--teacher", "synthetic-regular", "--max-steps", "1", "--batch-size", "2", "--preview-every", "0"]
+    command += ["--volume-size", "18", "16", "14", "--output-dir", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "out" / "selection.json").exists()
+
+
 _SHARDED_STEP = """
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
