@@ -103,6 +103,10 @@ def test_ablations_change_one_option():
     recipe = RECIPES["small"].changed(stages=(3,))
     assert all(step["stages"] == (3,) for steps in recipe.levels.values() for step in steps)
     assert RECIPES["small"].levels[1][0]["stages"] != (3,)
+    # without features nothing is left of the training that has them alone
+    without = RECIPES["small"].changed(lambda_feature=0.0)
+    assert [len(without.levels[level]) for level in (1, 2, 3)] == [1, 1, 1]
+    assert without.levels[1][0] == {**RECIPES["small"].levels[1][1], "lambda_feature": 0.0}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -25,8 +25,8 @@ class Recipe:
         levels: for each level the options of one or more discovery trainings, each of which starts from the network of
             the one before it.
         nested: whether levels 2 and 3 divide the parts of the level before them.
-        starts: how often the first training of level 1 is begun, each time from other random weights. The network with
-            the lowest loss goes on: a start can fail, and the loss, which knows no labels, tells.
+        starts: how often the first of several trainings of level 1 is begun, each time from other random weights. The
+            network with the lowest loss goes on: a start can fail, and the loss, which knows no labels, tells.
     """
 
     diffusion: Mapping
@@ -35,9 +35,19 @@ class Recipe:
     starts: int = 1
 
     def changed(self, **options) -> "Recipe":
-        """The same with other options in every discovery training."""
-        levels = {level: [{**step, **options} for step in steps] for level, steps in self.levels.items()}
+        """The same with other options in every discovery training.
+
+        One that is left with the invariance alone, which a single part fulfils, is left out.
+        """
+        levels = {
+            level: [changed for step in steps if _has_consistency(changed := {**step, **options})]
+            for level, steps in self.levels.items()
+        }
         return dataclasses.replace(self, levels=levels)
+
+
+def _has_consistency(step: Mapping) -> bool:
+    return any(step.get(f"lambda_{name}", 1.0) > 0 for name in ("feature", "visual", "denoised"))
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ def train_level(
         elif recipe.nested and parent is not None:
             shared["parent"] = parent
         place = folder if number == len(steps) else folder.with_name(f"{folder.name}-step{number}")
-        starts = recipe.starts if level == number == 1 else 1
+        starts = recipe.starts if level == number == 1 < len(steps) else 1
         trainings = [
             Training(
                 "discovery",
