@@ -45,7 +45,7 @@ LAYERS = [
     ["discovery_plan"],
     ["discover"],
     ["commands"],
-    ["train", "cli_data", "cli_hub", "cli"],
+    ["train", "cli"],
 ]
 
 

@@ -1,11 +1,11 @@
-"""The commands about published datasets; `cli` registers them."""
+"""The commands about published datasets."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+from diffdiscover3d.commands.options import Overwrite
 
 
 def evaluate_brats(

@@ -1,4 +1,4 @@
-"""The commands that share models; `cli` registers them."""
+"""The commands that share models."""
 
 from pathlib import Path
 from typing import Annotated
