@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from timing import interleave
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry, register_flop_formula
+
+
+@register_flop_formula(torch.ops.aten.mkldnn_convolution)
+def _count_convolution(x_shape, w_shape, *_args, out_shape=None, **_kwargs) -> int:
+    """What the package's convolutions ask oneDNN for themselves; torch only knows its own way there."""
+    return conv_flop_count(x_shape, w_shape, out_shape, transposed=False)
+
 
 _MAKES_NOTHING = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 

@@ -132,13 +132,13 @@ class Benchmark:
         Raises:
             ModelError: if the folder holds results of other settings, or a training fails.
         """
-        path = self.output / "cells" / f"{cell.name}.json"
+        path, method = self.output / "cells" / f"{cell.name}.json", METHODS[cell.method]
+        settings = self.settings_of(method)
         if path.exists():
             row = read_json(path)
-            if row["settings"] != self.settings:
+            if row["settings"] != settings:
                 raise ModelError(f"{path}: made with other settings ({row['settings']}); choose another --output.")
             return row
-        method = METHODS[cell.method]
         commands, seconds = [], 0.0
         if method.baseline is None:
             folder, commands, seconds = self._train(cell, method)
@@ -158,12 +158,17 @@ class Benchmark:
             "training_seconds": round(seconds, 1),
             "commands": commands,
             "weights_sha256": sources,
-            "settings": self.settings,
+            "settings": settings,
             "environment": describe_environment(),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, row)
         return row
+
+    def settings_of(self, method: Method) -> dict:
+        """What a row must have been made with, so that figures of two recipes never stand in one table."""
+        trained = {} if method.baseline else {"recipe_sha256": self._recipe(method).digest()}
+        return {**self.settings, **trained}
 
     def _recipe(self, method: Method) -> Recipe:
         name = f"{self.recipe}-as-written" if method.as_written else self.recipe
@@ -196,22 +201,29 @@ class Benchmark:
             base / f"level{cell.level}",
             lambda training: seconds.append(self._run(training)),
         )
-        # where the models lie is nobody else's business
-        commands = [" ".join(t.arguments()).replace(f"{self.output}/", "") for t in trainings]
+        commands = [self._public(t.arguments()) for t in trainings]
         return trainings[-1].folder, commands, sum(seconds)
 
     def _run(self, training: Training) -> float:
         """Train, unless that is done; return the seconds it took, in this run or the one that finished it."""
-        record = training.folder / "benchmark.json"
+        record, clock = training.folder / "benchmark.json", time.perf_counter()
+        arguments = training.arguments()
+        command = self._public(arguments)
         if record.exists():
-            return read_json(record)["seconds"]
-        arguments, clock = training.arguments(), time.perf_counter()
+            done = read_json(record)
+            if done["command"] != command:
+                raise ModelError(f"{record}: trained by other options ({done['command']}); choose another --output.")
+            return done["seconds"]
         if (training.folder / "checkpoints").exists():
             arguments += ["--resume", "latest"]
         self.run_training(arguments)
         seconds = round(time.perf_counter() - clock, 1)
-        write_json(record, {"seconds": seconds, "resumed": "--resume" in arguments})
+        write_json(record, {"seconds": seconds, "resumed": "--resume" in arguments, "command": command})
         return seconds
+
+    def _public(self, arguments: Sequence[str]) -> str:
+        """A command line without the folder of the tables: where the models lie is nobody else's business."""
+        return " ".join(arguments).replace(f"{self.output}/", "")
 
 
 def run_in_process(arguments: Sequence[str]) -> None:

@@ -131,14 +131,16 @@ def _train_all(plan: Plan, output: Path, place: torch.device, verbose: bool, tel
     _train(teacher, "model_index.json", place, verbose)
     parent = None
     for level, steps in enumerate(plan.discovery_steps, start=1):
-        rounds = sum(steps) + (steps[0] * (recipe.starts - 1) if level == 1 else 0)
+        rounds = sum(steps) + steps[0] * (recipe.starts_of(level) - 1)
         tell(f"Step {level + 1} of {total}: learning to tell {LEVEL_PARTS[level]} parts apart ({rounds} rounds)")
         folder = training / f"level{level}"
 
         def run(training: Training) -> None:
             _train(training, "selection.json", place, verbose)
 
-        train_level(recipe, level, dataset, plan.seed, str(teacher.folder), parent, folder, run)
+        done = train_level(recipe, level, dataset, plan.seed, str(teacher.folder), parent, folder, run)
+        if recipe.starts_of(level) > 1:
+            tell(f"Of {recipe.starts_of(level)} starts {Path(done[-1].options['init_from']).name} had the lowest loss")
         parent = folder
     _take_over(teacher.folder, model / "diffusion")
     # with the network, so that it goes where the network goes

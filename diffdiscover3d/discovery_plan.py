@@ -40,6 +40,7 @@ class Plan:
         discovery_steps: for each level, the optimiser steps of its trainings, which follow one another.
         levels: how many; level L has 2^L parts, each of which lies in one of the level before.
         seed: of everything random.
+        recipe: digest of the recipe whose other options its trainings have.
     """
 
     scans: tuple[str, ...]
@@ -53,6 +54,7 @@ class Plan:
     discovery_steps: tuple[tuple[int, ...], ...]
     levels: int
     seed: int
+    recipe: str
 
 
 def make_plan(
@@ -110,6 +112,7 @@ def make_plan(
         steps,
         levels,
         seed,
+        _RECIPE.digest(),
     )
 
 
@@ -117,13 +120,19 @@ def read_plan(path: Path) -> Plan:
     """Read a plan back.
 
     Raises:
-        ModelError: if the file is damaged.
+        ModelError: if the file is damaged, or its trainings are of another version's recipe.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return Plan(**{k: _as_tuple(v) for k, v in values.items()})
-    except (OSError, ValueError, TypeError) as error:
+        plan = Plan(**{k: _as_tuple(v) for k, v in values.items() if k != "recipe"}, recipe=values.get("recipe", ""))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: not a readable plan ({error}); choose another --output folder.") from error
+    if plan.recipe != _RECIPE.digest():
+        raise ModelError(
+            f"{path}: its trainings were begun by another version of diffdiscover3d, with other options; finish them "
+            "with that version, or choose another --output folder."
+        )
+    return plan
 
 
 def _as_tuple(value):

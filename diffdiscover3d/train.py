@@ -69,6 +69,8 @@ def run(config: TrainingConfig) -> str:
         start = load_discovery(config.init_from) if config.init_from else None
         parent = load_discovery(config.parent) if config.parent else None
         _check_start(config, start)
+        if start is not None:
+            identity["init_from"] = weights_fingerprint(start)
         teacher = load_teacher(config.teacher)
         identity["teacher"] = weights_fingerprint(teacher.unet)
         if parent is not None:

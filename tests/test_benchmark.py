@@ -95,6 +95,34 @@ def test_the_start_with_the_lowest_loss_goes_on(tmp_path, losses, winner):
 def test_the_last_quarter_of_a_log_is_what_counts(tmp_path):
     write_log(tmp_path / "a", 9, 9, 9, 9, 9, 9, 1, 2)
     assert final_loss(tmp_path / "a") == 1.5
+    write_log(tmp_path / "b", 1, 1, 1, float("nan"))  # never the lowest, whichever comes first
+    assert final_loss(tmp_path / "b") == float("inf")
+
+
+@pytest.mark.parametrize("text", [None, "", '{"step": 1, "loss": 0.5}\n{"st', '{"step": 1}', "[]"])
+def test_a_log_that_cannot_be_read(tmp_path, text):
+    if text is not None:
+        (tmp_path / "log.jsonl").write_text(text)
+    with pytest.raises(ModelError, match=r"must hold the losses of a finished training.*remove"):
+        final_loss(tmp_path)
+
+
+def test_another_recipe_is_never_mixed_in(tmp_path, two_volumes, monkeypatch):
+    table = Benchmark(tmp_path, teacher="synthetic-regular", overrides=SHORT, run_training=train_here)
+    table.fill(Cell("regular", "ours", 1, 0))
+    monkeypatch.setitem(RECIPES, "small", RECIPES["small"].changed(lambda_visual=0.5))
+    with pytest.raises(ModelError, match="made with other settings"):
+        table.fill(Cell("regular", "ours", 1, 0))
+    with pytest.raises(ModelError, match="trained by other options"):
+        table.fill(Cell("regular", "ours", 2, 0))
+
+
+def test_an_ablation_keeps_something(tmp_path):
+    with pytest.raises(ValueError, match="level 1 must keep a consistency"):
+        RECIPES["small"].changed(lambda_visual=0.0, lambda_feature=0.0, lambda_denoised=0.0)
+    # the paper's preset has no denoised term
+    with pytest.raises(ValueError, match="level 1 must keep a consistency"):
+        RECIPES["paper"].changed(lambda_visual=0.0, lambda_feature=0.0)
 
 
 def test_ablations_change_one_option():

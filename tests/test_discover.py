@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +13,7 @@ from diffdiscover3d import discovery_plan
 from diffdiscover3d.discover import discover
 from diffdiscover3d.discovery_plan import PRESETS, describe_plan, make_plan, read_plan
 from diffdiscover3d.errors import InputError, ModelError, OutputError
+from diffdiscover3d.files import write_json
 from diffdiscover3d.hub import load_discovery, load_teacher
 
 PLENTY = 2**40
@@ -53,6 +55,16 @@ def test_little_memory_shrinks_batch_then_grid():
     assert plan([(64, 64, 64)]).batch_size == 1  # no more than there are scans
 
 
+def test_a_plan_of_another_recipe_is_not_gone_on_with(tmp_path):
+    found = plan([(20, 20, 20)])
+    write_json(tmp_path / "plan.json", asdict(found))
+    assert read_plan(tmp_path / "plan.json") == found
+    for values in ({**asdict(found), "recipe": "0" * 64}, {k: v for k, v in asdict(found).items() if k != "recipe"}):
+        write_json(tmp_path / "plan.json", values)
+        with pytest.raises(ModelError, match="another version of diffdiscover3d"):
+            read_plan(tmp_path / "plan.json")
+
+
 def test_bad_options():
     with pytest.raises(ValueError, match="preset"):
         plan([(8, 8, 8)], "slow")
@@ -88,7 +100,7 @@ def test_from_scans_to_pictures_and_resumed(scans, tmp_path, monkeypatch, make_n
 
     def stop_before_level_2(training, *rest):
         stages.append(training.folder.name)
-        if training.folder.name == "level2" and len(stages) == 4:
+        if training.folder.name in ("level1-step1-start2", "level2") and stages.count(training.folder.name) == 1:
             raise KeyboardInterrupt
         real(training, *rest)
 
@@ -97,7 +109,11 @@ def test_from_scans_to_pictures_and_resumed(scans, tmp_path, monkeypatch, make_n
         discover(scans, out, **options)
     with pytest.raises(OutputError, match="--resume"):
         discover(scans, out, **options)
-    assert stages == ["diffusion", "level1-step1", "level1", "level2"] and not (out / "model").exists()
+    starts = ["diffusion", "level1-step1", "level1-step1-start2"]
+    assert stages == starts
+    with pytest.raises(KeyboardInterrupt):
+        discover(scans, out, resume=True, **options)
+    assert stages == [*starts, *starts, "level1", "level2"] and not (out / "model").exists()
     finished = (out / "training" / "level1" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
     results = discover(scans, out, resume=True, **options)
     assert finished == (out / "training" / "level1" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
@@ -106,7 +122,8 @@ def test_from_scans_to_pictures_and_resumed(scans, tmp_path, monkeypatch, make_n
     working = json.loads((out / "model" / "discovery" / "working_grid.json").read_text())["grid"]
     assert tuple(working) == read_plan(out / "plan.json").working_grid == (18, 16, 15)
     assert any(line.startswith("Step 4 of 4") for line in lines)
-    for folder in ("diffusion", "level1-step1", "level1", "level2"):
+    assert sum(line.startswith("Of 2 starts level1-step1") for line in lines) == 2
+    for folder in (*starts, "level1", "level2"):
         assert (out / "training" / folder / "losses.png").exists()
     assert sorted(p.name for p in (out / "model").iterdir()) == ["diffusion", "discovery"]
     assert not list((out / "model").rglob("checkpoints"))

@@ -33,8 +33,8 @@ def precise_if_small(x: torch.Tensor, stride: int) -> AbstractContextManager:
 class Conv3d(nn.Conv3d):
     """`nn.Conv3d` that is not slow for a single small volume on a CPU.
 
-    torch hands a float32 batch of one with few voxels to its own loop instead of oneDNN, which takes 2 to 7 times as
-    long for the grids below the finest. In inference this asks oneDNN itself; sums are the same but for their order.
+    torch hands a float32 batch of one with few voxels to its own loop instead of oneDNN, which takes several times as
+    long (docs/speed.md). In inference this asks oneDNN itself; sums are the same but for their order.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,10 @@ class Conv3d(nn.Conv3d):
 
     def _is_left_to_torch(self, x: torch.Tensor) -> bool:
         return (
-            x.device.type != "cpu"
+            type(x) is not torch.Tensor  # fake tensors and proxies of those who trace
+            or torch.jit.is_tracing()
+            or x.device.type != "cpu"
+            or x.ndim != 5
             or len(x) != 1
             or x.dtype != torch.float32
             or self.weight.dtype != torch.float32
@@ -54,7 +57,7 @@ class Conv3d(nn.Conv3d):
             or self.padding_mode != "zeros"
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
-            or not torch.backends.mkldnn.is_available()
+            or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
         )
 
     @classmethod

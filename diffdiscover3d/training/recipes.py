@@ -4,15 +4,18 @@ A recipe is data: options of `python -m diffdiscover3d.train`, and nothing that 
 """
 
 import dataclasses
+import hashlib
 import json
-import logging
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffdiscover3d.data.synthetic import LEVEL_PARTS
+from diffdiscover3d.errors import ModelError
+from diffdiscover3d.training.config import DiscoveryConfig, make_config
 
-logger = logging.getLogger("diffdiscover3d")
 _NEXT_START = 1_000  # added to the seed for each further start: no seed that a user counts up to
 
 
@@ -38,16 +41,32 @@ class Recipe:
         """The same with other options in every discovery training.
 
         One that is left with the invariance alone, which a single part fulfils, is left out.
+
+        Raises:
+            ValueError: if nothing is left of a level.
         """
         levels = {
             level: [changed for step in steps if _has_consistency(changed := {**step, **options})]
             for level, steps in self.levels.items()
         }
+        for level, steps in levels.items():
+            if not steps:
+                raise ValueError(f"level {level} must keep a consistency term, got {options} for all its trainings.")
         return dataclasses.replace(self, levels=levels)
+
+    def starts_of(self, level: int) -> int:
+        """How often the first training of a level is begun."""
+        return self.starts if level == 1 < len(self.levels[1]) else 1
+
+    def digest(self) -> str:
+        """A sha256 over everything the recipe says: results of two recipes must not be taken for one."""
+        words = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(words.encode()).hexdigest()
 
 
 def _has_consistency(step: Mapping) -> bool:
-    return any(step.get(f"lambda_{name}", 1.0) > 0 for name in ("feature", "visual", "denoised"))
+    config = make_config(DiscoveryConfig, **step)
+    return max(config.lambda_feature, config.lambda_visual, config.lambda_denoised) > 0
 
 
 @dataclass(frozen=True)
@@ -103,7 +122,7 @@ def train_level(
         elif recipe.nested and parent is not None:
             shared["parent"] = parent
         place = folder if number == len(steps) else folder.with_name(f"{folder.name}-step{number}")
-        starts = recipe.starts if level == number == 1 < len(steps) else 1
+        starts = recipe.starts_of(level) if number == 1 else 1
         trainings = [
             Training(
                 "discovery",
@@ -115,18 +134,26 @@ def train_level(
         for training in trainings:
             run(training)
         before = min((t.folder for t in trainings), key=final_loss) if starts > 1 else place
-        if starts > 1:
-            logger.info("%s has the lowest loss of %d starts and goes on", before.name, starts)
         done += trainings
     return done
 
 
 def final_loss(folder: Path) -> float:
-    """Mean loss in the last quarter of a training's steps, as its log has them."""
-    with (folder / "log.jsonl").open(encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    last = [line["loss"] for line in lines if line["step"] > 0.75 * lines[-1]["step"]]
-    return sum(last) / len(last)
+    """Mean loss in the last quarter of a training's steps, as its log has them; infinite if one was not finite.
+
+    Raises:
+        ModelError: if the log cannot be read.
+    """
+    log = folder / "log.jsonl"
+    try:
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        last = [float(line["loss"]) for line in lines if line["step"] > 0.75 * lines[-1]["step"]]
+        mean = statistics.fmean(last)
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ModelError(
+            f"{log}: must hold the losses of a finished training ({error}); remove {folder} to train it again."
+        ) from error
+    return mean if math.isfinite(mean) else math.inf
 
 
 def _as_written(preset: str, **options) -> Recipe:

@@ -15,7 +15,7 @@ from diffdiscover3d.training.dropout import sees_its_own_batch_only
 logger = logging.getLogger("diffdiscover3d")
 CONFIG_FILE = "train_config.json"
 
-# what may differ between a training and its continuation; data and teacher may move, but are known by their content
+# what may differ between a training and its continuation; data and models may move, but are known by their content
 _FREE_OPTIONS = {
     "output_dir", "resume", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints", "preview_every",
     "report_to", "save_dtype", "init_from", "gradient_accumulation_steps", "dataset", "teacher",
@@ -175,5 +175,5 @@ def _check_identity(config: TrainingConfig, now: dict, state: dict) -> None:
         if old != new:
             raise ModelError(
                 f"the checkpoint was trained with another {name}: the one given has other contents; give the same "
-                f"--{name}, wherever it lies now."
+                f"--{name.replace('_', '-')}, wherever it lies now."
             )

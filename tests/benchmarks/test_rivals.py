@@ -24,6 +24,7 @@ from speed_report import write_report
 from timing import absolute, code_version, compare, compare_memory, interleave, judge, ratio, summarize
 
 from diffdiscover3d.losses import photometric_invariance, region_consistency
+from diffdiscover3d.models.blocks import Conv3d
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig
@@ -258,3 +259,13 @@ def test_every_benchmark_has_a_command_and_trials_lie_apart():
     results = {result for result, *_ in commands("cpu", quick=False)}
     assert not results & {result for result, *_ in commands("cpu", quick=True)}
     assert all("speed-scaling" not in str(result) for result, *_ in commands("cuda", quick=False))
+
+
+@torch.no_grad()
+def test_convolutions_of_a_single_volume_are_counted():
+    convolution, volume = Conv3d(4, 6, 3, padding=1), torch.randn(1, 4, 5, 6, 7)
+    expected = 2 * 4 * 6 * 27 * 5 * 6 * 7
+    assert count_flops(lambda: convolution(volume)) == expected
+    with Meter() as meter:
+        convolution(volume)
+    assert meter.total_flops == expected

@@ -56,7 +56,8 @@ def test_what_is_there_is_written_and_nothing_is_computed(tmp_path):
     (tmp_path / "cells").mkdir()
     for method, level, dice in (("ours", 1, 0.97), ("bm4d-k-means", 1, 0.94), ("stage-1", 2, 0.5)):
         cell = Cell("regular", method, level, 0)
-        write_json(tmp_path / "cells" / f"{cell.name}.json", row(method, level, dice) | {"settings": table.settings})
+        settings = table.settings_of(METHODS[method])
+        write_json(tmp_path / "cells" / f"{cell.name}.json", row(method, level, dice) | {"settings": settings})
     rows = collect(table, fill=False)
     assert {number: len(found) for number, found in rows.items()} == {1: 2, 2: 1}
     summaries = {number: summarize(found) for number, found in rows.items()}

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from diffdiscover3d.models.blocks import Conv3d, LinearAttention, NormSiLU
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
@@ -142,6 +143,27 @@ def test_small_volumes_do_not_fall_into_torchs_slow_loop():
         used[kind] = {event.key for event in profile.key_averages()}
     assert "aten::mkldnn_convolution" in used[Conv3d] and "aten::slow_conv3d_forward" not in used[Conv3d]
     assert "aten::slow_conv3d_forward" in used[nn.Conv3d]
+
+
+@torch.no_grad()
+def test_whoever_traces_or_switches_onednn_off_gets_torchs_convolution(monkeypatch):
+    convolution, volume = Conv3d(2, 3, 3, padding=1), torch.randn(1, 2, 5, 6, 7)
+    plain = convolution(volume)
+
+    def refuse(*_):
+        raise AssertionError("asked oneDNN itself")
+
+    monkeypatch.setattr(torch, "mkldnn_convolution", refuse)
+    with pytest.raises(AssertionError, match="asked oneDNN"):
+        convolution(volume)
+    with torch.backends.mkldnn.flags(enabled=False):
+        torch.testing.assert_close(convolution(volume), plain)
+    torch.testing.assert_close(torch.jit.trace(convolution, volume, check_trace=False)(volume), plain)
+    torch.testing.assert_close(convolution(volume[0]), plain[0])  # unbatched
+    with FakeTensorMode() as mode:
+        assert Conv3d(2, 3, 3, padding=1)(mode.from_tensor(volume)).shape == plain.shape
+    with pytest.raises(RuntimeError, match=r"Expected 4D .* or 5D"):
+        convolution(volume[None])
 
 
 def test_somebody_elses_network_is_adopted_under_the_same_names():

@@ -393,3 +393,15 @@ def test_two_processes_share_the_reading(scans, tmp_path, monkeypatch):
     assert (tmp_path / "read-1").read_text().split() == ["scan1.nii.gz", "scan3.nii.gz", "scan5.nii.gz"]
     # the first process has read none of the bad file, and says what is wrong with it all the same
     assert any("scan5.nii.gz" in line for line in done.stderr.splitlines() if line.startswith("error: "))
+
+
+def test_a_training_goes_on_from_what_it_was_started_from(scans, teacher, tmp_path):
+    for name, seed in (("one", 0), ("two", 1)):
+        run(discovery(scans, teacher, tmp_path / name, max_steps=1, seed=seed))
+    run(discovery(scans, teacher, tmp_path / "out", max_steps=1, init_from=str(tmp_path / "one")))
+    before = everything(tmp_path / "out")
+    with pytest.raises(ModelError, match=r"another init_from: .*give the same --init-from"):
+        run(discovery(scans, teacher, tmp_path / "out", max_steps=1, init_from=str(tmp_path / "two"), resume="latest"))
+    assert everything(tmp_path / "out") == before
+    (tmp_path / "one").rename(tmp_path / "moved")
+    run(discovery(scans, teacher, tmp_path / "out", max_steps=1, init_from=str(tmp_path / "moved"), resume="latest"))
