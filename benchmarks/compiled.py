@@ -3,8 +3,8 @@
     python benchmarks/compiled.py
 
 The two take turns, training by training; compiling falls into steps that are not counted, and what it takes is in the
-details (the second time torch finds most of it in its cache). Graph breaks are counted in the diffusion model's forward
-pass: there are to be none.
+details (the second time torch finds most of it in its cache). The quartiles pair steps by their number, though they are
+of different trainings. A graph break in the diffusion model's forward pass ends it: there are to be none.
 """
 
 import time
@@ -63,7 +63,10 @@ def main() -> None:
     benchmark = Benchmark("compiled", __file__, __doc__)
     options = benchmark.parse()
     rounds = options.rounds or (2 if options.quick else 8)
-    rows, details = [], {"graph_breaks_of_the_unet": count_graph_breaks(options.device)}
+    breaks = count_graph_breaks(options.device)
+    if breaks:
+        raise SystemExit(f"the UNet has {breaks} graph breaks.")
+    rows, details = [], {"graph_breaks_of_the_unet": breaks}
     for stage, (steps, side) in STAGES.items():
         side = 16 if options.quick else side
         seconds, totals = {"plain": [], "compiled": []}, {"plain": [], "compiled": []}

@@ -9,9 +9,12 @@ whatever precision its preset has. Before anything is timed, both give the same 
 Cases: the three losses of the paper (Eq. 4), and the `small` preset as it is, whose consistencies are relative and
 which also asks the teacher for its clean prediction. The teacher is the `small` UNet, or the paper's (width 64, 64^3,
 attention on every level). "Fresh": the teacher is asked at every step, as the direct formulation does. "Fixed": it was
-asked once for each volume (`--teacher-noise fixed`, as in the recipe `small`), and steps after the first epoch are
-timed; what asking took is in the details, as seconds a volume. Its losses are then those of one draw of noise.
+asked once for each volume (`--teacher-noise fixed`, as in the recipe `small`). Steps after the first epoch are timed,
+and the asking is added to them, spread over the paper's 100 epochs; what it took is in the details. The direct
+formulation asks at every step, as the authors' code does.
 """
+
+import functools
 
 import torch
 from meter import count_flops
@@ -40,8 +43,9 @@ CASES = {
     "the paper's losses, the paper's teacher, fixed": ("paper", {**PAPER, **FIXED}, 5.0, 3),
 }
 GRID = 50
+EPOCHS = 100  # of the paper, over which asking once is spread
 WARMUP = 2
-TOLERANCE = 1e-4
+TOLERANCE = {"fresh": 1e-4, "fixed": 2e-3}  # relative; what is kept is kept in half precision
 DIRECT = "the direct formulation"
 
 
@@ -97,10 +101,13 @@ def direct_step(task: DiscoveryTraining, batch: dict, seed: int, device: str) ->
 
 
 def both_losses(case: str, side: int, seed: int, device: str) -> dict[str, dict[str, float]]:
-    """The losses of both ways for one batch in float32, dropout off."""
-    config = make_config(case, 1, seed, teacher_noise="fresh", mixed_precision="no", dropout=0.0, output_dir="unused")
+    """The losses of both ways for one batch in float32, dropout off, the same noise."""
+    config = make_config(case, 1, seed, mixed_precision="no", dropout=0.0, output_dir="unused")
     task = make_task(config, make_accelerator(config), side, seed)
-    batch = draw_batch(task, side, seed, device)
+    batch = fresh_batch(case, side, seed, device)
+    if task.signals.fixed:
+        grid = task.teacher.unet.noise_grid or (side,) * 3
+        batch["noise"] = torch.stack([task.signals.fixed_noise(i, grid) for i in batch["index"].tolist()]).to(device)
     package = task.losses(task.model.train(), dict(batch))
     direct = direct_discovery_losses(
         make_teacher(config.teacher, seed).to(device).unet, task.teacher.scheduler, task.model, batch, config
@@ -133,15 +140,17 @@ def measure(case: str, side: int, rounds: int, seed: int, device: str, rivals: b
 
 
 def measure_memory(case: str, way: str, side: int, seed: int, device: str) -> dict:
-    """Peak memory of three steps of one way above what the process held before them."""
-    if way == DIRECT:
+    """Peak memory of a few steps of one way, of its networks and optimiser as well."""
+
+    def run_direct() -> None:
         config = make_config(case, 1, seed, output_dir="unused")
-        task = make_task(config, make_accelerator(config), side, seed)
-        step = direct_step(task, fresh_batch(case, side, seed, device), seed, device)
-        peak = peak_above(lambda: [step() for _ in range(3)], device)
-    else:
-        peak = peak_above(lambda: measure(case, side, 1, seed, device, rivals=False), device)
-    return {"peak_above_inputs_mib": peak}
+        step = direct_step(make_task(config, make_accelerator(config), side, seed), batch, seed, device)
+        for _ in range(WARMUP + 2):
+            step()
+
+    batch = fresh_batch(case, side, seed, device)
+    run_package = functools.partial(measure, case, side, 1, seed, device, rivals=False)
+    return {"peak_above_inputs_mib": peak_above(run_direct if way == DIRECT else run_package, device)}
 
 
 def main() -> None:
@@ -155,13 +164,16 @@ def main() -> None:
             return benchmark.answer(both_losses(case, side, options.seed, options.device))
         return benchmark.answer(measure_memory(case, *way, side, options.seed, options.device))
     rows, details = [], {}
-    for case, (_, _, target, usual) in CASES.items():
+    for case, (_, changed, target, usual) in CASES.items():
+        kind = changed.get("teacher_noise", "fresh")
         rounds = options.rounds or (2 if options.quick else usual)
         losses = benchmark.worker("losses", case)
         for name, value in losses["direct"].items():
-            if abs(losses["package"][name] - value) > TOLERANCE * abs(value):
+            if abs(losses["package"][name] - value) > TOLERANCE[kind] * abs(value):
                 raise SystemExit(f"{case}: the losses differ: {losses}.")
         seconds, found = measure(case, side, rounds, options.seed, options.device, rivals=True)
+        asking = found.get("seconds_to_ask_for_a_volume", 0.0) * COMMON["batch_size"] / EPOCHS
+        seconds["package"] = [s + asking for s in seconds["package"]]
         memory = {way: benchmark.worker("memory", case, way)["peak_above_inputs_mib"] for way in ("package", DIRECT)}
         what = f"discovery step, {case}, {side}^3"
         rows.append(compare(what, DIRECT, seconds[DIRECT], seconds["package"], target))
@@ -174,7 +186,7 @@ def main() -> None:
             "rounds": rounds,
             **found,
         }
-    settings = {**COMMON, "grid": side, "warmup": WARMUP, "tolerance": TOLERANCE}
+    settings = {**COMMON, "grid": side, "warmup": WARMUP, "tolerance": TOLERANCE, "epochs": EPOCHS}
     benchmark.write(rows, settings, **details)
 
 

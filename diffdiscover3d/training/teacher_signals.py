@@ -67,10 +67,13 @@ class TeacherSignals:
             signals.append(_map(fetch, self._kept[index]))
         return _join(signals)
 
-    def _ask_once(self, volume: torch.Tensor, index: int) -> Signals:
-        grid = self.teacher.unet.noise_grid or tuple(volume.shape[2:])
+    def fixed_noise(self, index: int, grid: tuple[int, int, int]) -> torch.Tensor:
+        """The noise of a volume that is asked about once, a function of the seed and its index; as of `draw`."""
         key = np.random.SeedSequence([self.config.seed, index, 0x7EAC]).generate_state(1, np.uint64)[0]
-        noise = self.draw(grid, torch.Generator().manual_seed(int(key) >> 1))
+        return self.draw(grid, torch.Generator().manual_seed(int(key) >> 1))
+
+    def _ask_once(self, volume: torch.Tensor, index: int) -> Signals:
+        noise = self.fixed_noise(index, self.teacher.unet.noise_grid or tuple(volume.shape[2:]))
         found = self._ask(volume, noise[None].to(volume.device))
         if self.config.flips and tuple(found.extent) != tuple(volume.shape[2:]):
             raise ValueError(
