@@ -2,7 +2,8 @@
 
     python benchmarks/tables.py FOLDER                                 (everything, its own diffusion models included)
     python benchmarks/tables.py FOLDER --teacher synthetic-regular     (with an embedded diffusion model: hours less)
-    python benchmarks/tables.py FOLDER --have                          (computes nothing, writes what FOLDER has)
+    python benchmarks/tables.py FOLDER --reuse ...                     (only what is not in `results/tables.json` yet)
+    python benchmarks/tables.py FOLDER --have ...                      (computes nothing, writes what there is)
 
 FOLDER keeps models and single figures, so that a run that was stopped goes on. Written are `results/tables.json` and
 `docs/tables.md` with its pictures: scores with the spread over seeds, the method's lead over every other row that knows
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffdiscover3d.benchmark import METHODS, Benchmark, Cell, summarize
-from diffdiscover3d.files import atomic_file, write_json
+from diffdiscover3d.files import atomic_file, read_json, write_json
 from diffdiscover3d.reporting.score_tables import format_table, plot_table
 
 FOLDER = Path(__file__).parent
@@ -59,6 +60,15 @@ def collect(table: Benchmark, fill: bool) -> dict[int, list[dict]]:
             print(f"{cell.name}: {row['dice']:.3f}", flush=True)
             rows.setdefault(group[0], []).append(row)
     return rows
+
+
+def take_over(table: Benchmark, rows: Sequence[dict]) -> None:
+    """Put rows that were written before into the folder, where they were made with the settings of now."""
+    for row in rows:
+        path = table.output / "cells" / f"{Cell(row['variant'], row['method'], row['level'], row['seed']).name}.json"
+        if not path.exists() and row["settings"] == table.settings_of(METHODS[row["method"]]):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, row)
 
 
 def leads(summary: Sequence[dict]) -> list[dict]:
@@ -146,10 +156,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--teacher", help="diffusion model of both variants (default: one is trained for each)")
+    parser.add_argument("--reuse", action="store_true", help="keep rows of results/tables.json with these settings")
     parser.add_argument("--have", action="store_true", help="compute nothing, write what is there")
     options = parser.parse_args()
     target, docs = FOLDER / "results" / "tables.json", FOLDER.parent / "docs"
     table = Benchmark(options.folder, teacher=options.teacher)
+    if options.reuse and target.exists():
+        take_over(table, read_json(target)["rows"])
     rows = collect(table, fill=not options.have)
     summaries = {number: summarize(found) for number, found in rows.items()}
     result = {

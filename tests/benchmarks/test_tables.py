@@ -1,7 +1,7 @@
 """The tables of scores: what is collected, and what counts as met."""
 
 import pytest
-from tables import GROUPS, LEVELS, cells, collect, format_leads, leads, write_page
+from tables import GROUPS, LEVELS, cells, collect, format_leads, leads, take_over, write_page
 
 from diffdiscover3d.benchmark import METHODS, TABLES, Benchmark, Cell, summarize
 
@@ -64,3 +64,11 @@ def test_what_is_there_is_written_and_nothing_is_computed(tmp_path):
     page = write_page({"tables": summaries, "leads": leads(summaries[1])}, tmp_path / "docs").read_text()
     assert "| ours | 0.970 (0.870) |" in page and "| regular | 1 | 0.970 ± 0.000 | 1 | 0.986 |" in page
     assert (tmp_path / "docs" / "tables" / "table-2.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_rows_of_the_same_settings_are_taken_over(tmp_path):
+    table = Benchmark(tmp_path)
+    good = row("ours", 1, 0.97) | {"settings": table.settings_of(METHODS["ours"])}
+    other = row("ours", 2, 0.7) | {"settings": {**table.settings_of(METHODS["ours"]), "recipe_sha256": "0"}}
+    take_over(table, [good, other])
+    assert collect(table, fill=False) == {1: [good]}
