@@ -32,6 +32,24 @@ def test_bm4d_denoises_before_it_clusters():
     assert dice["BM4D + k-means"] > 0.97 > 0.9 > dice["k-means"]
 
 
+def test_bm4d_is_asked_once_for_each_volume(monkeypatch):
+    """Whatever the number of parts; and of two volumes neither gets the other's."""
+    pytest.importorskip("bm4d")
+    asked = []
+
+    def denoise(values, _):
+        asked.append(values)
+        return values + len(asked)
+
+    volumes = torch.rand(2, 1, 6, 7, 5)
+    for parts in (2, 4):
+        baseline = BM4DKMeans(parts)
+        monkeypatch.setattr(baseline, "_bm4d", denoise)
+        for number, volume in enumerate(volumes, start=1):
+            np.testing.assert_allclose(baseline.denoise(volume), volume[0] + number, rtol=1e-5)
+    assert len(asked) == 2
+
+
 def test_bm4d_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bm4d", None)
     with pytest.raises(ValueError, match=r"diffdiscover3d\[bm4d\]"):

@@ -1,11 +1,16 @@
 """BM4D denoising, then k-means on the intensities of each volume."""
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from diffdiscover3d.baselines.kmeans import IntensityKMeans
+
+_KEPT = 64  # volumes; a table asks for the same ones at each of its levels, and each takes many seconds
+_denoised: OrderedDict[bytes, np.ndarray] = OrderedDict()
 
 
 class BM4DKMeans:
@@ -38,9 +43,14 @@ class BM4DKMeans:
         """Nothing to learn: each volume is denoised and clustered for itself."""
 
     def denoise(self, volume: torch.Tensor) -> np.ndarray:
-        """BM4D of a (1, H, W, D) volume: (H, W, D) float32."""
+        """BM4D of a (1, H, W, D) volume: (H, W, D) float32. The last few volumes are remembered."""
         values = volume[0].numpy().astype(np.float64)
-        return np.asarray(self._bm4d(values, noise_std(values)), dtype=np.float32)
+        key = hashlib.sha256(repr(values.shape).encode() + values.tobytes()).digest()
+        if key not in _denoised:
+            _denoised[key] = np.asarray(self._bm4d(values, noise_std(values)), dtype=np.float32)
+            while len(_denoised) > _KEPT:
+                _denoised.popitem(last=False)
+        return _denoised[key]
 
     def predict(self, volume: torch.Tensor) -> np.ndarray:
         """Label a (1, H, W, D) volume: (H, W, D) uint8."""
