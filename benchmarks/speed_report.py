@@ -75,8 +75,7 @@ def describe_machine(results: Mapping[str, dict]) -> str:
     """The device of the results, with the software that decides about speed."""
     for result in results.values():
         e = result["environment"]
-        threads = f"{e['cpu_cores']} cores, {e['threads']} threads"
-        place = f"CPU, {threads}" if result["device"] == "cpu" else e["gpu"]
+        place = f"CPU, {e['cpu_cores']} cores" if result["device"] == "cpu" else e["gpu"]
         return f"{place} (torch {e['packages']['torch']})"
     return ""
 
@@ -112,7 +111,9 @@ def verdict(row: dict) -> str:
 def footnote(result: dict) -> str:
     before, after = result["load_average_before"][0], result["load_average_after"][0]
     trial = " A short trial, not a result." if result["quick"] else ""
-    return f"`{result['command']}`; load average {before:.1f} before, {after:.1f} after.{trial}\n"
+    threads = result["environment"]["threads"]
+    load = f"load average {before:.1f} before, {after:.1f} after"
+    return f"`{result['command']}`; {threads} thread{'s' * (threads > 1)}, {load}.{trial}\n"
 
 
 def budget_section(result: dict, device: str) -> str:
