@@ -15,12 +15,29 @@ from diffdiscover3d.training.recipes import RECIPES, Recipe
 _STRIDE = 8  # of the diffusion models: their grid is a multiple of it
 _BYTES_PER_VOXEL = 6_000  # of a training step of the small networks: a guess on the safe side, not a measurement
 
-# Voxels of the grids are cubes of these edges at most; `rounds` scales the steps of the recipe's discovery trainings.
+# Voxels of the grids are cubes of these edges at most; `rounds` scales the steps of the recipe's discovery trainings
+# but the first, on which all depends: one that finds an object does so within 100 (benchmarks/results/starts.json).
 # `quick` is for a first look within minutes on two CPU cores.
 PRESETS = {
-    "quick": {"network": "small", "grid": 32, "volume": 50, "batch": 2, "diffusion": 300, "rounds": 0.25},
-    "standard": {"network": "small", "grid": 48, "volume": 96, "batch": 4, "diffusion": 2_500, "rounds": 1.0},
-    "paper": {"network": "paper", "grid": 64, "volume": 160, "batch": 4, "diffusion": 50_000, "rounds": 2.0},
+    "quick": {"network": "small", "grid": 32, "volume": 50, "batch": 2, "diffusion": 300, "first": 150, "rounds": 0.25},
+    "standard": {
+        "network": "small",
+        "grid": 48,
+        "volume": 96,
+        "batch": 4,
+        "diffusion": 2_500,
+        "first": 300,
+        "rounds": 1.0,
+    },
+    "paper": {
+        "network": "paper",
+        "grid": 64,
+        "volume": 160,
+        "batch": 4,
+        "diffusion": 50_000,
+        "first": 600,
+        "rounds": 2.0,
+    },
 }
 _RECIPE = RECIPES["small"]  # the nested one: what it learns at a level divides the parts of the level before
 
@@ -95,10 +112,11 @@ def make_plan(
     while edge > 16 and edge**3 * _BYTES_PER_VOXEL > memory_bytes / 2:
         edge -= 8
     working = _shrink(median, edge)
-    steps = tuple(
-        tuple(max(1, round(step["max_steps"] * options["rounds"])) for step in _RECIPE.levels[level])
+    steps = [
+        [max(1, round(step["max_steps"] * options["rounds"])) for step in _RECIPE.levels[level]]
         for level in range(1, levels + 1)
-    )
+    ]
+    steps[0][0] = options["first"]
     same = all(tuple(s) == working for s in shapes)
     return Plan(
         tuple(scans),
@@ -109,7 +127,7 @@ def make_plan(
         None if same else working,
         batch,
         options["diffusion"],
-        steps,
+        tuple(map(tuple, steps)),
         levels,
         seed,
         _RECIPE.digest(),

@@ -38,7 +38,7 @@ def test_grids_follow_the_scans(preset, shape):
         assert ratios.max() / ratios.min() < 1.1 and math.prod(found.working_grid) <= 1.1 * options["volume"] ** 3
     assert found.diffusion_steps == options["diffusion"]
     assert [len(steps) for steps in found.discovery_steps] == [2, 1, 1]
-    assert sum(map(sum, found.discovery_steps)) == options["rounds"] * (300 + 1_000 + 400 + 400)
+    assert sum(map(sum, found.discovery_steps)) == options["first"] + options["rounds"] * (1_000 + 400 + 400)
 
 
 def test_mixed_shapes_get_the_median_grid():
@@ -93,7 +93,7 @@ def test_folder_without_a_readable_scan(tmp_path):
 
 @pytest.mark.slow
 def test_from_scans_to_pictures_and_resumed(scans, tmp_path, monkeypatch, make_nifti):
-    monkeypatch.setitem(PRESETS, "quick", {**PRESETS["quick"], "grid": 16, "diffusion": 3, "rounds": 0.005})
+    monkeypatch.setitem(PRESETS, "quick", {**PRESETS["quick"], "grid": 16, "diffusion": 3, "first": 2, "rounds": 0.005})
     out, lines = tmp_path / "out", []
     options = {"preset": "quick", "levels": 2, "device": "cpu", "tell": lines.append}
     real, stages = module._train, []
