@@ -1,7 +1,7 @@
 """The tables of scores: what is collected, and what counts as met."""
 
 import pytest
-from tables import GROUPS, LEVELS, cells, collect, format_leads, leads, take_over, write_page
+from tables import GROUPS, LEVELS, cells, collect, format_leads, leads, missing, take_over, write_page
 
 from diffdiscover3d.benchmark import METHODS, TABLES, Benchmark, Cell, summarize
 
@@ -61,7 +61,11 @@ def test_what_is_there_is_written_and_nothing_is_computed(tmp_path):
     rows = collect(table, fill=False)
     assert {number: len(found) for number, found in rows.items()} == {1: 2, 2: 1}
     summaries = {number: summarize(found) for number, found in rows.items()}
-    page = write_page({"tables": summaries, "leads": leads(summaries[1])}, tmp_path / "docs").read_text()
+    absent = missing(rows)
+    assert "ours (regular, seed 0)" in absent and "ours, stage 3 (regular, seed 0)" in absent
+    result = {"tables": summaries, "leads": leads(summaries[1]), "missing": absent}
+    page = write_page(result, tmp_path / "docs").read_text()
+    assert "Not measured yet: k-means (regular, seed 0), " in page
     assert "| ours | 0.970 (0.870) |" in page and "| regular | 1 | 0.970 ± 0.000 | 1 | 0.986 |" in page
     assert (tmp_path / "docs" / "tables" / "table-2.png").read_bytes()[:4] == b"\x89PNG"
 
