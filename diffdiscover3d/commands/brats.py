@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from diffdiscover3d.commands.options import Overwrite
+from diffdiscover3d.commands.options import Device, Overwrite
 
 
 def evaluate_brats(
@@ -24,7 +24,7 @@ def evaluate_brats(
     teacher: Annotated[str | None, typer.Option(help="Diffusion model: also score k-means on its features.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of k-means.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Dice and HD95 of the whole tumour, with and without post-processing, one table for all models."""

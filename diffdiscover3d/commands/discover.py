@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from diffdiscover3d.commands.options import Device, Quiet
+
 
 def discover(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Your scans: a folder, glob or text list.")],
@@ -16,11 +18,11 @@ def discover(
     levels: Annotated[
         int, typer.Option(min=1, max=3, help="How many levels to learn: 2, 4, 8 parts, each within one before.")
     ] = 3,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of the trainings.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Learn the parts of your own scans from nothing but these scans, then draw and report them."""
     from diffdiscover3d.discover import discover as run

@@ -4,9 +4,11 @@ from typing import Annotated
 
 import typer
 
+from diffdiscover3d.commands.options import Device
+
 
 def doctor(
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Device = "auto",
     model: Annotated[
         str, typer.Option("--model", "-m", help="Embedded model, folder or Hub id.")
     ] = "synthetic-regular",

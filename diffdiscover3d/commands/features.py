@@ -21,9 +21,7 @@ from diffdiscover3d.commands.options import (
 def features(
     input: Annotated[str, typer.Argument(help="A NIfTI file.")],
     output: OutputFolder = Path("."),
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="Embedded model, folder or Hub id.")
-    ] = "synthetic-regular",
+    model: Model = "synthetic-regular",
     stage: Annotated[
         list[int] | None, typer.Option(min=1, help="Decoder stage, 1 is the coarsest; repeatable.")
     ] = None,

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from diffdiscover3d.commands.options import IgnoreAffine, NanToZero, Overwrite, VolumeNumber
+
 
 def report(
     inputs: Annotated[
@@ -20,10 +22,10 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the pages (default: beside the label maps).")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
-    volume: Annotated[int | None, typer.Option("--volume", help="Which volume of a 4-D file, from 0.")] = None,
-    nan_to_zero: Annotated[bool, typer.Option("--nan-to-zero", help="Put 0 for NaN and Inf voxels.")] = False,
-    ignore_affine: Annotated[bool, typer.Option("--ignore-affine", help="Go on where the affine is unusable.")] = False,
+    overwrite: Overwrite = False,
+    volume: VolumeNumber = None,
+    nan_to_zero: NanToZero = False,
+    ignore_affine: IgnoreAffine = False,
 ) -> None:
     """Write a page per scan with a 3D viewer of its parts, and an index of several; they open without a network."""
     from diffdiscover3d.report import make_reports
