@@ -1,0 +1,164 @@
+"""What the teacher's signals can tell about the parts: one choice changed at a time, without training anything.
+
+    python benchmarks/signals.py              (about ten minutes on one core)
+
+k-means divides each validation volume by a signal of the embedded diffusion model: at level 1 the whole volume, at
+levels 2 and 3 the parts that the embedded network divides there, as it found them. The base is the features of the
+level's own stage and the clean prediction, each at t = 25 and averaged over 4 draws of noise; every row changes one
+thing of it.
+Writes `results/signals.json`.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.cluster import MiniBatchKMeans
+
+from diffdiscover3d.data.loading import load_volumes
+from diffdiscover3d.data.synthetic import GENERATOR_VERSION, LEVEL_PARTS
+from diffdiscover3d.files import write_json
+from diffdiscover3d.hub import load_discovery, load_teacher
+from diffdiscover3d.metrics import dataset_dice, dice_matrix
+from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeatureOutput, DiffusionFeaturePipeline
+from diffdiscover3d.reporting.provenance import describe_environment
+
+RESULTS = Path(__file__).parent / "results"
+MODEL = "synthetic-regular"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A signal, and how its channels are weighed.
+
+    Attributes:
+        changes: what is varied here.
+        stages: of the features; none: the clean prediction.
+        timestep: noise step t.
+        draws: of noise, over which the signal is averaged.
+        scaling: "plain"; "standardised", each channel to variance 1; "whitened", decorrelated as well. Several stages
+            are first brought to the same total variance, or the one with most channels would speak alone.
+    """
+
+    changes: str
+    stages: tuple[int, ...] = ()
+    timestep: int = 25
+    draws: int = 4
+    scaling: str = "plain"
+
+
+def trials(level: int) -> Iterator[Trial]:
+    """Everything that is tried at a level."""
+    own, clean = Trial("base", (level,)), Trial("base")
+    yield from (own, clean)
+    for timestep in (10, 60, 100, 150):
+        yield replace(own, changes="timestep", timestep=timestep)
+        yield replace(clean, changes="timestep", timestep=timestep)
+    for draws in (1, 2, 8):
+        yield replace(own, changes="draws", draws=draws)
+        yield replace(clean, changes="draws", draws=draws)
+    for scaling in ("standardised", "whitened"):
+        yield replace(own, changes="scaling", scaling=scaling)
+    for stages in ((1,), (2,), (3,), (1, 2), (2, 3), (1, 2, 3)):
+        if stages != (level,):
+            yield replace(own, changes="stages", stages=stages)
+
+
+def scale(signal: np.ndarray, scaling: str) -> np.ndarray:
+    """Weigh the channels of (voxels, channels)."""
+    if scaling == "plain":
+        return signal
+    centred = signal - signal.mean(axis=0)
+    if scaling == "standardised":
+        return centred / (centred.std(axis=0) + 1e-6)
+    variances, axes = np.linalg.eigh(np.cov(centred, rowvar=False))
+    floor = 1e-3 * variances[-1]  # directions that hold nothing but rounding stay small
+    return centred @ (axes / np.sqrt(np.maximum(variances, 0) + floor))
+
+
+def divide(signal: np.ndarray, parents: np.ndarray, children: Sequence[int], scaling: str, seed: int) -> np.ndarray:
+    """k-means on (voxels, channels) inside each part that has children; numbers run through the parents' order."""
+    labels, first = np.zeros(len(parents), np.uint8), 0
+    for part, count in enumerate(children):
+        within = parents == part
+        if count > 1 and within.sum() >= count:
+            clusters = MiniBatchKMeans(count, n_init=3, batch_size=4096, random_state=seed)
+            labels[within] = first + clusters.fit_predict(scale(signal[within], scaling))
+        else:
+            labels[within] = first
+        first += count
+    return labels
+
+
+def voxelwise(found: DiffusionFeatureOutput, stages: Sequence[int]) -> np.ndarray:
+    """(voxels, channels): the stages asked for, several of total variance 1 each, or without any the clean prediction."""
+    if not stages:
+        return found.denoised.reshape(-1, 1).numpy()
+    maps = [found.features[s - 1][0].flatten(1).T.numpy() for s in stages]
+    if len(maps) > 1:
+        maps = [m / np.sqrt(m.var(axis=0).sum()) for m in maps]
+    return np.concatenate(maps, axis=1)
+
+
+def parents_of(network: StructureDiscoveryModel, volume: torch.Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The parts that a network divides, voxel by voxel, and into how many; without a parent one that is everything."""
+    labels = network.label_parents(volume[None])
+    if labels is None:
+        return np.zeros(volume.numel(), np.int64), (network.config.num_parts,)
+    return labels.flatten().numpy(), tuple(network.config.children)
+
+
+def ask(teacher: DiffusionFeaturePipeline, volume: torch.Tensor, timestep: int, draws: int) -> DiffusionFeatureOutput:
+    """All signals of a volume; more draws begin with the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    return teacher(volume[None], timestep, (1, 2, 3), generator, draws, upsample=True, denoised=True)
+
+
+def measure(split: str, seed: int) -> list[dict]:
+    """One row for each level and trial."""
+    teacher, networks = load_teacher(MODEL), load_discovery(MODEL).levels
+    volumes = load_volumes(MODEL, split)
+    plan = [(level, n, t) for level, n in zip(LEVEL_PARTS, networks, strict=True) for t in trials(level)]
+    matrices: list[list[np.ndarray]] = [[] for _ in plan]
+    for i in range(len(volumes)):
+        volume, true = volumes[i]["volume"], volumes[i]["labels"]
+        needed = sorted({(t.timestep, t.draws) for _, _, t in plan})
+        signals = {wanted: ask(teacher, volume, *wanted) for wanted in needed}
+        parents = [parents_of(network, volume) for network in networks]
+        for (level, _, trial), into in zip(plan, matrices, strict=True):
+            signal = voxelwise(signals[trial.timestep, trial.draws], trial.stages)
+            found = divide(signal, *parents[level - 1], trial.scaling, seed)
+            parts = LEVEL_PARTS[level]
+            into.append(dice_matrix(found.reshape(volume.shape[1:]), true[level - 1].numpy(), parts, parts))
+        print(f"volume {i + 1} of {len(volumes)}", flush=True)
+    return [
+        {"level": level, **asdict(trial), **dataset_dice(np.stack(found))}
+        for (level, _, trial), found in zip(plan, matrices, strict=True)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="of the clustering")
+    options = parser.parse_args()
+    rows = measure("validation", options.seed)
+    result = {
+        "command": "python benchmarks/signals.py",
+        "what": "k-means on the signals of the embedded diffusion model, inside the parts the embedded network divides",
+        "model": MODEL,
+        "split": "validation",
+        "volumes": 20,
+        "seed": options.seed,
+        "generator_version": GENERATOR_VERSION,
+        "environment": describe_environment(),
+        "rows": rows,
+    }
+    write_json(RESULTS / "signals.json", result)
+
+
+if __name__ == "__main__":
+    main()
