@@ -31,13 +31,13 @@ def changed_options(folder: Path, names: Mapping[Path, str]) -> dict:
     given = read_json(folder / "train_config.json")
     preset = given.pop("preset")
     usual = dataclasses.asdict(make_config(DiscoveryConfig, preset=preset, dataset="", teacher="", num_parts=2))
-    technical = {"mixed_precision", "memory_format", "log_every", "checkpoint_every", "preview_every", "children"}
+    technical = {"mixed_precision", "memory_format", "log_every", "checkpoint_every", "preview_every"}
     changed = {"preset": preset}
     for key, value in given.items():
         if key in technical or value == usual[key] or (isinstance(value, list) and value == list(usual[key] or ())):
             continue
-        if key in ("init_from", "parent"):
-            value = names.get(Path(value), "/".join(Path(value).parts[-3:]))
+        if key in ("init_from", "parent", "teacher", "dataset"):
+            value = names.get(Path(value), "/".join(Path(value).parts[-3:]))  # where they lie is nobody else's business
         changed[key] = value
     return changed
 
@@ -73,6 +73,7 @@ def describe(name: str, folder: Path, names: Mapping[Path, str]) -> dict:
         **dice,
         "inclusions_outside_of_the_cell": coarsest and round(lost_inclusions(coarsest, volumes), 4),
         "weights_sha256": weights_sha256(folder),
+        "generator_version": GENERATOR_VERSION,
         "environment": describe_environment(),
     }
 
@@ -91,7 +92,6 @@ def main() -> None:
     result = {
         "command": "python benchmarks/explore.py NAME=FOLDER ... --output FILE",
         "split": SPLIT,
-        "generator_version": GENERATOR_VERSION,
         "rows": list(rows.values()),
     }
     write_json(options.output, result)

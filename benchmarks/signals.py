@@ -5,7 +5,7 @@
 k-means divides each validation volume by a signal of the embedded diffusion model: at level 1 the whole volume, at
 levels 2 and 3 the parts that the embedded network divides there, as it found them. The base is the features of the
 level's own stage and the clean prediction, each at t = 25 and averaged over 4 draws of noise; every row changes one
-thing of it.
+thing of it. Whatever is divided is weighed for itself, as the consistencies of the training do.
 Writes `results/signals.json`.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from sklearn.cluster import MiniBatchKMeans
 
+from diffdiscover3d.baselines.features_kmeans import join_equally
 from diffdiscover3d.data.loading import load_volumes
 from diffdiscover3d.data.synthetic import GENERATOR_VERSION, LEVEL_PARTS
 from diffdiscover3d.files import write_json
@@ -28,7 +29,8 @@ from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeatureOutput, D
 from diffdiscover3d.reporting.provenance import describe_environment
 
 RESULTS = Path(__file__).parent / "results"
-MODEL = "synthetic-regular"
+MODEL = "synthetic-regular"  # also the name of its data
+SPLIT = "validation"
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,15 @@ class Trial:
         stages: of the features; none: the clean prediction.
         timestep: noise step t.
         draws: of noise, over which the signal is averaged.
-        scaling: "plain"; "standardised", each channel to variance 1; "whitened", decorrelated as well. Several stages
-            are first brought to the same total variance, or the one with most channels would speak alone.
+        scaling: "equal", every stage to the same total variance, or the one with most channels would speak alone;
+            "plain", as they are; "standardised", each channel to variance 1; "whitened", decorrelated as well.
     """
 
     changes: str
     stages: tuple[int, ...] = ()
     timestep: int = 25
     draws: int = 4
-    scaling: str = "plain"
+    scaling: str = "equal"
 
 
 def trials(level: int) -> Iterator[Trial]:
@@ -66,10 +68,14 @@ def trials(level: int) -> Iterator[Trial]:
     for stages in ((1,), (2,), (3,), (1, 2), (2, 3), (1, 2, 3)):
         if stages != (level,):
             yield replace(own, changes="stages", stages=stages)
+    yield Trial("weights of stages", (1, 2, 3), scaling="plain")
 
 
-def scale(signal: np.ndarray, scaling: str) -> np.ndarray:
-    """Weigh the channels of (voxels, channels)."""
+def scale(maps: Sequence[np.ndarray], scaling: str) -> np.ndarray:
+    """Put (voxels, channels) maps of stages side by side, their channels weighed."""
+    if scaling == "equal":
+        return join_equally(maps) if len(maps) > 1 else maps[0]
+    signal = np.concatenate(maps, axis=1)
     if scaling == "plain":
         return signal
     centred = signal - signal.mean(axis=0)
@@ -80,28 +86,27 @@ def scale(signal: np.ndarray, scaling: str) -> np.ndarray:
     return centred @ (axes / np.sqrt(np.maximum(variances, 0) + floor))
 
 
-def divide(signal: np.ndarray, parents: np.ndarray, children: Sequence[int], scaling: str, seed: int) -> np.ndarray:
-    """k-means on (voxels, channels) inside each part that has children; numbers run through the parents' order."""
+def divide(
+    maps: Sequence[np.ndarray], parents: np.ndarray, children: Sequence[int], scaling: str, seed: int
+) -> np.ndarray:
+    """k-means on (voxels, channels) maps inside each part that has children; numbers run through the parents' order."""
     labels, first = np.zeros(len(parents), np.uint8), 0
     for part, count in enumerate(children):
         within = parents == part
         if count > 1 and within.sum() >= count:
             clusters = MiniBatchKMeans(count, n_init=3, batch_size=4096, random_state=seed)
-            labels[within] = first + clusters.fit_predict(scale(signal[within], scaling))
+            labels[within] = first + clusters.fit_predict(scale([m[within] for m in maps], scaling))
         else:
             labels[within] = first
         first += count
     return labels
 
 
-def voxelwise(found: DiffusionFeatureOutput, stages: Sequence[int]) -> np.ndarray:
-    """(voxels, channels): the stages asked for, several of total variance 1 each, or without any the clean prediction."""
+def voxelwise(found: DiffusionFeatureOutput, stages: Sequence[int]) -> list[np.ndarray]:
+    """(voxels, channels) of each stage asked for, or where none is of the clean prediction."""
     if not stages:
-        return found.denoised.reshape(-1, 1).numpy()
-    maps = [found.features[s - 1][0].flatten(1).T.numpy() for s in stages]
-    if len(maps) > 1:
-        maps = [m / np.sqrt(m.var(axis=0).sum()) for m in maps]
-    return np.concatenate(maps, axis=1)
+        return [found.denoised.reshape(-1, 1).numpy()]
+    return [found.features[s - 1][0].flatten(1).T.numpy() for s in stages]
 
 
 def parents_of(network: StructureDiscoveryModel, volume: torch.Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -118,10 +123,9 @@ def ask(teacher: DiffusionFeaturePipeline, volume: torch.Tensor, timestep: int, 
     return teacher(volume[None], timestep, (1, 2, 3), generator, draws, upsample=True, denoised=True)
 
 
-def measure(split: str, seed: int) -> list[dict]:
+def measure(volumes: Sequence[dict], seed: int) -> list[dict]:
     """One row for each level and trial."""
     teacher, networks = load_teacher(MODEL), load_discovery(MODEL).levels
-    volumes = load_volumes(MODEL, split)
     plan = [(level, n, t) for level, n in zip(LEVEL_PARTS, networks, strict=True) for t in trials(level)]
     matrices: list[list[np.ndarray]] = [[] for _ in plan]
     for i in range(len(volumes)):
@@ -130,8 +134,8 @@ def measure(split: str, seed: int) -> list[dict]:
         signals = {wanted: ask(teacher, volume, *wanted) for wanted in needed}
         parents = [parents_of(network, volume) for network in networks]
         for (level, _, trial), into in zip(plan, matrices, strict=True):
-            signal = voxelwise(signals[trial.timestep, trial.draws], trial.stages)
-            found = divide(signal, *parents[level - 1], trial.scaling, seed)
+            maps = voxelwise(signals[trial.timestep, trial.draws], trial.stages)
+            found = divide(maps, *parents[level - 1], trial.scaling, seed)
             parts = LEVEL_PARTS[level]
             into.append(dice_matrix(found.reshape(volume.shape[1:]), true[level - 1].numpy(), parts, parts))
         print(f"volume {i + 1} of {len(volumes)}", flush=True)
@@ -145,13 +149,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of the clustering")
     options = parser.parse_args()
-    rows = measure("validation", options.seed)
+    volumes = load_volumes(MODEL, SPLIT)
+    rows = measure(volumes, options.seed)
     result = {
-        "command": "python benchmarks/signals.py",
+        "command": f"python benchmarks/signals.py --seed {options.seed}",
         "what": "k-means on the signals of the embedded diffusion model, inside the parts the embedded network divides",
         "model": MODEL,
-        "split": "validation",
-        "volumes": 20,
+        "split": SPLIT,
+        "volumes": len(volumes),
         "seed": options.seed,
         "generator_version": GENERATOR_VERSION,
         "environment": describe_environment(),

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from diffdiscover3d.evaluation import score
 from diffdiscover3d.files import read_json, write_json
 from diffdiscover3d.reporting.provenance import describe_environment, weights_sha256
 from diffdiscover3d.reporting.score_tables import plot_table, write_table
+from diffdiscover3d.training.identity import weights_fingerprint
 from diffdiscover3d.training.recipes import RECIPES, Recipe, Training, diffusion_training, train_level
 
 
@@ -49,19 +51,27 @@ def _bm4d(num_parts, teacher, seed):
     return BM4DKMeans(num_parts, seed)
 
 
-def _features(stage: int) -> Callable:
+def _features(*stages: int) -> Callable:
     def make(num_parts, teacher, seed):
         from diffdiscover3d.baselines.features_kmeans import FeaturesKMeans
 
-        return FeaturesKMeans(num_parts, teacher, stage, seed=seed)
+        return FeaturesKMeans(num_parts, teacher, stages, seed=seed)
 
     return make
+
+
+def _denoised(num_parts, teacher, seed):
+    from diffdiscover3d.baselines.features_kmeans import DenoisedKMeans
+
+    return DenoisedKMeans(num_parts, teacher, seed=seed)
 
 
 METHODS: dict[str, Method] = {
     "k-means": Method("k-means", _kmeans, needs_teacher=False),
     "bm4d-k-means": Method("BM4D + k-means", _bm4d, needs_teacher=False),
     **{f"features-k-means-{s}": Method(f"features k-means, stage {s}", _features(s)) for s in (1, 2, 3)},
+    "features-k-means-all": Method("features k-means, all stages", _features(1, 2, 3)),
+    "denoised-k-means": Method("k-means on the clean prediction", _denoised),
     "as-written": Method("Eq. 4 as written", as_written=True),
     "ours": Method("ours"),
     "no-visual": Method("ours, λv = 0", options={"lambda_visual": 0.0}),
@@ -146,6 +156,7 @@ class Benchmark:
         else:
             teacher = self._teacher(cell.variant) if method.needs_teacher else None
             rival = method.baseline(LEVEL_PARTS[cell.level], teacher and _load_teacher(teacher), cell.seed)
+            rival.fit(load_volumes(f"synthetic-{cell.variant}", "train"))
             predict, sources = rival.predict, {}
         row = {
             "method": cell.method,
@@ -168,7 +179,14 @@ class Benchmark:
     def settings_of(self, method: Method) -> dict:
         """What a row must have been made with, so that figures of two recipes never stand in one table."""
         trained = {} if method.baseline else {"recipe_sha256": self._recipe(method).digest()}
-        return {**self.settings, **trained}
+        return {**self.settings, **trained, **(self._teacher_settings if method.needs_teacher else {})}
+
+    @cached_property
+    def _teacher_settings(self) -> dict:
+        """Which diffusion model is asked: by its weights, or by the options it is trained with."""
+        if self.teacher is None:
+            return {"diffusion": {**RECIPES[self.recipe].diffusion, **self.diffusion_overrides}}
+        return {"teacher_sha256": weights_fingerprint(_load_teacher(self.teacher).unet)}
 
     def _recipe(self, method: Method) -> Recipe:
         name = f"{self.recipe}-as-written" if method.as_written else self.recipe
@@ -223,7 +241,8 @@ class Benchmark:
 
     def _public(self, arguments: Sequence[str]) -> str:
         """A command line without the folder of the tables: where the models lie is nobody else's business."""
-        return " ".join(arguments).replace(f"{self.output}/", "")
+        inside = f"{self.output}/"
+        return " ".join(word.removeprefix(inside) for word in map(str, arguments))
 
 
 def run_in_process(arguments: Sequence[str]) -> None:
@@ -284,7 +303,10 @@ def benchmark(
 
 
 def summarize(rows: Iterable[dict]) -> list[dict]:
-    """Mean and standard deviation over seeds of each method, variant and level, in the order of the rows."""
+    """Mean and standard deviation over seeds of each method, variant and level, in the order of the rows.
+
+    The deviation is the sample's (divided by one less than the seeds): three seeds are not all there are.
+    """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["variant"], row["method"], row["level"]), []).append(row)
@@ -300,7 +322,7 @@ def summarize(rows: Iterable[dict]) -> list[dict]:
                 "level": level,
                 "seeds": [row["seed"] for row in group],
                 "dice": float(dice.mean()),
-                "dice_spread": float(dice.std()),
+                "dice_spread": float(dice.std(ddof=1)) if len(dice) > 1 else 0.0,
                 "dice_one_matching": float(one.mean()),
                 "seconds": float(np.mean([row["seconds"] for row in group])),
                 "training_seconds": float(np.mean([row["training_seconds"] for row in group])),

@@ -72,7 +72,7 @@ def evaluate_brats(
         clusters = IntensityKMeans(NUM_PARTS, seed)
         methods[clusters.name] = (clusters.predict, NUM_PARTS)
     if teacher is not None:
-        features = FeaturesKMeans(NUM_PARTS, load_teacher(teacher).to(device), stage=2, seed=seed)
+        features = FeaturesKMeans(NUM_PARTS, load_teacher(teacher).to(device), stages=(2,), seed=seed)
         methods[features.name] = (features.predict, NUM_PARTS)
     for name, predict in (more or {}).items():
         methods[name] = (predict, NUM_PARTS)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffdiscover3d.baselines.bm4d_kmeans import BM4DKMeans, noise_std
-from diffdiscover3d.baselines.features_kmeans import FeaturesKMeans
+from diffdiscover3d.baselines.features_kmeans import DenoisedKMeans, FeaturesKMeans, join_equally
 from diffdiscover3d.baselines.kmeans import IntensityKMeans
 from diffdiscover3d.hub import load_teacher
 from diffdiscover3d.metrics import dice_matrix, matched_dice
@@ -58,8 +58,30 @@ def test_bm4d_that_is_not_installed_is_named(monkeypatch):
 
 def test_features_kmeans_is_a_partition_that_repeats():
     volume, labels = halves(0.05)
-    method = FeaturesKMeans(2, load_teacher("synthetic-regular"), stage=3, num_noise=1, seed=1)
+    method = FeaturesKMeans(2, load_teacher("synthetic-regular"), stages=(3,), num_noise=1, seed=1)
     first, second = method.predict(volume), method.predict(volume)
     assert first.shape == labels.shape and first.dtype == np.uint8 and np.array_equal(first, second)
     assert method.name == "features k-means, stage 3"
     assert matched_dice(dice_matrix(first, labels, 2, 2)) > 0.8
+
+
+def test_stages_are_joined_with_equal_weight():
+    rng = np.random.default_rng(0)
+    joined = join_equally([rng.normal(size=(300, 8)) * 50, rng.normal(size=(300, 2)) * 0.01])
+    assert joined.shape == (300, 10)
+    assert joined[:, :8].var(axis=0).sum() == pytest.approx(1) == joined[:, 8:].var(axis=0).sum()
+    teacher = load_teacher("synthetic-regular")
+    volume, labels = halves(0.05)
+    method = FeaturesKMeans(2, teacher, stages=(1, 2, 3), num_noise=1)
+    assert method.name == "features k-means, stages 1, 2, 3"
+    assert matched_dice(dice_matrix(method.predict(volume), labels, 2, 2)) > 0.8
+
+
+def test_denoised_kmeans_is_kmeans_on_the_clean_prediction():
+    teacher, (volume, labels) = load_teacher("synthetic-regular"), halves(0.2)
+    found = DenoisedKMeans(2, teacher, timestep=40, num_noise=2, seed=3).predict(volume)
+    draws = torch.Generator().manual_seed(3)
+    clean = teacher(volume[None], 40, (1,), draws, 2, denoised=True).denoised[0]
+    assert found.dtype == np.uint8 and np.array_equal(found, IntensityKMeans(2, 3).predict(clean))
+    plain = IntensityKMeans(2).predict(volume)
+    assert matched_dice(dice_matrix(found, labels, 2, 2)) > matched_dice(dice_matrix(plain, labels, 2, 2))

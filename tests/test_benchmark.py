@@ -5,11 +5,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from diffdiscover3d import benchmark as module
 from diffdiscover3d.benchmark import METHODS, TABLES, Benchmark, Cell, benchmark, summarize
 from diffdiscover3d.errors import InputError, ModelError
-from diffdiscover3d.hub import load_discovery
+from diffdiscover3d.hub import load_discovery, load_teacher
 from diffdiscover3d.reporting.score_tables import format_table
 from diffdiscover3d.train import main as train_main
 from diffdiscover3d.training.recipes import RECIPES, final_loss, train_level
@@ -68,6 +69,47 @@ def test_a_nested_recipe_trains_each_level_inside_the_one_before(tmp_path, two_v
     # another level of the same method takes what is trained already
     table.fill(Cell("regular", "ours", 1, 0))
     assert len(runs) == 4
+
+
+def test_another_teacher_is_never_mixed_in(tmp_path, two_volumes):
+    """The same folder with other weights in it, and a diffusion model that is trained otherwise."""
+    teacher = load_teacher("synthetic-regular")
+    teacher.save_pretrained(tmp_path / "teacher")
+    cell = Cell("regular", "features-k-means-all", 1, 0)
+    row = Benchmark(tmp_path / "out", teacher=str(tmp_path / "teacher")).fill(cell)
+    assert Benchmark(tmp_path / "out", teacher=str(tmp_path / "teacher")).fill(cell) == row
+    with torch.no_grad():
+        next(teacher.unet.parameters()).mul_(1.01)
+    teacher.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ModelError, match="made with other settings"):
+        Benchmark(tmp_path / "out", teacher=str(tmp_path / "teacher")).fill(cell)
+    usual, wide = (Benchmark(tmp_path, diffusion_overrides=o).settings_of(METHODS["ours"]) for o in ({}, {"seed": 1}))
+    assert usual["diffusion"] == dict(RECIPES["small"].diffusion) != wide["diffusion"]
+    # k-means on intensities has none
+    assert "diffusion" not in Benchmark(tmp_path).settings_of(METHODS["k-means"])
+
+
+def test_rivals_are_fitted_on_the_training_volumes(tmp_path, two_volumes, monkeypatch):
+    fitted = []
+
+    class Rival:
+        def fit(self, volumes):
+            fitted.append([volumes[i]["volume"].shape for i in range(len(volumes))])
+
+        def predict(self, volume):
+            return (volume[0] > 0.5).numpy().astype(np.uint8)
+
+    method = module.Method("learned", lambda parts, teacher, seed: Rival(), needs_teacher=False)
+    monkeypatch.setitem(METHODS, "learned", method)
+    assert Benchmark(tmp_path).fill(Cell("regular", "learned", 1, 0))["dice"] > 0
+    assert fitted == [[(1, 50, 50, 50)] * 2]
+
+
+def test_only_the_folder_of_the_table_is_left_out_of_its_commands(tmp_path):
+    table = Benchmark("out")
+    assert table._public(["--teacher", "/data/about/x", "--output-dir", "out/models/a"]) == (
+        "--teacher /data/about/x --output-dir models/a"
+    )
 
 
 def write_log(folder, *losses):
@@ -170,8 +212,8 @@ def test_summary_is_mean_and_spread_over_seeds():
     ]
     (summary,) = summarize(rows)
     assert summary["dice"] == pytest.approx(0.7) and summary["dice_one_matching"] == pytest.approx(0.6)
-    assert summary["dice_spread"] == pytest.approx(np.std([0.5, 0.7, 0.9])) and summary["seeds"] == [0, 1, 2]
-    assert "| M | 0.700 ± 0.163 (0.600) |" in format_table([summary])
+    assert summary["dice_spread"] == pytest.approx(0.2) and summary["seeds"] == [0, 1, 2]
+    assert "| M | 0.700 ± 0.200 (0.600) |" in format_table([summary])
 
 
 def test_unknown_names(tmp_path):

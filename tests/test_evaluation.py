@@ -1,5 +1,6 @@
 """Scoring on synthetic cells, and the embedded models' promises."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -12,6 +13,7 @@ from diffdiscover3d.data.loading import load_volumes
 from diffdiscover3d.errors import InputError, ModelError
 from diffdiscover3d.evaluation import evaluate, format_rows, score
 from diffdiscover3d.hub import embedded_models, load_discovery, load_teacher
+from diffdiscover3d.reporting.provenance import weights_sha256
 
 
 def test_score_of_a_perfect_method():
@@ -74,3 +76,12 @@ def test_evaluate_writes_what_it_used(tmp_path):
     assert result["environment"]["packages"]["torch"] == torch.__version__
     json.dumps(result)
     assert "| 1 | 2 | k-means |" in format_rows(result["rows"])
+
+
+def test_checkpoints_are_not_the_model(tmp_path):
+    for name in ("diffusion_pytorch_model.safetensors", "unet/a.safetensors", "checkpoints/checkpoint-1/b.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    found = weights_sha256(tmp_path)
+    assert list(found) == ["diffusion_pytorch_model.safetensors", "unet/a.safetensors"]
+    assert found["unet/a.safetensors"] == hashlib.sha256(b"unet/a.safetensors").hexdigest()

@@ -1,4 +1,4 @@
-"""k-means on a volume's diffusion features."""
+"""k-means on what a diffusion model says of a volume: its features, or its prediction of the clean volume."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,19 @@ import numpy as np
 import torch
 from sklearn.cluster import MiniBatchKMeans
 
+from diffdiscover3d.baselines.kmeans import IntensityKMeans
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
 
 
 class FeaturesKMeans:
-    """Mini-batch k-means on the features of one decoder stage, brought to the voxels.
+    """Mini-batch k-means on the features of decoder stages, brought to the voxels.
+
+    Several stages are first brought to the same total variance, or the one with most channels would speak alone.
 
     Args:
         num_parts: number of clusters.
         teacher: the pretrained diffusion model.
-        stage: decoder stage, 1 is the coarsest.
+        stages: decoder stages, 1 is the coarsest.
         timestep: noise step t.
         num_noise: noise draws over which the features are averaged.
         seed: of the noise and of the clustering.
@@ -25,13 +28,13 @@ class FeaturesKMeans:
         self,
         num_parts: int,
         teacher: DiffusionFeaturePipeline,
-        stage: int,
+        stages: Sequence[int],
         timestep: int = 25,
         num_noise: int = 4,
         seed: int = 0,
     ):
-        self.name = f"features k-means, stage {stage}"
-        self.num_parts, self.teacher, self.stage = num_parts, teacher, stage
+        self.name = f"features k-means, stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))}"
+        self.num_parts, self.teacher, self.stages = num_parts, teacher, tuple(stages)
         self.timestep, self.num_noise, self.seed = timestep, num_noise, seed
 
     def fit(self, volumes: Sequence[dict]) -> None:
@@ -40,7 +43,47 @@ class FeaturesKMeans:
     def predict(self, volume: torch.Tensor) -> np.ndarray:
         """Label a (1, H, W, D) volume: (H, W, D) uint8."""
         generator = torch.Generator().manual_seed(self.seed)
-        found = self.teacher(volume[None], self.timestep, (self.stage,), generator, self.num_noise, upsample=True)
-        features = found.features[0][0].flatten(1).T.numpy()  # (voxels, channels)
+        found = self.teacher(volume[None], self.timestep, self.stages, generator, self.num_noise, upsample=True)
+        features = [f[0].flatten(1).T.numpy() for f in found.features]  # (voxels, channels) each
+        joined = features[0] if len(features) == 1 else join_equally(features)
         clusters = MiniBatchKMeans(self.num_parts, n_init=3, batch_size=4096, random_state=self.seed)
-        return clusters.fit_predict(features).reshape(volume.shape[1:]).astype(np.uint8)
+        return clusters.fit_predict(joined).reshape(volume.shape[1:]).astype(np.uint8)
+
+
+class DenoisedKMeans:
+    """[`IntensityKMeans`] on the diffusion model's prediction of the clean volume.
+
+    Args:
+        num_parts, seed: of the k-means; the seed also of the noise.
+        teacher: the pretrained diffusion model.
+        timestep: noise step t.
+        num_noise: noise draws over which the prediction is averaged.
+    """
+
+    name = "k-means on the clean prediction"
+
+    def __init__(
+        self,
+        num_parts: int,
+        teacher: DiffusionFeaturePipeline,
+        timestep: int = 60,
+        num_noise: int = 4,
+        seed: int = 0,
+    ):
+        self.num_parts, self.teacher, self.seed = num_parts, teacher, seed
+        self.timestep, self.num_noise = timestep, num_noise
+        self.kmeans = IntensityKMeans(num_parts, seed)
+
+    def fit(self, volumes: Sequence[dict]) -> None:
+        """Nothing to learn: each volume is clustered for itself."""
+
+    def predict(self, volume: torch.Tensor) -> np.ndarray:
+        """Label a (1, H, W, D) volume: (H, W, D) uint8."""
+        generator = torch.Generator().manual_seed(self.seed)
+        found = self.teacher(volume[None], self.timestep, (), generator, self.num_noise, denoised=True)
+        return self.kmeans.predict(found.denoised[0].cpu())
+
+
+def join_equally(features: Sequence[np.ndarray]) -> np.ndarray:
+    """Put (voxels, channels) features side by side, each with a total variance of 1."""
+    return np.concatenate([f / np.sqrt(f.var(axis=0).sum() + 1e-12) for f in features], axis=1)

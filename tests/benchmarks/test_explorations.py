@@ -1,5 +1,6 @@
 """What is written down of the exploration is what was tried."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,10 @@ from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeatureOutput
 def test_whitened_channels_are_uncorrelated_and_standardised_ones_have_variance_one():
     rng = np.random.default_rng(0)
     signal = rng.normal(size=(5000, 3)) @ np.array([[2.0, 0, 0], [1.5, 1, 0], [0, 0, 30]]) + 7
-    assert signals.scale(signal, "plain") is signal
-    standardised = signals.scale(signal, "standardised")
+    assert np.array_equal(signals.scale([signal[:, :1], signal[:, 1:]], "plain"), signal)
+    standardised = signals.scale([signal], "standardised")
     assert np.allclose(standardised.mean(axis=0), 0) and np.allclose(standardised.std(axis=0), 1, atol=1e-5)
-    covariance = np.cov(signals.scale(signal[:, :2], "whitened"), rowvar=False)
+    covariance = np.cov(signals.scale([signal[:, :2]], "whitened"), rowvar=False)
     assert np.allclose(covariance, np.eye(2), atol=2e-2)
 
 
@@ -27,27 +28,42 @@ def test_parts_are_divided_each_for_itself_and_numbered_through():
     parents = np.repeat([0, 1, 2], (50, 60, 70))
     # both halves of part 1 lie inside the range of part 2: one k-means over everything could not tell them apart
     signal = np.concatenate([np.full(50, 9.0), np.repeat([1.0, 1.1], 30), np.repeat([0.0, 5.0], 35)])[:, None]
-    found = signals.divide(signal, parents, (1, 2, 2), "plain", seed=0)
+    found = signals.divide([signal], parents, (1, 2, 2), "plain", seed=0)
     assert set(found[:50]) == {0} and set(found[50:110]) == {1, 2} and set(found[110:]) == {3, 4}
     for first, last in ((50, 80), (80, 110), (110, 145), (145, 180)):
         assert len(set(found[first:last])) == 1
 
 
-def test_several_stages_weigh_the_same_however_many_channels_they_have():
+def test_several_stages_weigh_the_same_inside_the_part_that_is_divided(monkeypatch):
     maps = tuple(torch.randn(1, channels, 4, 5, 6) * size for channels, size in ((8, 3.0), (2, 0.1), (4, 1.0)))
     found = DiffusionFeatureOutput(maps, (1, 2, 3), (4, 5, 6), torch.rand(1, 1, 4, 5, 6))
     both = signals.voxelwise(found, (1, 2))
-    assert both.shape == (120, 10)
-    assert both[:, :8].var(axis=0).sum() == pytest.approx(1, rel=1e-4)
-    assert both[:, 8:].var(axis=0).sum() == pytest.approx(1, rel=1e-4)
-    assert np.array_equal(signals.voxelwise(found, (3,)), maps[2][0].flatten(1).T.numpy())
-    assert np.array_equal(signals.voxelwise(found, ())[:, 0], found.denoised.flatten().numpy())
+    assert [m.shape for m in both] == [(120, 8), (120, 2)]
+    assert np.array_equal(both[1], maps[1][0].flatten(1).T.numpy())
+    assert np.array_equal(signals.voxelwise(found, ())[0][:, 0], found.denoised.flatten().numpy())
+    clustered = []
+
+    class Clusters:
+        def __init__(self, *arguments, **options):
+            pass
+
+        def fit_predict(self, signal):
+            clustered.append(signal)
+            return np.zeros(len(signal), np.uint8)
+
+    monkeypatch.setattr(signals, "MiniBatchKMeans", Clusters)
+    signals.divide(both, np.repeat([0, 1], (70, 50)), (1, 2), "equal", seed=0)
+    (signal,) = clustered
+    assert signal.shape == (50, 10)
+    assert signal[:, :8].var(axis=0).sum() == pytest.approx(1, rel=1e-4)
+    assert signal[:, 8:].var(axis=0).sum() == pytest.approx(1, rel=1e-4)
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_every_trial_changes_one_thing(level):
-    own, clean, *others = signals.trials(level)
-    assert own.stages == (level,) and clean.stages == ()
+    own, clean, *others, weights = signals.trials(level)
+    assert own.stages == (level,) and clean.stages == () and weights.scaling == "plain"
+    assert dataclasses.replace(own, stages=(1, 2, 3), changes="stages") in others  # what the weights compare with
     for trial in others:
         base = own if trial.stages else clean
         differing = [k for k in ("stages", "timestep", "draws", "scaling") if getattr(trial, k) != getattr(base, k)]
@@ -71,16 +87,16 @@ def test_inclusions_outside_of_the_cell_are_counted_whichever_part_the_cell_is()
 def test_options_of_a_training_are_those_its_preset_does_not_have(tmp_path):
     config = explore.make_config(
         explore.DiscoveryConfig,
-        preset="small", dataset="synthetic-regular", teacher="somewhere", num_parts=2,
+        preset="small", dataset="synthetic-regular", teacher="/home/me/models/cells/diffusion", num_parts=2,
         stages=(1, 3), log_every=7, init_from="/here/before",
     )  # fmt: skip
-    given = {**explore.dataclasses.asdict(config), "preset": "small"}
+    given = {**dataclasses.asdict(config), "preset": "small"}
     (tmp_path / "train_config.json").write_text(json.dumps(given))
     found = explore.changed_options(tmp_path, {Path("/here/before"): "features first"})
     assert found == {
         "preset": "small",
         "dataset": "synthetic-regular",
-        "teacher": "somewhere",
+        "teacher": "models/cells/diffusion",
         "stages": [1, 3],
         "init_from": "features first",
     }
