@@ -28,7 +28,7 @@ def describe_environment() -> dict:
 
 
 def weights_sha256(folder: str | Path) -> dict[str, str]:
-    """The sha256 of every safetensors file of a model folder, by its path in the folder; its checkpoints are left out."""
+    """The sha256 of every safetensors file of a model folder, by its path there; its checkpoints are left out."""
     folder = Path(folder)
     files = {p.relative_to(folder): p for p in sorted(folder.rglob("*.safetensors"))}
     return {name.as_posix(): sha256(p) for name, p in files.items() if name.parts[0] != "checkpoints"}
