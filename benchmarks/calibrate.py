@@ -6,6 +6,7 @@ Writes results/calibration.json and results/calibration.png. The published figur
 cannot be had; a variant counts as calibrated if each of its six figures is within 0.05 of the published one.
 """
 
+import argparse
 from pathlib import Path
 
 import matplotlib
@@ -63,6 +64,7 @@ def plot(rows: list[dict], target: Path) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     rows = []
     for variant in VARIANTS:
         for method, dice in measure(variant).items():

@@ -13,6 +13,8 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from diffdiscover3d.data.loading import load_volumes
 from diffdiscover3d.data.synthetic import GENERATOR_VERSION, LEVEL_PARTS
 from diffdiscover3d.evaluation import score
@@ -42,17 +44,37 @@ def changed_options(folder: Path, names: Mapping[Path, str]) -> dict:
     return changed
 
 
-def lost_inclusions(cell: StructureDiscoveryModel, volumes) -> float:
-    """Share of the voxels of true inclusions that lie outside of the cell, which is the part that overlaps it most."""
+def lost_inclusions(cell: StructureDiscoveryModel, volumes) -> dict[str, float]:
+    """What lies outside of the cell, the part that overlaps the true one most, and whether the intensities ask for it.
+
+    Returns:
+        `outside`: share of the voxels of true inclusions outside of the cell; `variance_left`: the share of the
+        intensities' variance that the two parts leave, mean over the volumes; `variance_left_with_them`: the same if
+        all inclusions were part of the cell.
+    """
     lost = there = 0
+    left, left_with_them = [], []
     for i in range(len(volumes)):
-        found = cell.segment(volumes[i]["volume"][None]).labels[0].numpy()
+        volume = volumes[i]["volume"]
+        found = cell.segment(volume[None]).labels[0].numpy()
         coarse, fine = volumes[i]["labels"][0].numpy(), volumes[i]["labels"][1].numpy()
         overlaps = [2 * ((found == p) & (coarse > 0)).sum() / ((found == p).sum() + (coarse > 0).sum()) for p in (0, 1)]
-        within = found == overlaps.index(max(overlaps))
-        lost += ((fine > 1) & ~within).sum()
-        there += (fine > 1).sum()
-    return float(lost / there)
+        within, inclusions = found == overlaps.index(max(overlaps)), fine > 1
+        lost += (inclusions & ~within).sum()
+        there += inclusions.sum()
+        left.append(variance_left(volume[0].numpy(), within))
+        left_with_them.append(variance_left(volume[0].numpy(), within | inclusions))
+    return {
+        "outside": round(float(lost / there), 4),
+        "variance_left": round(float(np.mean(left)), 4),
+        "variance_left_with_them": round(float(np.mean(left_with_them)), 4),
+    }
+
+
+def variance_left(values: np.ndarray, within: np.ndarray) -> float:
+    """Share of the variance that two parts leave unexplained."""
+    inside = [np.var(values[mask]) * mask.mean() for mask in (within, ~within) if mask.any()]
+    return float(sum(inside) / np.var(values))
 
 
 def describe(name: str, folder: Path, names: Mapping[Path, str]) -> dict:
@@ -71,7 +93,7 @@ def describe(name: str, folder: Path, names: Mapping[Path, str]) -> dict:
         "options": options,
         "final_loss": round(final_loss(folder), 4),
         **dice,
-        "inclusions_outside_of_the_cell": coarsest and round(lost_inclusions(coarsest, volumes), 4),
+        "inclusions": coarsest and lost_inclusions(coarsest, volumes),
         "weights_sha256": weights_sha256(folder),
         "generator_version": GENERATOR_VERSION,
         "environment": describe_environment(),

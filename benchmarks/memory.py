@@ -1,5 +1,6 @@
 """Peak memory of segmentation beside the estimate users are told: python benchmarks/memory.py > FILE."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -30,6 +31,7 @@ print(json.dumps({"shape": shape, "parts": parts, "peak_gib": round(peak / 2**30
 
 def main() -> None:
     """One process for each shape, because a process's peak never falls."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     from diffdiscover3d.reporting.provenance import describe_environment
 
     rows = []

@@ -156,8 +156,8 @@ def write_page(result: dict, docs: Path) -> Path:
         "disadvantage, since its clusters have no order.\n",
         '"Ours" is the recipe `small`; λ = 0 leaves out one term of it; stages replace the recipe\'s own at every '
         "level, also in the levels that are divided. Ours begins twice and goes on from the lower loss; without "
-        "features nothing is left of that first training, while the teacher still speaks through its clean prediction. Only "
-        "ours, its ablations and its stages are nested: each level divides the parts of the one before.\n",
+        "features nothing is left of that first training, while the teacher still speaks through its clean prediction. "
+        "Only ours, its ablations and its stages are nested: each level divides the parts of the one before.\n",
         '"Eq. 4 as written" has the paper\'s losses and its way of training (flat, fresh noise at every step, dropout, '
         "the epoch of highest confidence, 3e-4) at the small size: 1,200 steps for each level, one start.\n",
     ]

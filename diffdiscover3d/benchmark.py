@@ -29,7 +29,8 @@ class Method:
         title: what the table calls it.
         baseline: makes a rival, `(num_parts, teacher, seed) -> Baseline`; `None` for a trained network.
         options: what a trained network changes in the recipe.
-        as_written: take the recipe with the paper's equations instead, if there is one of this size.
+        as_written: take the recipe with the paper's equations instead; where there is none of this size, the recipe
+            has them itself.
     """
 
     title: str

@@ -13,7 +13,7 @@ SEED = 20261123  # of everything the slow suite draws at random
 GRID = (10, 8, 12)
 DIFFUSION = {"preset": "small", "width": 8, "sample-size": 8, "mixed-precision": "no", "batch-size": 4, "log-every": 1}
 DISCOVERY = {"preset": "small", "mixed-precision": "no", "batch-size": 4, "num-parts": 3, "log-every": 1}
-for _options in (DIFFUSION, DISCOVERY):  # not as measured: on a machine with other work to do that may change
+for _options in (DIFFUSION, DISCOVERY):  # not as measured: on a busy machine that may change
     _options["memory-format"] = "channels_last"
 LAUNCHER = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no"]
 LAUNCHER += ["--dynamo_backend", "no", "--main_process_port", "0"]

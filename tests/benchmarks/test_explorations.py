@@ -76,12 +76,19 @@ def test_inclusions_outside_of_the_cell_are_counted_whichever_part_the_cell_is()
     fine = coarse.copy()
     fine[1, :2] = 2  # 12 voxels
     fine[2, :1] = 3  # 6 voxels
-    volumes = [{"volume": torch.zeros(1, 4, 5, 6), "labels": torch.from_numpy(np.stack([coarse, fine, fine]))}]
+    values = np.where(fine == 3, 1.0, np.where(coarse > 0, 4.0, 0.0))  # the lost inclusions are near the background
+    volume = torch.from_numpy(values.astype(np.float32))[None]
+    volumes = [{"volume": volume, "labels": torch.from_numpy(np.stack([coarse, fine, fine]))}]
     found = coarse.copy()
-    found[1, :1] = 0
+    found[2, :1] = 0
     for labels in (found, 1 - found):
         cell = SimpleNamespace(segment=lambda v, x=labels: SimpleNamespace(labels=torch.from_numpy(x)[None]))
-        assert explore.lost_inclusions(cell, volumes) == pytest.approx(6 / 18)
+        row = explore.lost_inclusions(cell, volumes)
+        assert row["outside"] == pytest.approx(6 / 18, abs=1e-4)
+        # by hand: background of 60 zeros and 6 ones, a cell of 54 fours; or 60 zeros, and 54 fours with 6 ones
+        total = np.var(values) * 120
+        assert row["variance_left"] == pytest.approx((6 - 6 * 6 / 66) / total, abs=1e-4)
+        assert row["variance_left_with_them"] == pytest.approx((54 * 16 + 6 - (54 * 4 + 6) ** 2 / 60) / total, abs=1e-4)
 
 
 def test_options_of_a_training_are_those_its_preset_does_not_have(tmp_path):

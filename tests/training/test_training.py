@@ -22,7 +22,7 @@ from diffdiscover3d.training.runtime import learning_rate_at, make_accelerator, 
 
 GRID = (10, 8, 12)
 DIFFUSION = {"preset": "small", "width": 8, "sample_size": 8, "mixed_precision": "no", "batch_size": 4, "log_every": 1}
-DIFFUSION["memory_format"] = "channels_last"  # not as measured: on a machine with other work to do that may change
+DIFFUSION["memory_format"] = "channels_last"  # not as measured: on a busy machine that may change
 
 
 @pytest.fixture(scope="module")
