@@ -62,7 +62,7 @@ def _features(*stages: int) -> Callable:
 
 
 def _denoised(num_parts, teacher, seed):
-    from diffdiscover3d.baselines.features_kmeans import DenoisedKMeans
+    from diffdiscover3d.baselines.denoised_kmeans import DenoisedKMeans
 
     return DenoisedKMeans(num_parts, teacher, seed=seed)
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from diffdiscover3d.baselines.bm4d_kmeans import BM4DKMeans, noise_std
-from diffdiscover3d.baselines.features_kmeans import DenoisedKMeans, FeaturesKMeans, join_equally
+from diffdiscover3d.baselines.denoised_kmeans import DenoisedKMeans
+from diffdiscover3d.baselines.features_kmeans import FeaturesKMeans, join_equally
 from diffdiscover3d.baselines.kmeans import IntensityKMeans
 from diffdiscover3d.hub import load_teacher
 from diffdiscover3d.metrics import dice_matrix, matched_dice

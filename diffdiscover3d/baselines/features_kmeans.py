@@ -1,4 +1,4 @@
-"""k-means on what a diffusion model says of a volume: its features, or its prediction of the clean volume."""
+"""k-means on a volume's diffusion features."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from sklearn.cluster import MiniBatchKMeans
 
-from diffdiscover3d.baselines.kmeans import IntensityKMeans
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
 
 
@@ -48,40 +47,6 @@ class FeaturesKMeans:
         joined = features[0] if len(features) == 1 else join_equally(features)
         clusters = MiniBatchKMeans(self.num_parts, n_init=3, batch_size=4096, random_state=self.seed)
         return clusters.fit_predict(joined).reshape(volume.shape[1:]).astype(np.uint8)
-
-
-class DenoisedKMeans:
-    """[`IntensityKMeans`] on the diffusion model's prediction of the clean volume.
-
-    Args:
-        num_parts, seed: of the k-means; the seed also of the noise.
-        teacher: the pretrained diffusion model.
-        timestep: noise step t.
-        num_noise: noise draws over which the prediction is averaged.
-    """
-
-    name = "k-means on the clean prediction"
-
-    def __init__(
-        self,
-        num_parts: int,
-        teacher: DiffusionFeaturePipeline,
-        timestep: int = 60,
-        num_noise: int = 4,
-        seed: int = 0,
-    ):
-        self.num_parts, self.teacher, self.seed = num_parts, teacher, seed
-        self.timestep, self.num_noise = timestep, num_noise
-        self.kmeans = IntensityKMeans(num_parts, seed)
-
-    def fit(self, volumes: Sequence[dict]) -> None:
-        """Nothing to learn: each volume is clustered for itself."""
-
-    def predict(self, volume: torch.Tensor) -> np.ndarray:
-        """Label a (1, H, W, D) volume: (H, W, D) uint8."""
-        generator = torch.Generator().manual_seed(self.seed)
-        found = self.teacher(volume[None], self.timestep, (), generator, self.num_noise, denoised=True)
-        return self.kmeans.predict(found.denoised[0].cpu())
 
 
 def join_equally(features: Sequence[np.ndarray]) -> np.ndarray:
