@@ -49,19 +49,23 @@ def plot_table(target: Path, summary: Sequence[dict]) -> None:
     titles = list(dict.fromkeys(row["title"] for row in summary))
     levels = sorted({row["level"] for row in summary})
     figure, axes = plt.subplots(1, len(variants), figsize=(1.5 + 5 * len(variants), 4), squeeze=False, sharey=True)
-    width = 0.8 / len(titles)
+    colours = {title: plt.get_cmap("tab20")(i) for i, title in enumerate(titles)}
+    handles = {}
     for axis, variant in zip(axes[0], variants, strict=True):
-        for i, title in enumerate(titles):
+        here = list(dict.fromkeys(row["title"] for row in summary if row["variant"] == variant))
+        width = 0.8 / len(here)
+        for i, title in enumerate(here):
             found = {r["level"]: r for r in summary if r["variant"] == variant and r["title"] == title}
             heights = [found[n]["dice"] if n in found else np.nan for n in levels]
-            spreads = [found[n]["dice_spread"] if n in found else 0 for n in levels]
-            places = np.arange(len(levels)) + (i - (len(titles) - 1) / 2) * width
-            axis.bar(places, heights, width, yerr=spreads, label=title, color=plt.get_cmap("tab20")(i), capsize=1.5)
+            # nan: one seed has no spread, and no whisker
+            spreads = [found[n]["dice_spread"] if n in found and len(found[n]["seeds"]) > 1 else np.nan for n in levels]
+            places = np.arange(len(levels)) + (i - (len(here) - 1) / 2) * width
+            handles[title] = axis.bar(places, heights, width, yerr=spreads, color=colours[title], capsize=1.5)
         axis.set_title(variant)
         axis.set_xticks(range(len(levels)), [f"level {n}" for n in levels])
         axis.set_ylim(0, 1)
     axes[0][0].set_ylabel("Dice")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend([handles[title] for title in titles], titles, loc="outside right upper", fontsize=8, frameon=False)
     figure.set_layout_engine("constrained")
     with atomic_file(target) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
