@@ -145,7 +145,7 @@ def test_the_last_quarter_of_a_log_is_what_counts(tmp_path):
 def test_a_log_that_cannot_be_read(tmp_path, text):
     if text is not None:
         (tmp_path / "log.jsonl").write_text(text)
-    with pytest.raises(ModelError, match=r"must hold the losses of a finished training.*remove"):
+    with pytest.raises(ModelError, match=r"must contain the losses of a finished training.*remove"):
         final_loss(tmp_path)
 
 

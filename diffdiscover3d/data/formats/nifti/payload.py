@@ -1,4 +1,4 @@
-"""The bytes of a NIfTI file, as many as its header asks for and no more."""
+"""Bounded reading of the data of a NIfTI file."""
 
 import gzip
 import io
@@ -12,21 +12,21 @@ import numpy as np
 from diffdiscover3d.errors import InputError
 
 _CHUNK = 2**24
-_BEYOND = 2**24  # so many bytes after the data are read, for the checksum at their end
+_BEYOND = 2**24  # maximum number of bytes read after the data to reach the gzip checksum
 
 
 def open_payload(path: Path) -> io.BufferedIOBase:
-    """The file's uncompressed bytes, to be read and sought."""
+    """Open a file as a seekable stream of uncompressed bytes."""
     return gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")
 
 
 def read_payload(path: Path, offset: int, length: int, notes: list[str]) -> np.ndarray:
-    """The (length,) bytes from `offset` on, with the checksum of a `.gz` file tested.
+    """Read (length,) bytes from `offset` and verify the checksum of a `.gz` file.
 
-    However much a compressed file would expand to, no more is taken than this and 16 MiB for what may follow.
+    At most `length` bytes and another 16 MiB after them are decompressed, regardless of the size of the stream.
 
     Raises:
-        InputError: if the file is shorter or damaged.
+        InputError: if the file is truncated or damaged.
     """
     payload, filled = np.empty(length, np.uint8), 0
     for piece in _pieces(path, offset, length, notes):
@@ -35,20 +35,28 @@ def read_payload(path: Path, offset: int, length: int, notes: list[str]) -> np.n
     return payload
 
 
-def unpack_payload(path: Path, offset: int, length: int, wanted: range, target: BinaryIO, notes: list[str]) -> None:
-    """Write those of the (length,) bytes from `offset` on that are `wanted` into an open file, a chunk at a time.
+def unpack_payload(path: Path, offset: int, length: int, selection: range, target: BinaryIO, notes: list[str]) -> None:
+    """Decompress a range of the (length,) bytes from `offset` to an open file, chunk by chunk.
 
-    All are read, so that truncation and wrong checksums are found as by [`read_payload`].
+    All bytes are read, so truncation and wrong checksums are detected as by [`read_payload`].
+
+    Args:
+        path: path of the file.
+        offset: first byte of the data.
+        length: number of bytes of the data.
+        selection: range of bytes to write, relative to `offset`.
+        target: open file without a buffer.
+        notes: list to which warnings are appended.
 
     Raises:
-        InputError: if the file is shorter or damaged.
+        InputError: if the file is truncated or damaged.
         OSError: if `target` cannot be written.
     """
     at = 0
     for piece in _pieces(path, offset, length, notes):
-        first, last = max(wanted.start - at, 0), min(wanted.stop - at, len(piece))
+        first, last = max(selection.start - at, 0), min(selection.stop - at, len(piece))
         rest = memoryview(piece)[first : max(first, last)]
-        while rest:  # a file without a buffer may take less than it is given
+        while rest:  # an unbuffered write may be partial
             rest = rest[target.write(rest) :]
         at += len(piece)
 
@@ -70,12 +78,12 @@ def _pieces(path: Path, offset: int, length: int, notes: list[str]) -> Iterator[
 
 
 def _read_on(path: Path, file: io.BufferedIOBase, notes: list[str]) -> None:
-    """Read to the end, which makes gzip test its checksum; what is no gzip data after it is no part of the scan."""
+    """Read to the end so that gzip verifies its checksum; trailing bytes that are not gzip data are ignored."""
     try:
         beyond = 0
         while beyond < _BEYOND and (chunk := file.read(2**20)):
             beyond += len(chunk)
     except gzip.BadGzipFile as error:
-        if not str(error).startswith("Not a gzipped file"):  # a wrong checksum
+        if not str(error).startswith("Not a gzipped file"):  # wrong checksum
             raise
         notes.append("bytes after the end of the compressed data were ignored")

@@ -1,4 +1,4 @@
-"""Scans larger than memory: opened after the checks of `read_nifti`, then read by regions."""
+"""Region-wise access to scans larger than memory, with the validation of `read_nifti`."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,16 +20,16 @@ from diffdiscover3d.utils.files import scratch_file
 
 @dataclass(frozen=True)
 class SlabScan:
-    """An open scan in canonical (RAS+) orientation, of which only what is asked for is read.
+    """An open scan in canonical (RAS+) orientation that is read region by region.
 
     Attributes:
-        path: its file.
-        grid: the stored numbers.
-        affine: (4, 4) from canonical voxels to millimetres.
-        header: the file's header, unchanged.
-        scaling: slope and intercept of the stored numbers, `None` for 1 and 0.
-        low, high: the smallest and the largest value of the whole scan.
-        notes: what was unusual about the file, in words for the user.
+        path: path of the file.
+        grid: the stored values.
+        affine: (4, 4) affine from canonical voxels to millimetres.
+        header: the unmodified header of the file.
+        scaling: slope and intercept of the stored values, `None` for 1 and 0.
+        low, high: minimum and maximum of the whole scan.
+        notes: warnings about the file for the user.
     """
 
     path: Path
@@ -43,26 +43,26 @@ class SlabScan:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(H, W, D), in canonical orientation."""
+        """(H, W, D) in canonical orientation."""
         return self.grid.canonical_shape
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
-        """Edge lengths of a voxel along the canonical axes, in mm."""
+        """Voxel size along the canonical axes, in mm."""
         return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
 
     def read(self, region: Region) -> np.ndarray:
-        """The values in a region, (h, w, d) float32, finite.
+        """Read the values in a region as finite (h, w, d) float32.
 
         Raises:
-            InputError: if the file cannot be read any more.
+            InputError: if the file cannot be read.
         """
         values = to_float32(_reading(self.path, self.grid.read, region), self.scaling)
-        finite = np.isfinite(values)  # what is not was refused, or is to be 0
+        finite = np.isfinite(values)  # non-finite values only occur with `nan_to_zero`
         return values if finite.all() else np.where(finite, values, np.float32(0))
 
     def normalized(self, region: Region) -> np.ndarray:
-        """The same, with the whole scan's smallest value at 0 and its largest at 1."""
+        """Read the values in a region, min-max normalised by the range of the whole scan."""
         return (self.read(region) - self.low) / (self.high - self.low)
 
 
@@ -75,16 +75,16 @@ def open_slabs(
     nan_to_zero: bool = False,
     ignore_affine: bool = False,
 ) -> Iterator[SlabScan]:
-    """Open a `.nii` or `.nii.gz` file that need not fit into memory, after passing once over its voxels.
+    """Open a `.nii` or `.nii.gz` file for region-wise access, after one pass over its voxels to validate them.
 
     Args:
-        path: the file, as for [`read_nifti`].
-        scratch: folder for the decompressed voxels of a `.nii.gz`, in a file without a name.
+        path: path of the file, as for [`read_nifti`].
+        scratch: folder for the decompressed voxels of a `.nii.gz`, which are written to an anonymous file.
         volume, nan_to_zero, ignore_affine: as for [`read_nifti`].
 
     Raises:
-        InputError: as [`read_nifti`].
-        OutputError: if the disk cannot take the decompressed voxels.
+        InputError: as for [`read_nifti`].
+        OutputError: if the decompressed voxels cannot be written.
     """
     path, notes, chosen = Path(path), [], []
     header = read_header(path)
@@ -98,7 +98,7 @@ def open_slabs(
         file, offset = _open_voxels(path, header, shape, number, Path(scratch), notes, stack)
         grid = RawGrid(file, shape[:3], header.get_data_dtype(), orientation, offset)
         notes += chosen
-        low, high = _survey(path, grid, scaling, nan_to_zero, notes)
+        low, high = _value_range(path, grid, scaling, nan_to_zero, notes)
         canonical_affine = affine @ inv_ornt_aff(orientation, shape[:3])
         yield SlabScan(path, grid, canonical_affine, header, scaling, low, high, tuple(notes))
 
@@ -106,20 +106,22 @@ def open_slabs(
 def _open_voxels(
     path: Path, header, shape: Sequence[int], number: int, scratch: Path, notes: list[str], stack: ExitStack
 ) -> tuple[BinaryIO, int]:
-    """A file that holds the voxels as they are, and where in it the chosen volume begins."""
+    """Open a file with the uncompressed voxels; return it with the offset of the selected volume."""
     offset, size = int(header["vox_offset"]), header.get_data_dtype().itemsize
     volume_bytes = int(np.prod(shape[:3])) * size
     if not path.name.endswith(".gz"):
         return stack.enter_context(_reading(path, open, path, "rb", buffering=0)), offset + number * volume_bytes
     file = stack.enter_context(scratch_file(scratch, volume_bytes))
-    wanted = range(number * volume_bytes, (number + 1) * volume_bytes)
+    selection = range(number * volume_bytes, (number + 1) * volume_bytes)
     with file.writing():
-        unpack_payload(path, offset, int(np.prod(shape)) * size, wanted, file.raw, notes)
+        unpack_payload(path, offset, int(np.prod(shape)) * size, selection, file.raw, notes)
     return file.raw, 0
 
 
-def _survey(path: Path, grid: RawGrid, scaling, nan_to_zero: bool, notes: list[str]) -> tuple[np.float32, np.float32]:
-    """The smallest and the largest value, once all have been looked at."""
+def _value_range(
+    path: Path, grid: RawGrid, scaling, nan_to_zero: bool, notes: list[str]
+) -> tuple[np.float32, np.float32]:
+    """Minimum and maximum over all voxels, after checking that they are finite."""
     low, high, bad = np.float32(np.inf), np.float32(-np.inf), 0
     for start, stop in grid.slabs():
         values = to_float32(_reading(path, grid.read_planes, start, stop), scaling)
@@ -134,7 +136,7 @@ def _survey(path: Path, grid: RawGrid, scaling, nan_to_zero: bool, notes: list[s
 
 
 def _reading(path: Path, call, *arguments, **options):
-    """Call what reads the scan: that it fails later on is the scan's fault, not that of a result."""
+    """Call a function that reads the scan and convert an OSError to an InputError."""
     try:
         return call(*arguments, **options)
     except OSError as error:
