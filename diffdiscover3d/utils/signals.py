@@ -16,7 +16,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Within the context SIGINT, SIGTERM and SIGHUP are noted instead of ending the process, so that a step can be finished.
+    """Within the context SIGINT, SIGTERM and SIGHUP are noted instead of ending the process: a step can be finished.
 
     A second signal to a training of one process ends it at once: for those who cannot wait for the step. With several
     processes it is ignored, because their launcher passes on the very signal that all of them got already.

@@ -32,13 +32,16 @@ def test_a_forked_child_ends_by_the_signal():
         import os, signal, time
         from diffdiscover3d.utils.signals import interrupt_on_termination
         with interrupt_on_termination():
+            ready, started = os.pipe()
             child = os.fork()
             if child == 0:
+                os.write(started, b"1")
                 while True:
                     try:
                         time.sleep(60)
                     except KeyboardInterrupt:
                         pass
+            os.read(ready, 1)
             os.kill(child, signal.SIGTERM)
             print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     """
