@@ -3,7 +3,6 @@
 import errno
 import logging
 import math
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from diffdiscover3d.data.formats.nifti.payload import open_payload
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.utils.memory import check_memory
 
@@ -20,40 +18,16 @@ _DEFLATE_LIMIT = 1032  # maximum compression ratio of deflate; headers that impl
 _MOST_EXTENSIONS = 2**27  # bytes between header and data; limits the time to skip them in a crafted .gz
 
 
-def read_header(path: Path) -> nib.Nifti1Header:
-    """Read and validate the header of a `.nii` or `.nii.gz` file (NIfTI-1 or NIfTI-2).
+def parse_header(path: Path, block: bytes) -> nib.Nifti1Header:
+    """Parse and validate the header of a file.
+
+    Args:
+        path: path of the file, for error messages.
+        block: the first 540 uncompressed bytes of the file.
 
     Raises:
-        InputError: if the file is missing or empty, its format does not match its name, or its header is damaged.
+        InputError: if the header is damaged or is not that of a single-file NIfTI.
     """
-    check_reachable(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file.")
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; give a .nii or .nii.gz file.")
-    if not path.name.endswith(SUFFIXES):
-        raise InputError(f"{path}: not a NIfTI file name; it must end in .nii or .nii.gz.")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(64)
-        if not start:
-            raise InputError(f"{path}: the file is empty; copy it again.")
-        if start.startswith(b"version https://git-lfs"):
-            raise InputError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull`.")
-        zipped = start.startswith(b"\x1f\x8b")
-        if path.name.endswith(".gz") and not zipped:
-            web_page = start.lstrip()[:1] == b"<"
-            hint = "it looks like a web page: download it again" if web_page else "rename it to .nii if it is one"
-            raise InputError(f"{path}: named .gz but not gzip-compressed; {hint}.")
-        if zipped and not path.name.endswith(".gz"):
-            raise InputError(f"{path}: gzip-compressed but not named .gz; rename it to {path.name}.gz.")
-        with open_payload(path) as file:
-            block = file.read(540)
-    except (OSError, EOFError, zlib.error) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: cannot be read ({error}); copy it again.") from error
-
     size = {int.from_bytes(block[:4], order) for order in ("little", "big")}
     image_class = nib.Nifti1Image if 348 in size else nib.Nifti2Image if 540 in size else None
     if image_class is None:
@@ -138,7 +112,7 @@ def read_affine(path: Path, header, ignore: bool, notes: list[str]) -> np.ndarra
     except Exception as error:  # an invalid quaternion raises ValueError or HeaderDataError
         if not ignore:
             raise InputError(
-                f"{path}: invalid quaternion in its header ({error}); use --ignore-affine to ignore it."
+                f"{path}: invalid quaternion ({error}); use --ignore-affine to ignore it."
             ) from error
         affine, qform = np.full((4, 4), np.nan), None
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
