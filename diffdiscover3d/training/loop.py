@@ -23,7 +23,7 @@ from diffdiscover3d.training.precision import FORMATS
 from diffdiscover3d.training.resume import CONFIG_FILE, resume_training, save_training
 from diffdiscover3d.training.step_metrics import StepMetrics
 from diffdiscover3d.utils.files import atomic_file, staged_folder, write_json
-from diffdiscover3d.utils.progress import Stages
+from diffdiscover3d.utils.progress import ProgressBar
 from diffdiscover3d.utils.signals import StopRequest, TrainingInterrupted, ignore_signals
 
 logger = logging.getLogger("diffdiscover3d")
@@ -167,7 +167,7 @@ def train(
     alone = accelerator.num_processes == 1
     with (
         StopRequest(accelerator.num_processes) as stop,
-        Stages(config.max_steps, accelerator.is_main_process, start) as bar,
+        ProgressBar(config.max_steps, accelerator.is_main_process, start) as bar,
     ):
         bar.show(f"training, {task.name}")
         for step in range(start, config.max_steps):

@@ -111,9 +111,7 @@ def read_affine(path: Path, header, ignore: bool, notes: list[str]) -> np.ndarra
             qform = header.get_qform() if header["qform_code"] > 0 else None
     except Exception as error:  # an invalid quaternion raises ValueError or HeaderDataError
         if not ignore:
-            raise InputError(
-                f"{path}: invalid quaternion ({error}); use --ignore-affine to ignore it."
-            ) from error
+            raise InputError(f"{path}: invalid quaternion ({error}); use --ignore-affine to ignore it.") from error
         affine, qform = np.full((4, 4), np.nan), None
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     usable = np.isfinite(affine).all() and (lengths > 0).all()

@@ -26,12 +26,12 @@ class NiftiVolume:
     """A volume in canonical (RAS+) orientation, with the grid of its file.
 
     Attributes:
-        data: (H, W, D) float32 intensities, finite, along right, anterior, superior.
-        affine: (4, 4) from voxels of `data` to millimetres.
-        header: the file's header, unchanged.
-        orientation: of the file's axes, as `nibabel.orientations.io_orientation` gives it.
-        notes: what was unusual about the file, in words for the user.
-        sha256: of the file's bytes, hashed while they were read; `None` if the volume is of no file.
+        data: (H, W, D) finite float32 intensities in RAS+ orientation.
+        affine: (4, 4) affine from voxels of `data` to millimetres.
+        header: the unmodified header of the file.
+        orientation: orientation of the axes of the file, from `nibabel.orientations.io_orientation`.
+        notes: warnings about the file for the user.
+        sha256: hash of the file, computed while reading; `None` if the volume was not read from a file.
     """
 
     data: np.ndarray

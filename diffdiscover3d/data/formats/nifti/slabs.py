@@ -77,7 +77,9 @@ class SlabScan:
             InputError: if the file has changed.
         """
         if not self.private and _reading(self.path, _sha256, self.grid.file) != self.sha256:
-            raise InputError(f"{self.path}: changed while it was being read; run again when no other process writes to it.")
+            raise InputError(
+                f"{self.path}: changed while it was being read; run again when it is no longer written to."
+            )
 
 
 @contextmanager
