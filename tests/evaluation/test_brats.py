@@ -103,7 +103,7 @@ def test_the_split_is_that_of_the_models_training(tmp_path, tiny_discovery):
     other = BraTSOptions(crop=CROP, grade="all")
     wrong = BraTSVolumes(root, "train", other).split_ids["test"]
     seen = sorted(set(wrong) - set(trained["test"]))
-    with pytest.raises(InputError, match=r"split\.json: the test cases are not those .*--grade") as caught:
+    with pytest.raises(InputError, match=r"split\.json: the test cases differ from those .*--grade") as caught:
         evaluate_brats(root, {"ours": str(model)}, options=other, kmeans=False)
     assert f"{len(seen)} more ({', '.join(seen[:3])})" in str(caught.value)
     shutil.rmtree(BraTSVolumes(root, "test", OPTIONS).cases[0].mask.parent)

@@ -145,7 +145,7 @@ def test_brats_says_what_is_missing(tmp_path):
     root, cache = make_brats(tmp_path / "data", "2021", count=3), str(tmp_path / "cache")
     for path in root.rglob("*00001_seg.nii.gz"):
         path.unlink()
-    with pytest.raises(InputError, match=r"BraTS2021_00001: has no mask .* With labels=False"):
+    with pytest.raises(InputError, match=r"BraTS2021_00001: has no mask .* Use labels=False"):
         load_dataset(str(root), cache_dir=cache)
     assert set(load_dataset(str(root), cache_dir=cache, labels=False)["train"].features) == {
         "id", "edition", "grade", "flair"
