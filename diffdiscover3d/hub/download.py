@@ -137,7 +137,17 @@ def _list_files(repo_id: str, commit: str, token) -> dict[str, tuple[str, str]] 
 
 
 def _find_damage(repo_id: str, folder: Path, listing: dict[str, tuple[str, str]] | None) -> list[str]:
-    """Names of the files that are missing or not what the repository lists."""
+    """Names of the files that are missing or differ from the repository's listing.
+
+    `HfApi.verify_repo_checksums` is no substitute: it needs a connection, compares files that were never fetched, and
+    takes names that lead out of the folder.
+
+    Args:
+        listing: hashes by name; `None` to compare with the hashes by which the cache names its files.
+
+    Raises:
+        ModelError: if a name would lie outside the folder.
+    """
     if listing is None:
         return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and not _fits_its_name(p)]
     damaged = []
