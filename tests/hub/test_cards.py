@@ -89,15 +89,13 @@ def test_what_it_was_scored_on_is_not_what_it_was_trained_on(folder_of):
     folder = folder_of("discovery", "own", scores=scores)
     metadata, body = split_card(render_card(folder, "a/b"))
     assert "datasets" not in metadata and "synthetic" not in metadata["tags"]
-    assert (
-        "not published with it" in body and "Trained on the regular" not in body and "nothing but synthetic" not in body
-    )
+    assert "not published with it" in body and "Trained on the regular" not in body and "only on synthetic" not in body
     result = metadata["model-index"][0]["results"][0]
     assert (result["dataset"]["type"], result["dataset"]["split"]) == ("synthetic-regular", "test")
     assert "test volumes of synthetic-regular" in body
     (folder / "train_config.json").unlink()
     metadata, body = split_card(render_card(folder, "a/b"))
-    assert "datasets" not in metadata and "What it was trained on is not published" in body
+    assert "datasets" not in metadata and "Its training data is not published" in body
 
 
 def test_how_brats_was_prepared_is_what_the_options_say(folder_of):
