@@ -176,7 +176,7 @@ def _network_error(repo_id: str, revision: str | None, error: Exception) -> Netw
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
-        reason = "access must be asked for on its page, then `hf auth login`"
+        reason = "request access on its page, then `hf auth login`"
     elif isinstance(error, errors.RepositoryNotFoundError):
         reason = "no such repository, or a private one: check the id, or log in with `hf auth login`"
     elif isinstance(error, errors.RevisionNotFoundError):

@@ -48,7 +48,7 @@ def read_label_map(path: str | Path, scan: NiftiVolume) -> LabelMap:
     if array.shape != on_disk:
         raise InputError(f"{path}: has shape {array.shape}, its scan {on_disk}; give the label map of this scan.")
     if not _is_aligned(image, scan):
-        raise InputError(f"{path}: lies elsewhere than its scan (the affines differ); give the label map of this scan.")
+        raise InputError(f"{path}: is not aligned with its scan (the affines differ); give the label map of this scan.")
     if array.min() < 0 or (array != np.round(array)).any():
         raise InputError(f"{path}: part numbers must be integers from 0; give a label map.")
     sidecar = path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")

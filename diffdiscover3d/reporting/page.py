@@ -63,7 +63,7 @@ class ShownLevel:
 
 
 def write_page(path: str | Path, scan: ShownScan, levels: Sequence[ShownLevel], links: Sequence[dict]) -> None:
-    """Write the report from what it shows, which is small however large the scan is.
+    """Write the report from what it shows; its size is bounded however large the scan is.
 
     Args:
         path: the HTML file.

@@ -106,7 +106,7 @@ class PartFinder(Protocol):
     notes: list[str]
 
     def find(self, level: int | None) -> FoundParts:
-        """The parts of a level; levels are asked for in the order of the job's networks.
+        """The parts of a level; levels must be requested in the order of the job's networks.
 
         Raises:
             MemoryLimitError: if the device's memory does not suffice.

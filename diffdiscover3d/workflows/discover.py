@@ -64,7 +64,7 @@ def discover(
     plan_file = output / "plan.json"
     if plan_file.exists() and not resume:
         raise OutputError(
-            f"{output}: holds an earlier run; --resume goes on with it, or choose another --output folder."
+            f"{output}: holds an earlier run; --resume continues it, or choose another --output folder."
         )
     tell("Reading the scans")
     scans, shapes, spacings = _read_all(source, on_error)
