@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from diffdiscover3d.models.window_layout import activation_bytes, taken_at_once
+from diffdiscover3d.models.window_layout import activation_bytes, fits_window
 
 
 def segmentation_bytes(shape: Sequence[int], network: Mapping) -> float:
@@ -16,7 +16,7 @@ def segmentation_bytes(shape: Sequence[int], network: Mapping) -> float:
         shape: of the volume, in voxels; only the first three axes count.
         network: the configuration of the discovery network.
     """
-    if taken_at_once(shape, network):
+    if fits_window(shape, network):
         return 2**26 + activation_bytes(shape, max(shape[:3]), network)
     sums = math.prod(map(float, shape[:3])) * (8 * network["num_parts"] + 20)
     return 2**26 + activation_bytes(shape, network["window_size"], network) + sums

@@ -8,7 +8,7 @@ from pathlib import Path
 from diffdiscover3d.data.formats.nifti.header import SUFFIXES, check_fits, check_reachable
 from diffdiscover3d.data.formats.nifti.reading import read_volume
 from diffdiscover3d.data.formats.nifti.source import NiftiFile, open_nifti
-from diffdiscover3d.models.window_layout import choose_window, slides, streaming_bytes
+from diffdiscover3d.models.window_layout import choose_window, needs_sliding_window, streaming_bytes
 from diffdiscover3d.segmentation.memory import resampling_bytes, segmentation_bytes
 from diffdiscover3d.utils.memory import LARGE, check_memory, free_memory
 
@@ -72,14 +72,14 @@ def plan_memory(
         MemoryLimitError: if `on_cpu` and the machine has less memory than needed.
     """
     path, shape = file.path, file.shape
-    by_slabs = not fast and working is None and slides(shape, network)
+    by_slabs = not fast and working is None and needs_sliding_window(shape, network)
     remedy = {}
     if by_slabs:
         needed = streaming_bytes(shape, network)
     elif fast or working is not None:
         grid = working or tuple((n + 1) // 2 for n in shape[:3])
         needed = resampling_bytes(file.reading_bytes, shape, grid, network)
-        if working is None and slides(shape, network):
+        if working is None and needs_sliding_window(shape, network):
             at_full = streaming_bytes(shape, network) / 2**30
             remedy = {"remedy": f"without --fast it is divided slab by slab in about {at_full:.1f} GiB"}
     else:

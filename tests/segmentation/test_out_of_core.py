@@ -46,7 +46,7 @@ def sliding(tmp_path_factory):
     with torch.random.fork_rng():
         torch.manual_seed(5)
         coarse = StructureDiscoveryModel(num_parts=3, **options)
-        StructureDiscoveryModel.inside(coarse, (1, 2, 2), **options).eval().save_pretrained(folder / "discovery")
+        StructureDiscoveryModel.from_parent(coarse, (1, 2, 2), **options).eval().save_pretrained(folder / "discovery")
     return folder
 
 
@@ -289,7 +289,7 @@ def test_memory_stays_bounded(tmp_path):
     """The same scan takes less than 1.1 GiB slab by slab, and more from memory."""
     options = {"channels": (2, 4), "strides": (2,), "norm": "instance", "window_size": 64}
     coarse = StructureDiscoveryModel(num_parts=4, **options)
-    StructureDiscoveryModel.inside(coarse, (2, 2, 2, 2), **options).eval().save_pretrained(tmp_path / "model")
+    StructureDiscoveryModel.from_parent(coarse, (2, 2, 2, 2), **options).eval().save_pretrained(tmp_path / "model")
     rng = np.random.default_rng(0)
     values = rng.integers(0, 60, (200, 220, 240), dtype=np.int16)
     values[40:160, 60:180, 50:190] += 200

@@ -61,7 +61,7 @@ def levelled(tiny_discovery, tmp_path):
     children[int(coarse.segment(volume).labels.flatten().bincount().argmax())] = 3
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        fine = StructureDiscoveryModel.inside(coarse, children, norm="instance").eval()
+        fine = StructureDiscoveryModel.from_parent(coarse, children, norm="instance").eval()
     assert len(fine.segment(volume).labels.unique()) > len(coarse.segment(volume).labels.unique())
     fine.save_pretrained(tmp_path / "levelled" / "discovery")
     return tmp_path / "levelled"
