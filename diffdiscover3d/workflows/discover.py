@@ -63,9 +63,7 @@ def discover(
     place = choose_device(device)
     plan_file = output / "plan.json"
     if plan_file.exists() and not resume:
-        raise OutputError(
-            f"{output}: holds an earlier run; --resume continues it, or choose another --output folder."
-        )
+        raise OutputError(f"{output}: holds an earlier run; --resume continues it, or choose another --output folder.")
     tell("Reading the scans")
     scans, shapes, spacings = _read_all(source, on_error)
     if plan_file.exists():
