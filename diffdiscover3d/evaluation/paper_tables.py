@@ -100,7 +100,7 @@ class Cell:
         return f"{self.variant}-{self.method}-level{self.level}-seed{self.seed}"
 
 
-class Benchmark:
+class PaperTable:
     """Fills the cells of a table one by one, each from what is already in the output folder.
 
     Args:
@@ -271,19 +271,19 @@ def benchmark(
         output: folder for models, figures and tables.
         methods: names out of `METHODS`.
         report: called with each row, its number and how many there are.
-        **options: of [`Benchmark`].
+        **options: of [`PaperTable`].
 
     Returns:
         `rows`, one for each method, variant, level and seed, and `summary` with the mean and the spread over seeds.
 
     Raises:
         InputError: for a method or variant that does not exist.
-        ModelError: as [`Benchmark.fill`].
+        ModelError: as [`PaperTable.fill`].
     """
     unknown = sorted(set(methods) - set(METHODS)) + sorted(set(variants) - {"regular", "irregular"})
     if unknown:
         raise InputError(f"unknown: {', '.join(unknown)}; methods are {', '.join(METHODS)}.")
-    table = Benchmark(output, **options)
+    table = PaperTable(output, **options)
     cells = [
         Cell(variant, method, level, seed)
         for seed in seeds
@@ -296,14 +296,14 @@ def benchmark(
         rows.append(table.fill(cell))
         if report:
             report(rows[-1], number, len(cells))
-    result = {"settings": table.settings, "summary": summarize(rows), "rows": rows}
+    result = {"settings": table.settings, "summary": mean_over_seeds(rows), "rows": rows}
     write_json(table.output / "table.json", result)
     write_table(table.output / "table.md", result["summary"])
     plot_table(table.output / "table.png", result["summary"])
     return result
 
 
-def summarize(rows: Iterable[dict]) -> list[dict]:
+def mean_over_seeds(rows: Iterable[dict]) -> list[dict]:
     """Mean and standard deviation over seeds of each method, variant and level, in the order of the rows.
 
     The deviation is the sample's (divided by one less than the seeds): three seeds are not all there are.
