@@ -22,7 +22,7 @@ from benchmarks.speed.baselines import PlainStep, direct_discovery_losses
 from benchmarks.speed.meter import count_flops
 from benchmarks.speed.paced import Repeated, random_volumes, training_config, training_steps
 from benchmarks.speed.timing import Benchmark, compare, compare_memory, peak_above, seconds_of, summarize
-from diffdiscover3d.models.blocks import Conv3d
+from diffdiscover3d.models.cpu_kernels import Conv3d
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNET_PRESETS, UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
