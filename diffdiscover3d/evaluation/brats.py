@@ -16,6 +16,7 @@ from diffdiscover3d.evaluation.metrics import binary_dice, dice_matrix, hausdorf
 from diffdiscover3d.evaluation.postprocessing import clean_mask
 from diffdiscover3d.hub.registry import load_discovery, load_teacher
 from diffdiscover3d.hub.resolve import resolve_model
+from diffdiscover3d.reporting.markdown import markdown_table
 from diffdiscover3d.utils.files import read_model_json
 from diffdiscover3d.utils.provenance import describe_environment
 
@@ -163,13 +164,15 @@ def score_brats(predict: Predict, volumes: BraTSVolumes, num_parts: int = NUM_PA
 
 def format_brats_rows(rows: Sequence[dict]) -> str:
     """Format rows as a Markdown table."""
-    lines = ["| method | post-processed | Dice WT | std | HD95 (mm) | std | empty |", "| --- " * 7 + "|"]
+    header = ["method", "post-processed", "Dice WT", "std", "HD95 (mm)", "std", "empty"]
+    cells = []
     for row in rows:
-        lines.append(
-            f"| {row['method']} | {'yes' if row['postprocessed'] else 'no'} | {row['dice']:.3f} "
-            f"| {row['dice_std']:.3f} | {row['hd95_mm']:.1f} | {row['hd95_std']:.1f} | {row['empty']} |"
+        dice, distance = (
+            (f"{row[k]:.3f}" for k in ("dice", "dice_std")),
+            (f"{row[k]:.1f}" for k in ("hd95_mm", "hd95_std")),
         )
-    return "\n".join(lines)
+        cells.append((row["method"], "yes" if row["postprocessed"] else "no", *dice, *distance, row["empty"]))
+    return markdown_table(header, cells)
 
 
 def _check_split(folder: Path, split: str, ids: Sequence[str]) -> None:

@@ -100,7 +100,7 @@ class Cell:
         return f"{self.variant}-{self.method}-level{self.level}-seed{self.seed}"
 
 
-class Benchmark:
+class PaperTable:
     """Computes the cells of a table, reusing earlier results in the output folder.
 
     Args:
@@ -278,19 +278,19 @@ def benchmark(
         levels: levels of the hierarchy.
         seeds: random seeds.
         progress_callback: called with each row, its number and the number of rows.
-        **options: options of [`Benchmark`].
+        **options: options of [`PaperTable`].
 
     Returns:
         `rows`, one for each method, variant, level and seed, and `summary` with mean and standard deviation over seeds.
 
     Raises:
         InputError: if a method or variant is unknown.
-        ModelError: as for [`Benchmark.fill`].
+        ModelError: as for [`PaperTable.fill`].
     """
     unknown = sorted(set(methods) - set(METHODS)) + sorted(set(variants) - {"regular", "irregular"})
     if unknown:
         raise InputError(f"unknown: {', '.join(unknown)}; methods are {', '.join(METHODS)}.")
-    table = Benchmark(output, **options)
+    table = PaperTable(output, **options)
     cells = [
         Cell(variant, method, level, seed)
         for seed in seeds
@@ -303,14 +303,14 @@ def benchmark(
         rows.append(table.fill(cell))
         if progress_callback:
             progress_callback(rows[-1], number, len(cells))
-    result = {"settings": table.settings, "summary": summarize(rows), "rows": rows}
+    result = {"settings": table.settings, "summary": mean_over_seeds(rows), "rows": rows}
     write_json(table.output / "table.json", result)
     write_table(table.output / "table.md", result["summary"])
     plot_table(table.output / "table.png", result["summary"])
     return result
 
 
-def summarize(rows: Iterable[dict]) -> list[dict]:
+def mean_over_seeds(rows: Iterable[dict]) -> list[dict]:
     """Mean and sample standard deviation over seeds of each method, variant and level, in the order of the rows."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:

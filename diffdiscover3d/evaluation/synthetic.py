@@ -15,6 +15,7 @@ from diffdiscover3d.evaluation.metrics import dataset_dice, dice_matrix
 from diffdiscover3d.hub.registry import DEFAULT_MODEL, load_discovery
 from diffdiscover3d.hub.resolve import resolve_model
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+from diffdiscover3d.reporting.markdown import markdown_table
 from diffdiscover3d.utils.provenance import describe_environment
 
 
@@ -83,13 +84,10 @@ def score(predict: Callable[[torch.Tensor], np.ndarray], volumes: Sequence[dict]
 
 def format_rows(rows: Sequence[dict]) -> str:
     """Format rows as a Markdown table."""
-    lines = ["| level | parts | method | Dice | std | Dice, one matching |", "| --- | --- | --- | --- | --- | --- |"]
-    for row in rows:
-        lines.append(
-            f"| {row['level']} | {row['parts']} | {row['method']} | {row['dice']:.3f} | {row['dice_std']:.3f} "
-            f"| {row['dice_one_matching']:.3f} |"
-        )
-    return "\n".join(lines)
+    header = ["level", "parts", "method", "Dice", "std", "Dice, one matching"]
+    scores = ("dice", "dice_std", "dice_one_matching")
+    cells = [(r["level"], r["parts"], r["method"], *(f"{r[score]:.3f}" for score in scores)) for r in rows]
+    return markdown_table(header, cells)
 
 
 def _load_levels(model: str, levels: Sequence[int] | None) -> dict[int, StructureDiscoveryModel]:

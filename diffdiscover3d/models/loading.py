@@ -6,18 +6,63 @@ client nor on model cards.
 
 import os
 import tempfile
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 import diffdiscover3d
 from diffdiscover3d.errors import ModelError
+from diffdiscover3d.models.config_schema import read_config
+from diffdiscover3d.utils.checksums import verify_checksums, write_checksums
 
+CONFIG_NAME = "config.json"
+_CHECKED_FILES = (CONFIG_NAME, "*.safetensors", "*.safetensors.index.json")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_LARGEST_WEIGHT = 1e6
 DOWNLOAD_OPTIONS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
 
 
 def cast_weights(model: torch.nn.Module, dtype: str) -> None:
     """Cast all floating-point weights to a dtype given by name, before saving."""
     torch.nn.Module.to(model, getattr(torch, dtype))  # diffusers' `to` warns about modules kept in float32
+
+
+def check_weights(model: torch.nn.Module, source: str | Path) -> None:
+    """Refuse weights that no training of this package writes.
+
+    Raises:
+        ModelError: if a weight is not finite or beyond 1e6 in magnitude, or `part_order` is no permutation.
+    """
+    for name, tensor in model.state_dict().items():
+        if name.rsplit(".", 1)[-1] == "part_order":
+            if sorted(tensor.tolist()) != list(range(len(tensor))):
+                raise ModelError(f"{source}: `{name}` must be a permutation of 0..{len(tensor) - 1}; fetch it again.")
+        elif tensor.is_floating_point():
+            largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+            if not largest <= _LARGEST_WEIGHT:  # also if it is NaN
+                raise ModelError(
+                    f"{source}: the weight {name!r} must be finite and at most {_LARGEST_WEIGHT:.0e} in magnitude, got "
+                    f"{largest:g}; the file is damaged or the training diverged."
+                )
+
+
+def check_stored_types(folder: str | Path) -> None:
+    """Refuse safetensors files whose weights are stored as integers or booleans; reads the headers alone.
+
+    Raises:
+        ModelError: naming the weight and its type.
+    """
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ModelError(f"{path}: cannot be read as safetensors ({error}); fetch the model again.") from error
+        for name, dtype in types.items():
+            counts = name.rsplit(".", 1)[-1] in ("part_order", "num_batches_tracked")
+            if (dtype not in _FLOATS) != counts or (counts and dtype != "I64"):
+                raise ModelError(f"{path}: {name!r} is stored as {dtype}; weights are {', '.join(_FLOATS)}.")
 
 
 class PushMixin:
@@ -72,6 +117,10 @@ class StrictLoadingMixin(PushMixin):
         if not os.path.isdir(pretrained_model_name_or_path):
             options = {k: kwargs.pop(k) for k in DOWNLOAD_OPTIONS if k in kwargs}
             pretrained_model_name_or_path = diffdiscover3d.fetch_snapshot(str(pretrained_model_name_or_path), **options)
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if (folder / CONFIG_NAME).is_file():  # diffusers reports a missing file
+            read_config(folder / CONFIG_NAME, cls.__name__)
+        check_stored_types(folder)
         kwargs["use_safetensors"] = True  # other formats are pickles
         return_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("torch_dtype", torch.float32)  # also for files stored in half precision
@@ -83,7 +132,14 @@ class StrictLoadingMixin(PushMixin):
                 f"the weights in {str(pretrained_model_name_or_path)!r} do not match {cls.__name__} ({details}); "
                 "they were written by another version or are damaged."
             )
+        verify_checksums(folder)  # after the checks that name a faulty entry or weight
+        check_weights(model, folder)
         return (model, info) if return_info else model
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Save configuration and weights as in diffusers, and their checksums, which loading verifies."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_checksums(save_directory, _CHECKED_FILES)
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
@@ -95,4 +151,7 @@ class StrictLoadingMixin(PushMixin):
                 f"the configuration of {cls.__name__} has unknown keys {unknown}; "
                 "it was written for another class or by a newer version of this package."
             )
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        try:
+            return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        except ValueError as error:
+            raise ModelError(f"the configuration of {cls.__name__} is not valid: {error}") from error

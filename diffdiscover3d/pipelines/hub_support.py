@@ -14,8 +14,9 @@ from diffusers.pipelines import pipeline_loading_utils
 
 import diffdiscover3d
 from diffdiscover3d.errors import ModelError
+from diffdiscover3d.models.config_schema import read_config
 from diffdiscover3d.models.loading import DOWNLOAD_OPTIONS, PushMixin
-from diffdiscover3d.utils.files import read_model_json
+from diffdiscover3d.utils.checksums import verify_checksums, write_checksums
 
 LIBRARY = "diffdiscover3d"
 _COMPONENTS = {
@@ -54,7 +55,14 @@ class HubPipelineMixin(PushMixin):
         if not os.path.isdir(folder):
             folder = cls.download(folder, **{k: kwargs.pop(k) for k in DOWNLOAD_OPTIONS if k in kwargs})
         _check_scheduler(Path(folder))
-        return super().from_pretrained(folder, **{**kwargs, "use_safetensors": True})
+        pipeline = super().from_pretrained(folder, **{**kwargs, "use_safetensors": True})
+        verify_checksums(folder)  # after the checks that name a faulty entry
+        return pipeline
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Save as in diffusers, with checksums of the files, which loading verifies."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_checksums(save_directory, ("model_index.json", "scheduler/scheduler_config.json"))
 
     @classmethod
     def download(cls, pretrained_model_name, **kwargs) -> str:
@@ -90,7 +98,8 @@ def _check_scheduler(folder: Path) -> None:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return  # diffusers raises an error for the missing file
+    config = read_config(path)
     known = DDPMScheduler._get_init_keys(DDPMScheduler) | DDIMScheduler._get_init_keys(DDIMScheduler)
-    unknown = sorted(k for k in read_model_json(path) if not k.startswith("_") and k not in known)
+    unknown = sorted(k for k in config if not k.startswith("_") and k not in known)
     if unknown:
         raise ModelError(f"{path}: has unknown keys {unknown}; remove them, or upgrade diffusers.")

@@ -1,5 +1,7 @@
 """Diffusion pretraining: a UNet learns to predict clean volumes from noisy ones (section 2 of the paper)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -81,15 +83,23 @@ class DiffusionTraining:
         return {}
 
     def preview(self, step: int, folder: Path) -> None:
-        self.ema.store(self.model.parameters())
-        self.ema.copy_to(self.model.parameters())
         pipeline = VolumeGenerationPipeline(self.model, make_ddim_scheduler(self.scheduler))
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(self.config.seed)
-        samples = pipeline(self.sample_grid, batch_size=3, num_inference_steps=20, generator=generator).volumes
-        self.ema.restore(self.model.parameters())
-        self.model.train()
+        with self._averaged_weights():
+            samples = pipeline(self.sample_grid, batch_size=3, num_inference_steps=20, generator=generator).volumes
         save_slices(folder / f"samples-{step:08d}.png", [s.cpu().numpy() for s in samples[:, 0]])
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Within the context the model has its averaged weights; after it, also after an error, its own again."""
+        self.ema.store(self.model.parameters())
+        self.ema.copy_to(self.model.parameters())
+        try:
+            yield
+        finally:
+            self.ema.restore(self.model.parameters())
+            self.model.train()
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
         state = self.ema.state_dict()

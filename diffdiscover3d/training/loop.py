@@ -243,7 +243,11 @@ def _take_step(
 
 
 def _read_ahead(batches: Iterable) -> Iterator:
-    """The batches, each put together in a thread of its own while the step before it runs."""
+    """The batches, each assembled in a thread while the step before it runs.
+
+    A worker of the DataLoader would be a process: it would pickle the volumes or load them anew, and its start takes
+    seconds. `num_workers` gives processes to those whose loading is the bottleneck.
+    """
     iterator = iter(batches)
     with ThreadPoolExecutor(max_workers=1) as pool:
         following = pool.submit(next, iterator, None)

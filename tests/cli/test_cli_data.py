@@ -1,4 +1,4 @@
-"""The commands about BraTS and the authors' archive, as a user types them."""
+"""The commands for BraTS and the authors' archive."""
 
 import json
 import sys

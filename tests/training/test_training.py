@@ -1,5 +1,6 @@
 """Both trainings for real, on a folder of small scans: saving, resuming, sharing a batch."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -238,6 +239,34 @@ def test_scans_of_different_shapes_are_brought_to_one(scans, teacher, tmp_path):
         run(diffusion(mixed, tmp_path / "h", max_steps=2, volume_size=9))
     run(diffusion(mixed, tmp_path / "g", max_steps=2, pad=True, sample_size=None, volume_size=9, preview_every=0))
     assert load_teacher(str(tmp_path / "g")).unet.config.sample_size is None
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("out of memory")])
+def test_a_preview_leaves_the_weights_as_they_were(scans, tmp_path, monkeypatch, error):
+    """Its samples are of the averaged weights; the training goes on with its own, also after an error."""
+    from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline
+
+    task = DiffusionTraining(diffusion(scans, tmp_path), GRID)
+    task.model.train()
+    with torch.no_grad():
+        for weight in task.model.parameters():
+            weight.add_(1.0)
+    own = [p.clone() for p in task.model.parameters()]
+    seen, real = [], VolumeGenerationPipeline.__call__
+
+    def sampled(pipeline, *arguments, **options):
+        seen.extend(p.clone() for p in pipeline.unet.parameters())
+        if error:
+            raise error
+        return real(pipeline, *arguments, **options)
+
+    monkeypatch.setattr(VolumeGenerationPipeline, "__call__", sampled)
+    with pytest.raises(RuntimeError) if error else contextlib.nullcontext():
+        task.preview(1, tmp_path)
+    for averaged, before, after in zip(seen, own, task.model.parameters(), strict=True):
+        torch.testing.assert_close(averaged + 1, before)
+        assert torch.equal(before, after)
+    assert task.model.training
 
 
 def test_schedules():
