@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# BraTS as in the paper: both training stages, the three ablations, and one table with k-means on the intensities and on
-# the features beside them (Dice and HD95 of the whole tumour, with and without post-processing).
+# BraTS as in the paper: both phases, three ablations, and a table of Dice and HD95 of the whole tumour, raw and
+# post-processed, that includes k-means on the intensities and on the features.
 #
 #   examples/brats_table3.sh BRATS OUTPUT
 #
-# BRATS is the unpacked training set of any edition (2017 to 2021, 2023, or MSD Task01); of 2019 the HGG cases are used.
-# It wants GPUs: LAUNCH="accelerate launch --num_processes 8 -m". Further options by the variables DATA_OPTIONS
-# (such as "--modality t2"), DIFFUSION_OPTIONS and DISCOVERY_OPTIONS. Interrupted, the same line goes on.
+# BRATS is the unpacked training set of any edition (2017 to 2021, 2023, or MSD Task01); for 2017 to 2019, the HGG cases
+# are used. GPUs are recommended: LAUNCH="accelerate launch --num_processes 8 -m". The variables DATA_OPTIONS (such as
+# "--modality t2"), DIFFUSION_OPTIONS and DISCOVERY_OPTIONS set further options. Run the same command again to resume.
 set -euo pipefail
 brats=$1 output=$2
 launch=${LAUNCH:-python -m}

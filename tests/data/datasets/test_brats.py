@@ -1,4 +1,4 @@
-"""BraTS: every layout, the split, what is missing or odd, and what volumes are prepared to."""
+"""BraTS: layouts, splits, missing or invalid files, and preprocessing."""
 
 import re
 
