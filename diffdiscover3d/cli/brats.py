@@ -53,7 +53,7 @@ def evaluate_brats(
         teacher,
         seed,
         choose_device(device),
-        report=lambda row: print(format_brats_rows([row]).splitlines()[-1], flush=True),
+        progress_callback=lambda row: print(format_brats_rows([row]).splitlines()[-1], flush=True),
     )
     print("\n" + format_brats_rows(result["rows"]))
     if output is not None:

@@ -43,7 +43,9 @@ def evaluate(
     from diffdiscover3d.evaluation.synthetic import evaluate as run
     from diffdiscover3d.evaluation.synthetic import format_rows
 
-    result = run(model, dataset, split, level, seed, report=lambda row: print(format_rows([row]).splitlines()[-1]))
+    result = run(
+        model, dataset, split, level, seed, progress_callback=lambda row: print(format_rows([row]).splitlines()[-1])
+    )
     print("\n" + format_rows(result["rows"]))
     if output is not None:
         from diffdiscover3d.reporting.plots import save_dice_bars
@@ -85,7 +87,7 @@ def benchmark(
         variant or ("regular", "irregular"),
         level or (1, 2, 3),
         seed or (0,),
-        report=show,
+        progress_callback=show,
         recipe=recipe,
         teacher=teacher,
         split=split,

@@ -11,7 +11,7 @@ from diffusers.utils import BaseOutput
 
 from diffdiscover3d.data.formats.nifti.reading import as_volume_tensor
 from diffdiscover3d.data.transforms import min_max_normalize, pad_to_multiple
-from diffdiscover3d.models.blocks import Conv3d, precise_if_small
+from diffdiscover3d.models.cpu_kernels import Conv3d, precise_if_small
 from diffdiscover3d.models.loading import StrictLoadingMixin
 from diffdiscover3d.models.window_layout import fits_window
 

@@ -23,7 +23,7 @@ from diffdiscover3d.segmentation.outputs import Extras, check_cases, is_finished
 from diffdiscover3d.segmentation.preflight import MemoryPlan, plan_memory
 from diffdiscover3d.segmentation.scan import segment_scan
 from diffdiscover3d.utils.files import check_folder
-from diffdiscover3d.utils.progress import Stages
+from diffdiscover3d.utils.progress import ProgressBar
 
 __all__ = ["SegmentedFile", "choose_device", "segment", "stem"]
 
@@ -112,7 +112,7 @@ def segment(
     networks: dict[int | None, StructureDiscoveryModel] = {}
     provenance: dict[int | None, dict] = {}
     results = []
-    with Stages(total=len(mine) * (len(levels) + 2), enabled=progress) as stages:
+    with ProgressBar(total=len(mine) * (len(levels) + 2), enabled=progress) as stages:
         for number, case in enumerate(mine):
             stages.begin_case(f"scan {number + 1} of {len(mine)}", len(levels) + 2)
             try:

@@ -10,7 +10,7 @@ import numpy as np
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.parts import PartStatistics
 from diffdiscover3d.segmentation.outputs import CaseFiles, Extras, LevelFiles
-from diffdiscover3d.utils.progress import Stages
+from diffdiscover3d.utils.progress import ProgressBar
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ScanJob:
     fast: bool
     working_grid: tuple[int, int, int] | None
     read_seconds: float
-    stages: Stages
+    stages: ProgressBar
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def _train(training: Training, result: str, place: torch.device, verbose: bool) 
     file = folder / "options.json"
     options = {**training.options, "output_dir": folder}
     write_json(file, {k: str(v) if isinstance(v, Path) else v for k, v in options.items()})
-    command = [sys.executable, "-m", "diffdiscover3d.train", training.stage, "--config", str(file)]
+    command = [sys.executable, "-m", "diffdiscover3d.train", training.phase, "--config", str(file)]
     environment = dict(os.environ)
     if place.type == "cpu":
         environment["ACCELERATE_USE_CPU"] = "true"

@@ -173,7 +173,7 @@ def test_synthesize_refuses_existing_files_before_it_writes(run, tmp_path):
     old = tmp_path / "synthetic-regular-test-001_level-2_dseg.nii.gz"
     old.write_bytes(b"old")
     code, out, err = run("synthesize", "-n", 2, "-o", tmp_path)
-    assert code == 4 and out == "" and err == f"error: {old}: exists already; --overwrite replaces it.\n"
+    assert code == 4 and out == "" and err == f"error: {old}: already exists; use --overwrite to replace it.\n"
     assert list(tmp_path.iterdir()) == [old] and old.read_bytes() == b"old"
     assert run("synthesize", "-n", 2, "-o", tmp_path, "--overwrite")[0] == 0
     assert len(list(tmp_path.iterdir())) == 8 and nib.load(old).shape == (50, 50, 50)
@@ -183,7 +183,7 @@ def test_synthesize_refuses_existing_files_before_it_writes(run, tmp_path):
 def test_output_folder_that_is_a_file(run, tmp_path, command):
     (tmp_path / "file").write_text("x")
     code, out, err = run(command, "-o", tmp_path / "file" / "out")
-    assert code == 4 and out == "" and len(err.splitlines()) == 1 and "is no folder" in err
+    assert code == 4 and out == "" and len(err.splitlines()) == 1 and "is not a folder" in err
 
 
 def test_a_converted_checkpoint_is_written_atomically(run, tmp_path, monkeypatch):

@@ -137,7 +137,7 @@ def test_existing_results_are_refused_without_overwrite(scan, tiny_discovery):
     for name in ("scan_dseg.nii.gz", "scan_dseg.json", "scan_dseg.png"):
         old = scan.parent / name
         old.write_bytes(b"old")
-        with pytest.raises(OutputError, match=rf"{name}: exists already; --overwrite"):
+        with pytest.raises(OutputError, match=rf"{name}: already exists; use --overwrite"):
             segment(scan, model=str(tiny_discovery), preview=True)
         assert old.read_bytes() == b"old" and names(scan.parent) == ["scan.nii.gz", name]
         old.unlink()
@@ -185,8 +185,8 @@ def test_output_folder_is_made_and_may_lie_deep(scan, tmp_path, tiny_discovery):
 
 def test_output_folder_that_is_a_file_is_found_first(scan, tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="is no folder; choose another"):
-        segment(scan, tmp_path / "file" / "out", model="/no/model")  # before the model is resolved
+    with pytest.raises(OutputError, match="is not a folder; choose another"):
+        segment(scan, tmp_path / "file" / "out", model="/no/model")  # before a model is looked for
 
 
 # failures

@@ -23,7 +23,7 @@ from diffdiscover3d.segmentation import out_of_core
 from diffdiscover3d.segmentation import scan as scan_module
 from diffdiscover3d.segmentation.driver import segment
 from diffdiscover3d.segmentation.preflight import MemoryPlan, plan_memory
-from diffdiscover3d.utils.progress import Stages
+from diffdiscover3d.utils.progress import ProgressBar
 
 SHAPE = (26, 19, 40)
 LPS, PIR = np.diag([-1.5, -2, 3, 1]), np.array([[0, 0, 3, 0], [-1.5, 0, 0, 0], [0, -2, 0, 0], [0, 0, 0, 1.0]])
@@ -242,7 +242,7 @@ def test_resume(tmp_path, sliding):
 def test_progress_within_a_scan(tmp_path, sliding, monkeypatch):
     path, _ = store(tmp_path / "in", "plain")
     seen = []
-    monkeypatch.setattr(Stages, "within", lambda _, *figures: seen.append(figures))
+    monkeypatch.setattr(ProgressBar, "within", lambda _, *figures: seen.append(figures))
     segment(path, tmp_path / "out", model=str(sliding), level=2)
     assert seen == [(i, 24, "window") for i in range(1, 25)]  # half of them for the coarser level
 

@@ -184,7 +184,7 @@ def test_resume_skips_what_is_done(tmp_path, make_nifti, tiny_discovery):
     results = segment(scans, out, model=model, resume=True, on_skip=skipped.append)
     assert [r.input for r in results] == scans[1:3] and skipped == [scans[0], scans[3]]
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.glob("[ad]_*")} == kept
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="already exists"):
         segment(scans, out, model=model)
     with pytest.raises(ModelError, match=r"another argument; use --overwrite"):
         segment(scans, out, model=model, resume=True, order="size")

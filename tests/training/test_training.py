@@ -209,7 +209,7 @@ def test_children_chosen_otherwise_are_not_resumed(scans, teacher, tmp_path, mon
     run(discovery(scans, teacher, tmp_path / "out", **options, resume="latest"))
     # as another machine might choose; the weights would have the same shapes
     monkeypatch.setattr("diffdiscover3d.training.discovery.choose_children", lambda *_: (3, 1))
-    with pytest.raises(ModelError, match=r"into \[1, 3\] and this one would into \[3, 1\]; give --children 1 3"):
+    with pytest.raises(ModelError, match=r"into \[1, 3\], this one into \[3, 1\]; give --children 1 3"):
         run(discovery(scans, teacher, tmp_path / "out", **options, resume="latest"))
     run(discovery(scans, teacher, tmp_path / "out", **options, resume="latest", children=(1, 3)))
 
@@ -235,7 +235,7 @@ def test_scans_of_different_shapes_are_brought_to_one(scans, teacher, tmp_path):
     run(diffusion(mixed, tmp_path / "d", max_steps=2, preview_every=2))
     with pytest.raises(ValueError, match="--volume-size"):
         run(diffusion(mixed, tmp_path / "e", max_steps=2, pad=True, sample_size=None))
-    with pytest.raises(ValueError, match="goes with --pad"):
+    with pytest.raises(ValueError, match="requires --pad"):
         run(diffusion(mixed, tmp_path / "h", max_steps=2, volume_size=9))
     run(diffusion(mixed, tmp_path / "g", max_steps=2, pad=True, sample_size=None, volume_size=9, preview_every=0))
     assert load_teacher(str(tmp_path / "g")).unet.config.sample_size is None
