@@ -120,7 +120,7 @@ def segment(
                 clock = time.perf_counter()
                 with ExitStack() as opened:
                     file = opened.enter_context(open_nifti(case.input))
-                    plan = MemoryPlan(False, None)  # not a discovery network: loading it will raise
+                    plan = MemoryPlan(False, None)  # without a complete configuration nothing is estimated
                     if config is not None:
                         plan = plan_memory(file, config, place.type == "cpu", fast=fast, working=found.working_grid)
                     if plan.line and on_estimate:
