@@ -22,10 +22,10 @@ from diffdiscover3d.errors import (
     DiffDiscoverError,
     MemoryLimitError,
     exit_code,
+    expected_errors,
     is_out_of_memory,
-    reportable_errors,
 )
-from diffdiscover3d.utils.signals import interrupt_on_sigterm
+from diffdiscover3d.utils.signals import interrupt_on_termination
 
 app = typer.Typer(
     name="diffdiscover3d",
@@ -195,10 +195,10 @@ def _print_error(error: BaseException | str) -> None:
 
 def main() -> None:
     """Run a command; errors end in one line on stderr and their exit code, see `errors`."""
-    interrupt_on_sigterm()
     try:
-        app()
-    except reportable_errors() as error:
+        with interrupt_on_termination():
+            app()
+    except expected_errors() as error:
         if _debug:
             raise
         _print_error(error if str(error) else OUT_OF_MEMORY)
