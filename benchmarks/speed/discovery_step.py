@@ -22,7 +22,7 @@ from benchmarks.speed.baselines import PlainStep, direct_discovery_losses
 from benchmarks.speed.meter import count_flops
 from benchmarks.speed.paced import Repeated, random_volumes, training_config, training_steps
 from benchmarks.speed.timing import Benchmark, compare, compare_memory, peak_above, seconds_of, summarize
-from diffdiscover3d.models.blocks import Conv3d
+from diffdiscover3d.models.cpu_kernels import Conv3d
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNET_PRESETS, UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
@@ -72,8 +72,8 @@ def ask_for_all(task: DiscoveryTraining, volumes: Repeated) -> float:
     device, count = task.accelerator.device, len(volumes.volumes)
     known = {"index": torch.arange(count), "flips": torch.zeros(count, 3, dtype=torch.bool)}
     with task.accelerator.autocast():
-        seconds = seconds_of(lambda: task.signals({"volume": volumes.volumes.to(device), **known}), device.type)
-    kept = task.signals._kept  # the same few volumes over and over: so are the answers
+        seconds = seconds_of(lambda: task.teacher_signals({"volume": volumes.volumes.to(device), **known}), device.type)
+    kept = task.teacher_signals._cache  # the same few volumes over and over: so are the answers
     kept.update({index: kept[index % count] for index in range(len(volumes))})
     return seconds / count
 
@@ -105,9 +105,11 @@ def both_losses(case: str, side: int, seed: int, device: str) -> dict[str, dict[
     config = make_config(case, 1, seed, mixed_precision="no", dropout=0.0, output_dir="unused")
     task = make_task(config, make_accelerator(config), side, seed)
     batch = fresh_batch(case, side, seed, device)
-    if task.signals.fixed:
+    if task.teacher_signals.fixed:
         grid = task.teacher.unet.noise_grid or (side,) * 3
-        batch["noise"] = torch.stack([task.signals.fixed_noise(i, grid) for i in batch["index"].tolist()]).to(device)
+        batch["noise"] = torch.stack([task.teacher_signals.fixed_noise(i, grid) for i in batch["index"].tolist()]).to(
+            device
+        )
     package = task.losses(task.model.train(), dict(batch))
     direct = direct_discovery_losses(
         make_teacher(config.teacher, seed).to(device).unet, task.teacher.scheduler, task.model, batch, config
@@ -128,7 +130,7 @@ def measure(case: str, side: int, rounds: int, seed: int, device: str, baselines
 
     def make(config: DiscoveryConfig, accelerator) -> DiscoveryTraining:
         task = make_task(config, accelerator, side, seed)
-        if task.signals.fixed:
+        if task.teacher_signals.fixed:
             found["seconds_to_ask_for_a_volume"] = ask_for_all(task, volumes)
         if baselines:
             steps[DIRECT] = direct_step(task, fresh_batch(case, side, seed, device), seed, device)

@@ -19,7 +19,7 @@ import torch
 from benchmarks.speed.baselines import add_noise, hooked_features, upsample
 from benchmarks.speed.meter import count_flops
 from benchmarks.speed.timing import Benchmark, compare, interleave, summarize
-from diffdiscover3d.models.blocks import Conv3d
+from diffdiscover3d.models.cpu_kernels import Conv3d
 from diffdiscover3d.models.unet_3d import UNET_PRESETS, UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
 

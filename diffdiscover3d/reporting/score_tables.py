@@ -33,7 +33,7 @@ def write_table(target: Path, summary: Sequence[dict]) -> None:
 
 
 def plot_table(target: Path, summary: Sequence[dict]) -> None:
-    """Bars of the Dice of each method at each level, a panel for each variant, whiskers for the spread over seeds."""
+    """Bars of the Dice of each method at each level, a panel per variant, error bars for the spread over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -52,7 +52,7 @@ def plot_table(target: Path, summary: Sequence[dict]) -> None:
         for i, title in enumerate(here):
             found = {r["level"]: r for r in summary if r["variant"] == variant and r["title"] == title}
             heights = [found[n]["dice"] if n in found else np.nan for n in levels]
-            # nan: one seed has no spread, and no whisker
+            # NaN draws no error bar: one seed has no spread
             spreads = [found[n]["dice_spread"] if n in found and len(found[n]["seeds"]) > 1 else np.nan for n in levels]
             places = np.arange(len(levels)) + (i - (len(here) - 1) / 2) * width
             handles[title] = axis.bar(places, heights, width, yerr=spreads, color=colours[title], capsize=1.5)

@@ -36,7 +36,7 @@ from benchmarks.speed.timing import (
     summarize,
 )
 from diffdiscover3d.losses import photometric_invariance, region_consistency
-from diffdiscover3d.models.blocks import Conv3d
+from diffdiscover3d.models.cpu_kernels import Conv3d
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig

@@ -31,7 +31,7 @@ def two_volumes(monkeypatch):
 def test_baselines_fill_a_table_once(tmp_path, two_volumes, monkeypatch):
     arguments = {"methods": ("k-means",), "levels": (1, 3), "seeds": (0, 1)}
     shown = []
-    result = benchmark(tmp_path, report=lambda row, n, of: shown.append((n, of)), **arguments)
+    result = benchmark(tmp_path, progress_callback=lambda row, n, of: shown.append((n, of)), **arguments)
     assert shown == [(n, 8) for n in range(1, 9)] and len(result["rows"]) == 8
     assert {row["variant"] for row in result["rows"]} == {"regular", "irregular"}
     assert all(0 < row["dice_one_matching"] <= row["dice"] <= 1 for row in result["rows"])
@@ -42,7 +42,7 @@ def test_baselines_fill_a_table_once(tmp_path, two_volumes, monkeypatch):
     monkeypatch.setattr(module, "score", None)
     again = benchmark(tmp_path, **arguments)
     assert again["rows"] == result["rows"]
-    with pytest.raises(ModelError, match="other settings"):
+    with pytest.raises(ModelError, match="different settings"):
         benchmark(tmp_path, split="validation", **arguments)
 
 
@@ -81,7 +81,7 @@ def test_another_teacher_is_never_mixed_in(tmp_path, two_volumes):
     with torch.no_grad():
         next(teacher.unet.parameters()).mul_(1.01)
     teacher.save_pretrained(tmp_path / "teacher")
-    with pytest.raises(ModelError, match="made with other settings"):
+    with pytest.raises(ModelError, match="created with different settings"):
         PaperTable(tmp_path / "out", teacher=str(tmp_path / "teacher")).fill(cell)
     usual, wide = (PaperTable(tmp_path, diffusion_overrides=o).settings_of(METHODS["ours"]) for o in ({}, {"seed": 1}))
     assert usual["diffusion"] == dict(RECIPES["small"].diffusion) != wide["diffusion"]
@@ -107,7 +107,7 @@ def test_rivals_are_fitted_on_the_training_volumes(tmp_path, two_volumes, monkey
 
 def test_only_the_folder_of_the_table_is_left_out_of_its_commands(tmp_path):
     table = PaperTable("out")
-    assert table._public(["--teacher", "/data/about/x", "--output-dir", "out/models/a"]) == (
+    assert table._strip_output_folder(["--teacher", "/data/about/x", "--output-dir", "out/models/a"]) == (
         "--teacher /data/about/x --output-dir models/a"
     )
 
@@ -145,7 +145,7 @@ def test_the_last_quarter_of_a_log_is_what_counts(tmp_path):
 def test_a_log_that_cannot_be_read(tmp_path, text):
     if text is not None:
         (tmp_path / "log.jsonl").write_text(text)
-    with pytest.raises(ModelError, match=r"must hold the losses of a finished training.*remove"):
+    with pytest.raises(ModelError, match=r"must contain the losses of a finished training.*remove"):
         final_loss(tmp_path)
 
 
@@ -153,9 +153,9 @@ def test_another_recipe_is_never_mixed_in(tmp_path, two_volumes, monkeypatch):
     table = PaperTable(tmp_path, teacher="synthetic-regular", overrides=SHORT, run_training=train_here)
     table.fill(Cell("regular", "ours", 1, 0))
     monkeypatch.setitem(RECIPES, "small", RECIPES["small"].changed(lambda_visual=0.5))
-    with pytest.raises(ModelError, match="made with other settings"):
+    with pytest.raises(ModelError, match="created with different settings"):
         table.fill(Cell("regular", "ours", 1, 0))
-    with pytest.raises(ModelError, match="trained by other options"):
+    with pytest.raises(ModelError, match="trained with different options"):
         table.fill(Cell("regular", "ours", 2, 0))
 
 
