@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch.utils.data import Subset
 
 from diffdiscover3d.data.loading import common_grid, grid_shapes
 from diffdiscover3d.data.transforms import resize_volume
@@ -18,6 +19,7 @@ from diffdiscover3d.models.loading import cast_weights
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
 from diffdiscover3d.reporting.pictures import save_slices
+from diffdiscover3d.training.assignments import Assignments, part_families, spatial_terms
 from diffdiscover3d.training.config import DiscoveryConfig
 from diffdiscover3d.training.nesting import choose_children, divided_parts, parent_masks, parent_matrix
 from diffdiscover3d.training.precision import FORMATS
@@ -33,7 +35,8 @@ class DiscoveryTraining:
 
     Args:
         teacher: the pretrained diffusion model.
-        volumes: those to train on; where their shapes differ they are resampled to the median shape.
+        volumes: those to train on; where their shapes differ they are resampled to the median shape. The attribute of
+            this name holds those that the steps see: with assigned parts the reliable ones.
         selection_volumes: those whose mean confidence decides which epoch is kept; no labels are used.
         start: a trained network to go on from; default: a new one.
         parent: a trained network whose parts the new one divides.
@@ -73,8 +76,13 @@ class DiscoveryTraining:
         if shared is None and config.volume_size is None:
             logger.info("volumes differ in shape: all are resampled to %s (--volume-size changes it)", self.volume_grid)
         self.noise_grid = teacher.unet.noise_grid or self.volume_grid or shared
-        self.selection_volumes = selection_volumes
-        self.epoch_steps = math.ceil(len(volumes) / config.batch_size)
+        self.selection_volumes, self.volumes, self.assignments = selection_volumes, volumes, None
+        if config.objective == "assignment":
+            grid = self.volume_grid
+            self.assignments = Assignments(config, self.teacher, self.model, start, volumes, grid, accelerator)
+            self.volumes = Subset(volumes, self.assignments.used)
+            self.volumes.split_ids = getattr(volumes, "split_ids", None)
+        self.epoch_steps = math.ceil(len(self.volumes) / config.batch_size)
         self.best: dict[str, torch.Tensor] | None = None
         self.best_confidence, self.best_step = 0.0, 0
 
@@ -100,15 +108,25 @@ class DiscoveryTraining:
         divided = torch.tensor(divided_parts(self.model), device=self.accelerator.device)
         return divided, parent_matrix(self.model)
 
+    @cached_property
+    def _families(self) -> list[tuple[int, ...]]:
+        return part_families(self.model)
+
     def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         low, high = self.config.gamma_range
         drawn = {
             "gamma": low + (high - low) * torch.rand((), generator=generator),
             "inverted": torch.rand((), generator=generator) < self.config.invert_probability,
         }
+        if self.assignments is not None:
+            drawn["recolor"] = torch.randn(self.config.num_parts, generator=generator)
+            drawn["recolored"] = torch.rand((), generator=generator) < self.config.recolor_probability
+            return drawn
         return drawn if self.signals.fixed else {**drawn, "noise": self.signals.draw(self.noise_grid, generator)}
 
     def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.assignments is not None:
+            return self.assignments.losses(model, batch)
         config, volume = self.config, batch["volume"]
         gamma, inverted = (batch[name][:, None, None, None, None] for name in ("gamma", "inverted"))
         with self.accelerator.autocast():
@@ -135,6 +153,7 @@ class DiscoveryTraining:
             terms["invariance"] = config.lambda_invariance * distance
         if config.lambda_denoised > 0:  # not in the paper: Eq. 7 on the teacher's own idea of the clean volume
             terms["denoised"] = config.lambda_denoised * consistency(phi.denoised)
+        terms |= spatial_terms(config, masks, self._families)
         return {"loss": sum(terms.values()), **terms}  # Eq. 4
 
     def compile(self) -> None:

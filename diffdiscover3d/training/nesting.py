@@ -35,7 +35,7 @@ def choose_children(
         if nested:
             urges.append([-float((labels == part).float().mean()) for part in range(parent.config.num_parts)])
         else:
-            denoised = _denoise(teacher, volume, config, i)
+            denoised = denoise(teacher, volume, config, i)
             inside = [denoised[labels.to(denoised.device) == part] for part in range(parent.config.num_parts)]
             urges.append([float(x.var()) if len(x) > 1 else 0.0 for x in inside])
     divided = divided_parts(parent)
@@ -43,7 +43,7 @@ def choose_children(
     return share_parts(torch.tensor(urges).mean(dim=0).tolist(), config.num_parts, whole)
 
 
-def _denoise(teacher: DiffusionFeaturePipeline, volume: torch.Tensor, config: DiscoveryConfig, index: int):
+def denoise(teacher: DiffusionFeaturePipeline, volume: torch.Tensor, config: DiscoveryConfig, index: int):
     """(H, W, D) the teacher's clean prediction of a (1, 1, H, W, D) volume, the mean over the config's timesteps."""
     generator = torch.Generator().manual_seed(config.seed + index)
     grid, found = teacher.unet.noise_grid or tuple(volume.shape[2:]), []
