@@ -120,6 +120,7 @@ class DiscoveryConfig(TrainingConfig):
     learning_rate: float = option(3e-4, "Adam's learning rate; the peak of a one_cycle schedule")
     teacher: str = option("", "folder or Hub id of the diffusion model, or the name of an embedded one")
     init_from: str | None = option(None, "folder or Hub id of a discovery network whose weights to start from")
+    init_seed: int | None = option(None, "seed of the weights alone (default: --seed)")
     num_parts: int = option(2, "number K of parts to discover")
     stages: tuple[int, ...] = option((1,), "decoder stages whose features must be consistent, 1 is the coarsest")
     timestep: int = option(25, "noise step t at which the teacher sees the volumes")

@@ -58,7 +58,7 @@ class DiscoveryTraining:
         start: StructureDiscoveryModel | None = None,
         parent: StructureDiscoveryModel | None = None,
     ):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed if config.init_seed is None else config.init_seed)
         self.config, self.accelerator = config, accelerator
         _check_teacher(config, teacher)
         self.teacher = teacher.to(accelerator.device)

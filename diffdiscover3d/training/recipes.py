@@ -29,7 +29,8 @@ class Recipe:
             the one before it.
         nested: whether levels 2 and 3 divide the parts of the level before them.
         starts: how often the first of several trainings of level 1 is begun, each time from other random weights. The
-            network with the lowest loss goes on: a start can fail, and the loss, which knows no labels, tells.
+            network with the lowest loss goes on. All starts see the same volumes with the same random draws in the
+            same steps, so that their losses can be compared.
     """
 
     diffusion: Mapping
@@ -66,7 +67,9 @@ class Recipe:
 
 def _has_consistency(step: Mapping) -> bool:
     config = make_config(DiscoveryConfig, **step)
-    return max(config.lambda_feature, config.lambda_visual, config.lambda_denoised) > 0
+    return (
+        config.objective == "assignment" or max(config.lambda_feature, config.lambda_visual, config.lambda_denoised) > 0
+    )
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def train_level(
         trainings = [
             Training(
                 "discovery",
-                {**shared, "seed": seed + _NEXT_START * start},
+                {**shared, "seed": seed, **({"init_seed": seed + _NEXT_START * start} if start else {})},
                 place.with_name(f"{place.name}-start{start + 1}") if start else place,
             )
             for start in range(starts)
@@ -166,14 +169,17 @@ def _as_written(preset: str, **options) -> Recipe:
 # Dropout would blur the boundaries. The last epoch is kept: its rate is near zero, and confidence is high long before.
 _SMALL = {"preset": "small", "teacher_noise": "fixed", "num_noise": 2, "dropout": 0.0, "selection": "last"}
 _WHOLE = {**_SMALL, "stages": (1, 2)}
-_INSIDE = {
+# parts are assigned to the training volumes, and the network is trained on them with other mean intensities
+_ASSIGNED = {
     **_SMALL,
+    "objective": "assignment",
     "denoised_timesteps": (25, 60, 100),
-    "lambda_feature": 0.3,
-    "lambda_visual": 0.3,
+    "batch_size": 2,
     "learning_rate": 2e-3,
-    "max_steps": 400,
+    "max_steps": 1_500,
 }
+_CLUSTERED = {**_ASSIGNED, "reliable_share": 0.5}  # assignments from clusters in space
+_OWN = {**_ASSIGNED, "reliable_share": 0.75}  # assignments from the network of the training before
 RECIPES: dict[str, Recipe] = {
     "paper": _as_written("paper"),
     # the paper's equations at the small size
@@ -202,9 +208,10 @@ RECIPES: dict[str, Recipe] = {
                     "learning_rate": 2e-3,
                     "max_steps": 1_000,
                 },
+                {**_OWN, "max_steps": 600},
             ],
-            2: [{**_INSIDE, "stages": (2,), "lambda_invariance": 0.3}],
-            3: [{**_INSIDE, "stages": (3,), "lambda_invariance": 0.03}],
+            2: [_CLUSTERED, _OWN],
+            3: [{**_CLUSTERED, "sibling_order": "free"}, {**_OWN, "sibling_order": "free"}],
         },
         nested=True,
         starts=2,
