@@ -74,7 +74,8 @@ class Assignments:
             raise ValueError(
                 "`sibling_order` must be size where a structure has more than 6 parts; 'free' tries every order."
             )
-        if start is None and model.parents is None:
+        self._labelled = config.assign_from == "labels"
+        if not self._labelled and start is None and model.parents is None:
             raise ValueError(
                 "`objective` is assignment without --parent and --init-from: there is no structure to cluster; "
                 "train the first level with --objective consistency, then go on from it with --init-from."
@@ -137,7 +138,9 @@ class Assignments:
             volume = volumes[i]["volume"][None]
             volume = (volume if grid is None else resize_volume(volume, grid)).to(self.device)
             spacing = self.config.spacing or tuple(volumes[i].get("spacing_mm", (1.0, 1.0, 1.0)))
-            if start is not None:
+            if self._labelled:
+                share.append((i, self._from_labels(model, volume, volumes[i])))
+            elif start is not None:
                 share.append((i, self._from_network(start, volume, spacing, bool(alike))))
             else:
                 clean = denoise(teacher, volume, self.config, i).cpu().numpy()
@@ -162,10 +165,27 @@ class Assignments:
             labels[parents == parent] = part  # parts that are kept whole; the others follow
         for family in self.families:
             within = parents == model.parents[family[0]]
-            divided = divide_structure(raw, clean, within, len(family), spacing, alike, self.config.seed)
+            divided = divide_structure(
+                raw, clean, within, len(family), spacing, alike, self.config.potts_strength, self.config.seed
+            )
             labels[within] = np.asarray(family)[divided[within]]
         reliability = [contrasts(raw, labels, family).min(initial=np.inf) for family in self.families]
         return self._described(volume, labels, np.array(reliability))
+
+    def _from_labels(self, model, volume, item: dict) -> Assignment:
+        """True labels, numbered as the parts of the network; each lies in the part of the parent it overlaps most."""
+        true = _true_labels(item, model.config.num_parts)
+        if model.parents is None:
+            return self._described(volume, true, np.ones(1))
+        parents = model.label_parents(volume)[0, 0].cpu().numpy()
+        free = {parent: [k for k, p in enumerate(model.parents) if p == parent] for parent in set(model.parents)}
+        labels = np.zeros_like(true)
+        for part in range(model.config.num_parts):
+            where = true == part
+            overlaps = np.bincount(parents[where], minlength=len(free)).astype(float)
+            overlaps[[parent for parent, left in free.items() if not left]] = -1  # as many parts as it has, no more
+            labels[where] = free[int(overlaps.argmax())].pop(0)
+        return self._described(volume, labels, np.ones(len(self.families)))
 
     def _described(self, volume, labels, reliability) -> Assignment:
         raw = volume[0, 0].cpu().numpy()
@@ -241,6 +261,14 @@ def recolor(
         shift = torch.einsum("bk,bkxyz->bxyz", new - old, masks)
         out = out + shift * chosen[:, None, None, None]
     return out[:, None]
+
+
+def _true_labels(item: dict, num_parts: int) -> np.ndarray:
+    """The map of true labels that has this number of parts."""
+    for labels in item.get("labels", ()):
+        if int(labels.max()) + 1 == num_parts:
+            return labels.numpy().astype(np.int64)
+    raise ValueError(f"`assign_from` is labels and {item['name']} has no true labels of {num_parts} parts.")
 
 
 def _best_share(reliability: np.ndarray, share: float) -> np.ndarray:

@@ -152,6 +152,12 @@ class DiscoveryConfig(TrainingConfig):
         "step, by --init-from or by clustering in space (not in the paper)",
         ("consistency", "assignment"),
     )
+    assign_from: str = option(
+        "auto",
+        "where assignments come from; auto: --init-from, or else clusters; labels: the true labels of synthetic cells, "
+        "for a supervised ceiling",
+        ("auto", "labels"),
+    )
     reliable_share: float = option(0.5, "share of the volumes to train on, those with the most reliable assignments")
     recolor_probability: float = option(
         0.75, "probability that assigned parts of a volume are given other mean intensities"
@@ -167,6 +173,7 @@ class DiscoveryConfig(TrainingConfig):
         "are found",
         INCLUSIONS,
     )
+    potts_strength: float = option(0.6, "attraction of neighbouring voxels where clusters are assigned; 0: none")
     lambda_spatial: float = option(0.0, "weight of the spatial consistency of inclusions (not in the paper)")
     lambda_smooth: float = option(0.0, "weight of the smoothness of the parts (not in the paper)")
     spacing: tuple[float, ...] | None = option(
@@ -190,7 +197,7 @@ class DiscoveryConfig(TrainingConfig):
         _require(self.timestep >= 0, "timestep", "at least 0", self.timestep)
         _require(self.num_noise >= 1, "num_noise", "at least 1", self.num_noise)
         weights = ("lambda_feature", "lambda_visual", "lambda_invariance", "lambda_denoised")
-        for name in (*weights, "lambda_spatial", "lambda_smooth"):
+        for name in (*weights, "lambda_spatial", "lambda_smooth", "potts_strength"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _require(any(getattr(self, name) for name in weights), "lambda_feature", "positive if all others are 0", 0)
         for name in ("invert_probability", "recolor_probability"):

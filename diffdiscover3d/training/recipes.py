@@ -169,6 +169,33 @@ def _as_written(preset: str, **options) -> Recipe:
 # Dropout would blur the boundaries. The last epoch is kept: its rate is near zero, and confidence is high long before.
 _SMALL = {"preset": "small", "teacher_noise": "fixed", "num_noise": 2, "dropout": 0.0, "selection": "last"}
 _WHOLE = {**_SMALL, "stages": (1, 2)}
+_INSIDE = {
+    **_SMALL,
+    "denoised_timesteps": (25, 60, 100),
+    "lambda_feature": 0.3,
+    "lambda_visual": 0.3,
+    "learning_rate": 2e-3,
+    "max_steps": 400,
+}
+# features find the cell; then all terms, at a rate that gets the confident network to move its boundary
+_FIRST = [
+    {
+        **_WHOLE,
+        "lambda_visual": 0.0,
+        "lambda_denoised": 0.0,
+        "invert_probability": 1.0,  # where only some steps invert, some seeds collapse to a bright/dark split
+        "max_steps": 300,
+        "log_every": 10,
+    },
+    {
+        **_WHOLE,
+        "lambda_invariance": 2.0,
+        "lambda_denoised": 0.5,
+        "denoised_timesteps": (25, 60),
+        "learning_rate": 2e-3,
+        "max_steps": 1_000,
+    },
+]
 # parts are assigned to the training volumes, and the network is trained on them with other mean intensities
 _ASSIGNED = {
     **_SMALL,
@@ -180,40 +207,44 @@ _ASSIGNED = {
 }
 _CLUSTERED = {**_ASSIGNED, "reliable_share": 0.5}  # assignments from clusters in space
 _OWN = {**_ASSIGNED, "reliable_share": 0.75}  # assignments from the network of the training before
+_FREE = {"sibling_order": "free"}
+_LABELLED = {**_ASSIGNED, "assign_from": "labels", "reliable_share": 1.0, "max_steps": 3_000}
 RECIPES: dict[str, Recipe] = {
     "paper": _as_written("paper"),
     # the paper's equations at the small size
     "small-as-written": _as_written(
         "small", relative_consistency=False, lambda_denoised=0.0, invert_probability=0.0, learning_rate=3e-4
     ),
+    # nested, by the consistencies alone
+    "small-consistency": Recipe(
+        {"preset": "small"},
+        {
+            1: _FIRST,
+            2: [{**_INSIDE, "stages": (2,), "lambda_invariance": 0.3}],
+            3: [{**_INSIDE, "stages": (3,), "lambda_invariance": 0.03}],
+        },
+        nested=True,
+        starts=2,
+    ),
     # what the exploration in benchmarks/ led to, on two CPU cores
     "small": Recipe(
         {"preset": "small"},
         {
-            1: [
-                # features find the cell; then all terms, at a rate that gets the confident network to move its boundary
-                {
-                    **_WHOLE,
-                    "lambda_visual": 0.0,
-                    "lambda_denoised": 0.0,
-                    "invert_probability": 1.0,  # where only some steps invert, seeds are lost to bright and dark
-                    "max_steps": 300,
-                    "log_every": 10,
-                },
-                {
-                    **_WHOLE,
-                    "lambda_invariance": 2.0,
-                    "lambda_denoised": 0.5,
-                    "denoised_timesteps": (25, 60),
-                    "learning_rate": 2e-3,
-                    "max_steps": 1_000,
-                },
-                {**_OWN, "max_steps": 600},
-            ],
+            1: [*_FIRST, {**_OWN, "max_steps": 600}],
             2: [_CLUSTERED, _OWN],
-            3: [{**_CLUSTERED, "sibling_order": "free"}, {**_OWN, "sibling_order": "free"}],
+            3: [_CLUSTERED | _FREE, _OWN | _FREE],
         },
         nested=True,
         starts=2,
+    ),
+    "small-first-round": Recipe(
+        {"preset": "small"},
+        {1: [*_FIRST, {**_OWN, "max_steps": 600}], 2: [_CLUSTERED], 3: [_CLUSTERED | _FREE]},
+        nested=True,
+        starts=2,
+    ),
+    # a ceiling: the same network on the true labels of synthetic cells
+    "small-supervised": Recipe(
+        {"preset": "small"}, {1: [_LABELLED], 2: [_LABELLED], 3: [_LABELLED | _FREE]}, nested=True
     ),
 }

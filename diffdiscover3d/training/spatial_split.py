@@ -8,7 +8,7 @@ from sklearn.cluster import KMeans
 
 _ITERATIONS = 25  # of the mean-field updates
 _CLUSTERS = 3  # of the intensities: what surrounds, and inclusions that are darker and brighter than it
-_POTTS_STRENGTH = 0.6  # per pair of neighbours by a face
+POTTS_STRENGTH = 0.6  # per pair of neighbours by a face
 _LEAST_SHARE = 0.002  # of a structure's voxels that a piece must have to count
 
 
@@ -19,6 +19,7 @@ def divide_structure(
     count: int,
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
     alike: bool = False,
+    strength: float = POTTS_STRENGTH,
     seed: int = 0,
 ) -> np.ndarray:
     """Divide a structure into what surrounds its inclusions and the inclusions.
@@ -34,6 +35,7 @@ def divide_structure(
         spacing: edge lengths of a voxel in mm.
         alike: divide the inclusions by intensity alone, piece by piece, so that a part may be many structures of one
             kind; default: compact parts.
+        strength: of the Potts model's attraction; 0 leaves the clusters as they are.
         seed: of the clustering.
 
     Returns:
@@ -47,7 +49,8 @@ def divide_structure(
     raw, clean, inside = raw[box], clean[box], within[box]
     clusters = np.zeros(inside.shape, dtype=np.int64)
     clusters[inside] = _kmeans(clean[inside][:, None], _CLUSTERS, seed)
-    clusters = potts_clusters(raw, inside, clusters, _CLUSTERS, spacing=spacing)
+    if strength > 0:
+        clusters = potts_clusters(raw, inside, clusters, _CLUSTERS, strength, spacing)
     around = np.bincount(clusters[inside], minlength=_CLUSTERS).argmax()
     pieces = np.zeros(inside.shape, dtype=np.int64)
     for cluster in range(_CLUSTERS):
@@ -68,7 +71,7 @@ def potts_clusters(
     within: np.ndarray,
     clusters: np.ndarray,
     count: int,
-    strength: float = _POTTS_STRENGTH,
+    strength: float = POTTS_STRENGTH,
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> np.ndarray:
     """Smooth clusters of intensities by a Potts model: Gaussians of one variance, neighbours by a face attract.

@@ -39,7 +39,9 @@ PRESETS = {
         "rounds": 2.0,
     },
 }
-_RECIPE = RECIPES["small"]  # the nested one: what it learns at a level divides the parts of the level before
+_RECIPE = RECIPES[
+    "small-consistency"
+]  # the nested one: what it learns at a level divides the parts of the level before
 
 
 @dataclass(frozen=True)
