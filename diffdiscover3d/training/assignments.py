@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from scipy import ndimage
 
 from diffdiscover3d.data.transforms import flip, resize_volume
 from diffdiscover3d.losses import assignment_loss, smoothness, spatial_consistency
@@ -19,7 +20,13 @@ from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
 from diffdiscover3d.training.config import DiscoveryConfig
 from diffdiscover3d.training.nesting import denoise
-from diffdiscover3d.training.spatial_split import clean_pieces, contrasts, count_pieces, divide_structure
+from diffdiscover3d.training.spatial_split import (
+    clean_pieces,
+    contrasts,
+    count_pieces,
+    divide_structure,
+    refine_boundaries,
+)
 
 logger = logging.getLogger("diffdiscover3d")
 _IGNORED = 255  # in a label map: a structure whose assignment is not reliable enough
@@ -148,9 +155,18 @@ class Assignments:
         return share
 
     def _from_network(self, start, volume, spacing, alike) -> Assignment:
-        found = start.segment(volume)
-        labels = clean_pieces(found.labels[0].cpu().numpy(), self.families, spacing, one=not alike)
-        sure = found.probabilities[0].amax(dim=0).cpu().numpy()
+        found, raw = start.segment(volume), volume[0, 0].cpu().numpy()
+        labels = found.labels[0].cpu().numpy().astype(np.int64)
+        probabilities = found.probabilities[0].cpu().numpy()
+        for family in self.families:
+            within = np.isin(labels, family)
+            if within.any():
+                box = ndimage.find_objects(within.astype(np.uint8))[0]
+                soft = probabilities[list(family)][(slice(None), *box)]
+                refined = refine_boundaries(raw[box], soft, within[box], spacing)
+                labels[box][within[box]] = np.asarray(family)[refined.argmax(axis=0)[within[box]]]
+        labels = clean_pieces(labels, self.families, spacing, one=not alike)
+        sure = probabilities.max(axis=0)
         reliability = [
             min(float(sure[labels == part].mean()) if (labels == part).any() else 0.0 for part in inner(family))
             for family in self.families

@@ -7,8 +7,9 @@ from scipy import ndimage
 from sklearn.cluster import KMeans
 
 _ITERATIONS = 25  # of the mean-field updates
-_CLUSTERS = 3  # of the intensities: what surrounds, and inclusions that are darker and brighter than it
+_CLUSTERS = 3  # of the intensities at most: what surrounds, and inclusions that are darker and brighter than it
 POTTS_STRENGTH = 0.6  # per pair of neighbours by a face
+_LOCAL_SIGMA = 2.0  # voxels over which local means are taken
 _LEAST_SHARE = 0.002  # of a structure's voxels that a piece must have to count
 
 
@@ -47,16 +48,17 @@ def divide_structure(
         return labels
     box = ndimage.find_objects(within.astype(np.uint8))[0]
     raw, clean, inside = raw[box], clean[box], within[box]
+    number = min(count, _CLUSTERS)
     clusters = np.zeros(inside.shape, dtype=np.int64)
-    clusters[inside] = _kmeans(clean[inside][:, None], _CLUSTERS, seed)
+    clusters[inside] = _kmeans(clean[inside][:, None], number, seed)
     if strength > 0:
-        clusters = potts_clusters(raw, inside, clusters, _CLUSTERS, strength, spacing)
-    around = np.bincount(clusters[inside], minlength=_CLUSTERS).argmax()
+        clusters = potts_clusters(raw, inside, clusters, number, strength, spacing)
+    around = np.bincount(clusters[inside], minlength=number).argmax()
     pieces = np.zeros(inside.shape, dtype=np.int64)
-    for cluster in range(_CLUSTERS):
+    for cluster in range(number):
         if cluster != around:
-            found, number = ndimage.label(inside & (clusters == cluster))
-            sizes = np.bincount(found.ravel(), minlength=number + 1)
+            found, _ = ndimage.label(inside & (clusters == cluster))
+            sizes = np.bincount(found.ravel())
             kept = np.flatnonzero(sizes >= max(2, _LEAST_SHARE * inside.sum()))
             for piece in kept[kept > 0]:
                 pieces[found == piece] = pieces.max() + 1
@@ -90,8 +92,7 @@ def potts_clusters(
     Returns:
         (H, W, D) int64, the most probable cluster; 0 outside of the structure.
     """
-    area = np.prod(spacing) / np.asarray(spacing, dtype=np.float64)
-    area = strength * area / area.mean()
+    area = _face_weights(strength, spacing)
     q = np.stack([(clusters == k) & within for k in range(count)]).astype(np.float64)
     x = raw[within].astype(np.float64)
     for _ in range(_ITERATIONS):
@@ -99,17 +100,52 @@ def potts_clusters(
         means = weights @ x / np.maximum(weights.sum(axis=1), 1e-6)
         distance = (x - means[:, None]) ** 2
         variance = max((weights * distance).sum() / len(x), 1e-12)
-        field = np.zeros_like(q)
-        for axis in range(3):
-            there = [slice(None)] * 4
-            back = [slice(None)] * 4
-            there[axis + 1], back[axis + 1] = slice(1, None), slice(None, -1)
-            field[tuple(there)] += area[axis] * q[tuple(back)]
-            field[tuple(back)] += area[axis] * q[tuple(there)]
-        energy = field[:, within] - distance / (2 * variance)
+        energy = _attraction(q, area)[:, within] - distance / (2 * variance)
         energy = np.exp(energy - energy.max(axis=0))
         q[:, within] = energy / energy.sum(axis=0)
     return q.argmax(axis=0)
+
+
+def refine_boundaries(
+    raw: np.ndarray, probabilities: np.ndarray, within: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)
+) -> np.ndarray:
+    """Move the boundaries of soft parts to where the intensities change.
+
+    Mean-field updates of a Potts model whose means are local: a voxel is compared with the Gaussian-weighted mean of
+    each part around it (2 voxels), so that shading and inclusions elsewhere do not matter, and a part that is not near
+    is impossible. The given probabilities are the prior. Half of the evidence of a voxel counts, since the noise of
+    neighbours is correlated.
+
+    Args:
+        raw: (H, W, D) intensities.
+        probabilities: (K, H, W, D), summing to 1 over K within the structure.
+        within: (H, W, D) bool, the structure that the parts divide.
+        spacing: edge lengths of a voxel in mm.
+
+    Returns:
+        (K, H, W, D) float32, zero outside of the structure.
+    """
+    area = _face_weights(POTTS_STRENGTH, spacing)
+    edge = float(np.prod(spacing)) ** (1 / 3)
+    sigma = [_LOCAL_SIGMA * edge / step for step in spacing]
+    prior = np.log(np.clip(probabilities, 1e-4, 1.0))
+    q = (probabilities * within).astype(np.float32)
+
+    def smooth(values: np.ndarray) -> np.ndarray:
+        return ndimage.gaussian_filter(values, sigma, mode="constant", truncate=3.0)
+
+    for iteration in range(8):
+        if iteration % 2 == 0:
+            weights = np.stack([smooth(part) for part in q])
+            means = np.stack([smooth(part * raw) for part in q]) / np.maximum(weights, 1e-6)
+            distance = (raw - means) ** 2
+            variance = max(float((q * distance).sum() / max(q.sum(), 1e-6)), 1e-12)
+            evidence = -0.5 * distance / (2 * variance)
+            evidence[weights < 0.02] = -50.0
+        energy = evidence + _attraction(q, area) + prior
+        energy = np.exp(energy - energy.max(axis=0))
+        q = (energy / energy.sum(axis=0) * within).astype(np.float32)
+    return q
 
 
 def clean_pieces(
@@ -179,6 +215,23 @@ def largest_first(labels: np.ndarray, count: int) -> np.ndarray:
     rank = np.zeros(count, dtype=np.int64)
     rank[1 + np.argsort(-sizes, kind="stable")] = np.arange(1, count)
     return rank[labels]
+
+
+def _face_weights(strength: float, spacing: Sequence[float]) -> np.ndarray:
+    """The attraction along each axis, in proportion to the area of the faces; their mean is `strength`."""
+    area = np.prod(spacing) / np.asarray(spacing, dtype=np.float64)
+    return strength * area / area.mean()
+
+
+def _attraction(q: np.ndarray, area: np.ndarray) -> np.ndarray:
+    """The sum over the neighbours by a face of their probabilities, weighted: of the shape of `q`, (K, H, W, D)."""
+    field = np.zeros_like(q)
+    for axis in range(3):
+        there, back = [slice(None)] * 4, [slice(None)] * 4
+        there[axis + 1], back[axis + 1] = slice(1, None), slice(None, -1)
+        field[tuple(there)] += area[axis] * q[tuple(back)]
+        field[tuple(back)] += area[axis] * q[tuple(there)]
+    return field
 
 
 def _split_compact(raw, pieces, count, spacing, seed) -> np.ndarray:
