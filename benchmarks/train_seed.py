@@ -15,7 +15,7 @@ from pathlib import Path
 
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.evaluation.methods import METHODS
-from diffdiscover3d.evaluation.paper_tables import Benchmark, Cell
+from diffdiscover3d.evaluation.paper_tables import PaperTable, Cell
 
 
 def run_here(arguments: list[str]) -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--diffusion-steps", type=int, help="of the diffusion training, for a trial")
     options = parser.parse_args()
     overrides = {"max_steps": options.max_steps} if options.max_steps else {}
-    table = Benchmark(
+    table = PaperTable(
         options.folder,
         teacher=options.teacher,
         split=options.split,
