@@ -15,7 +15,7 @@ from pathlib import Path
 
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.evaluation.methods import METHODS
-from diffdiscover3d.evaluation.paper_tables import PaperTable, Cell
+from diffdiscover3d.evaluation.paper_tables import Cell, PaperTable
 
 
 def run_here(arguments: list[str]) -> None:
