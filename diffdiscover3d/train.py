@@ -78,6 +78,7 @@ def run(config: TrainingConfig) -> str:
         task = DiscoveryTraining(config, teacher, volumes, selection, accelerator, start, parent)
         if task.model.config.children:
             identity["children"] = list(task.model.config.children)
+        volumes = task.volumes
     return str(train(task, config, volumes, accelerator, identity))
 
 
