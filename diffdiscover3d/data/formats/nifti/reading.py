@@ -13,6 +13,7 @@ from diffdiscover3d.data.formats.nifti.header import check_fits, check_shape, ch
 from diffdiscover3d.data.formats.nifti.output import nifti_stream, output_header
 from diffdiscover3d.data.formats.nifti.payload import read_payload
 from diffdiscover3d.data.formats.nifti.voxels import check_contrast, check_finite, pick_volume, read_scaling, to_float32
+from diffdiscover3d.data.formats.volume_file import NiftiGrid, ResultGrid
 from diffdiscover3d.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,14 +24,15 @@ _CANONICAL = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
 
 @dataclass(frozen=True)
 class NiftiVolume:
-    """A volume in canonical (RAS+) orientation that remembers the grid it came from.
+    """A volume of any format in canonical (RAS+) orientation that remembers the grid it came from.
 
     Attributes:
         data: (H, W, D) float32 intensities, finite, along right, anterior, superior.
         affine: (4, 4) from voxels of `data` to millimetres.
-        header: the file's header, unchanged.
+        header: the file's header, unchanged; of another format, a NIfTI header with its grid.
         orientation: of the file's axes, as `nibabel.orientations.io_orientation` gives it.
         notes: what was unusual about the file, in words for the user.
+        unit, anatomical, results: as of [`VolumeFile`].
     """
 
     data: np.ndarray
@@ -38,6 +40,13 @@ class NiftiVolume:
     header: nib.Nifti1Header
     orientation: np.ndarray
     notes: tuple[str, ...] = ()
+    unit: str = "mm"
+    anatomical: bool = True
+    results: ResultGrid | None = None
+
+    def __post_init__(self):
+        if self.results is None:
+            object.__setattr__(self, "results", NiftiGrid(self.header))
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:

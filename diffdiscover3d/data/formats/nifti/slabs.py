@@ -14,6 +14,7 @@ from diffdiscover3d.data.formats.nifti.header import check_shape, check_size, re
 from diffdiscover3d.data.formats.nifti.payload import unpack_payload
 from diffdiscover3d.data.formats.nifti.raw_grid import RawGrid, Region
 from diffdiscover3d.data.formats.nifti.voxels import check_contrast, check_finite, pick_volume, read_scaling, to_float32
+from diffdiscover3d.data.formats.volume_file import NiftiGrid, ResultGrid
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.utils.files import scratch_file
 
@@ -30,6 +31,7 @@ class SlabScan:
         scaling: slope and intercept of the stored numbers, `None` for 1 and 0.
         low, high: the smallest and the largest value of the whole scan.
         notes: what was unusual about the file, in words for the user.
+        unit, anatomical, results: as of [`VolumeFile`].
     """
 
     path: Path
@@ -40,6 +42,9 @@ class SlabScan:
     low: np.float32
     high: np.float32
     notes: tuple[str, ...]
+    unit: str = "mm"
+    anatomical: bool = True
+    results: ResultGrid | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -98,9 +103,11 @@ def open_slabs(
         file, offset = _open_voxels(path, header, shape, number, Path(scratch), notes, stack)
         grid = RawGrid(file, shape[:3], header.get_data_dtype(), orientation, offset)
         notes += chosen
-        low, high = _survey(path, grid, scaling, nan_to_zero, notes)
+        low, high = survey(path, grid, scaling, nan_to_zero, notes)
         canonical_affine = affine @ inv_ornt_aff(orientation, shape[:3])
-        yield SlabScan(path, grid, canonical_affine, header, scaling, low, high, tuple(notes))
+        yield SlabScan(
+            path, grid, canonical_affine, header, scaling, low, high, tuple(notes), results=NiftiGrid(header)
+        )
 
 
 def _open_voxels(
@@ -118,7 +125,7 @@ def _open_voxels(
     return file.raw, 0
 
 
-def _survey(path: Path, grid: RawGrid, scaling, nan_to_zero: bool, notes: list[str]) -> tuple[np.float32, np.float32]:
+def survey(path: Path, grid: RawGrid, scaling, nan_to_zero: bool, notes: list[str]) -> tuple[np.float32, np.float32]:
     """The smallest and the largest value, once all have been looked at."""
     low, high, bad = np.float32(np.inf), np.float32(-np.inf), 0
     for start, stop in grid.slabs():
