@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from diffdiscover3d import __version__
-from diffdiscover3d.data.datasets.folder import list_volumes
+from diffdiscover3d.data.datasets.listing import list_volumes
 from diffdiscover3d.data.formats.nifti.header import SUFFIXES, check_reachable
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume, read_nifti
 from diffdiscover3d.data.formats.nifti.slabs import SlabScan, open_slabs

@@ -15,7 +15,7 @@ def load_dataset(
 
     Args:
         name_or_path: "synthetic-regular" or "synthetic-irregular"; the folder of a BraTS edition or of the authors'
-            archive, recognised by themselves; or a folder, glob, text list or file of NIfTI volumes.
+            archive, recognised by themselves; or a folder, glob, text list or file of volumes.
         split: "train", "validation" or "test"; default: all there are, by name.
         streaming: yield examples one by one without writing a cache.
         cache_dir: of the `datasets` library.
@@ -26,7 +26,7 @@ def load_dataset(
 
     Returns:
         `DatasetDict` or `Dataset`; when streaming their iterable kin. Synthetic cells have arrays `volume` and
-        `labels`, files are `Nifti` columns that keep their affine.
+        `labels`, files are `Nifti` columns that keep their affine, also those of other formats.
 
     Raises:
         InputError: if there are no such files, or a BraTS case lacks one.
