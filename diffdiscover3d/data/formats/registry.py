@@ -64,6 +64,12 @@ def is_nifti(path: str | Path) -> bool:
     return Path(path).name.endswith(NIFTI_SUFFIXES)
 
 
+def path_is_nifti(path: str | Path) -> bool:
+    """Whether a path is to be read as NIfTI: by its name, also if nothing is there, or if it is a folder."""
+    place, inner = split(path)
+    return inner is None and is_nifti(place) and not ome_zarr.is_store(place)
+
+
 def format_by_name(path: str | Path) -> ModuleType | None:
     """The format that a file's name tells, `None` for NIfTI and others."""
     name = split(path)[0].name.lower()

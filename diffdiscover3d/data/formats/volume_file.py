@@ -138,6 +138,16 @@ class VolumeFile:
         if self.results is None:
             self.results = NiftiGrid(self.header)
 
+    @property
+    def path(self) -> Path:
+        """Its name as a path."""
+        return Path(self.name)
+
+    @property
+    def reading_bytes(self) -> float:
+        """The most memory that reading it whole takes, in bytes: as stored, and two float32 copies."""
+        return float(np.prod(np.array(self.shape, float))) * (8 + self.dtype.itemsize)
+
     def with_spacing(self, spacing: Sequence[float], unit: str) -> "VolumeFile":
         """The same volume with another voxel size, along its own axes, in a unit of `IN_MM`."""
         affine = self.affine.copy()
