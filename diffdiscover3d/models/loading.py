@@ -118,9 +118,8 @@ class StrictLoadingMixin(PushMixin):
             options = {k: kwargs.pop(k) for k in DOWNLOAD_OPTIONS if k in kwargs}
             pretrained_model_name_or_path = diffdiscover3d.fetch_snapshot(str(pretrained_model_name_or_path), **options)
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        if (folder / CONFIG_NAME).is_file():  # otherwise diffusers names what is missing
+        if (folder / CONFIG_NAME).is_file():  # diffusers reports a missing file
             read_config(folder / CONFIG_NAME, cls.__name__)
-        verify_checksums(folder)
         check_stored_types(folder)
         kwargs["use_safetensors"] = True  # other formats are pickles
         return_info = kwargs.pop("output_loading_info", False)
@@ -133,6 +132,7 @@ class StrictLoadingMixin(PushMixin):
                 f"the weights in {str(pretrained_model_name_or_path)!r} do not match {cls.__name__} ({details}); "
                 "they were written by another version or are damaged."
             )
+        verify_checksums(folder)  # after the checks that name a faulty entry or weight
         check_weights(model, folder)
         return (model, info) if return_info else model
 

@@ -1,6 +1,7 @@
 """The segmentation network f of the paper, which maps a volume to K soft parts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from diffusers.utils import BaseOutput
 
 from diffdiscover3d.data.formats.nifti.reading import as_volume_tensor
 from diffdiscover3d.data.transforms import min_max_normalize, pad_to_multiple
-from diffdiscover3d.models.blocks import Conv3d, precise_if_small
+from diffdiscover3d.models.cpu_kernels import Conv3d, precise_if_small
 from diffdiscover3d.models.loading import StrictLoadingMixin
 from diffdiscover3d.models.window_layout import fits_window
 
@@ -163,12 +164,10 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
             InputError: if a volume has no contrast or contains NaN or Inf.
         """
         volume = as_volume_tensor(volume)
-        was_training = self.training
-        self.eval()
-        normalized = min_max_normalize(volume.to(self.device))
-        known = None if parent_labels is None else parent_labels[:, None].to(self.device)
-        probabilities = self._probabilities(normalized, progress, known)
-        self.train(was_training)
+        with evaluating(self):
+            normalized = min_max_normalize(volume.to(self.device))
+            known = None if parent_labels is None else parent_labels[:, None].to(self.device)
+            probabilities = self._probabilities(normalized, progress, known)
         dtype = torch.uint8 if self.config.num_parts <= 256 else torch.int32
         return Segmentation(labels=probabilities.max(dim=1).indices.to(dtype), probabilities=probabilities)
 
@@ -277,6 +276,17 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
             mode="gaussian",
             progress=progress,
         )
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Within the context a model is in evaluation mode; after it, also after an error, in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _moments(normalized: torch.Tensor, within: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

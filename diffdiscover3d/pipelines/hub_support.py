@@ -55,8 +55,9 @@ class HubPipelineMixin(PushMixin):
         if not os.path.isdir(folder):
             folder = cls.download(folder, **{k: kwargs.pop(k) for k in DOWNLOAD_OPTIONS if k in kwargs})
         _check_scheduler(Path(folder))
-        verify_checksums(folder)
-        return super().from_pretrained(folder, **{**kwargs, "use_safetensors": True})
+        pipeline = super().from_pretrained(folder, **{**kwargs, "use_safetensors": True})
+        verify_checksums(folder)  # after the checks that name a faulty entry
+        return pipeline
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """Save as in diffusers, with checksums of the files, which loading verifies."""

@@ -12,12 +12,12 @@ from diffdiscover3d.data.formats.registry import files_of, split
 if TYPE_CHECKING:
     import torch
 
-_CACHE_BYTES = 4 * 2**30  # volumes are kept in memory up to this much, over all of a dataset
+_CACHE_BYTES = 4 * 2**30  # maximum size of the volumes of a dataset kept in memory
 _END_BYTES = 4096
 
 
 def files_fingerprint(files: Iterable[tuple[str, Path]]) -> str:
-    """The sha256 over the names given, the sizes, and the first and last 4 KiB of files, in their order."""
+    """The sha256 over names, sizes, and the first and last 4 KiB of files, in the given order."""
     digest = hashlib.sha256()
     for name, path in files:
         size = path.stat().st_size
@@ -30,17 +30,17 @@ def files_fingerprint(files: Iterable[tuple[str, Path]]) -> str:
 
 
 class VolumeFolder:
-    """Volumes in canonical orientation, min-max normalised, as a sequence.
+    """Sequence of volumes in canonical orientation, min-max normalised.
 
-    Items are `{"volume": (1, H, W, D) float32 in [0, 1], "name": str}`. Volumes stay in memory once read, up to
-    4 GiB in all.
+    Items are `{"volume": (1, H, W, D) float32 in [0, 1], "name": str}`. Volumes are kept in memory after the first
+    access, up to 4 GiB in total.
 
     Attributes:
-        paths: the files, sorted.
-        shapes: of the volumes, once something has read them all; `None` until then.
+        paths: paths of the files, sorted.
+        shapes: shapes of the volumes; `None` until set by [`read_all`].
 
     Raises:
-        InputError: when made, if there are no volumes; on access, if one cannot be read.
+        InputError: on construction, if there are no volumes; on access, if a volume cannot be read.
     """
 
     def __init__(self, source: str | Path):
@@ -53,9 +53,9 @@ class VolumeFolder:
         return len(self.paths)
 
     def fingerprint(self) -> str:
-        """The sha256 over names, sizes, and the first and last 4 KiB of the files, in their order.
+        """The sha256 over names, sizes, and the first and last 4 KiB of the files.
 
-        The end of a `.nii.gz` file holds the checksum of all its data; the folder's own name and place do not count.
+        It includes the checksum at the end of each `.nii.gz` file, and does not depend on the path of the folder.
         """
         return files_fingerprint(
             (path.name if file == split(path)[0] else f"{path.name}/{file.name}", file)
@@ -64,7 +64,7 @@ class VolumeFolder:
         )
 
     def __getitem__(self, index: int) -> dict:
-        import torch  # here, because listing files must not cost its import
+        import torch  # lazy, because listing files does not need torch
 
         from diffdiscover3d.data.transforms import min_max_normalize
 
