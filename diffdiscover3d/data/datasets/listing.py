@@ -165,7 +165,7 @@ def _choose(paths: Iterable[Path], include: Sequence[str], asked_for: bool = Fal
             continue
         if path.name.lower().endswith(_SECOND_HALVES) and _first_half(path).is_file():
             continue
-        if any(fnmatch(path.name, pattern) for pattern in include):
+        if asked_for or any(fnmatch(path.name, pattern) for pattern in include):
             volumes.append(path)
         elif _OWN.search(stem(path)):
             left_out.append((path, "named like a result of this program"))
@@ -173,10 +173,10 @@ def _choose(paths: Iterable[Path], include: Sequence[str], asked_for: bool = Fal
             masks.append(path)
         else:
             volumes.append(path)
-    if volumes or asked_for:
-        left_out += [(path, "named like a mask; --include PATTERN takes it") for path in masks if not asked_for]
-        return Contents((*volumes, *masks) if asked_for else tuple(volumes), tuple(left_out))
-    return Contents(tuple(masks), tuple(left_out))
+    if not volumes:
+        return Contents(tuple(masks), tuple(left_out))
+    left_out += [(path, "named like a mask; --include PATTERN takes it") for path in masks]
+    return Contents(tuple(volumes), tuple(left_out))
 
 
 def _first_half(path: Path) -> Path:

@@ -23,6 +23,7 @@ from diffdiscover3d.errors import InputError
 
 NAME = "HDF5"
 EXTRA = "microscopy"
+LABEL_SUFFIX = ".h5"
 SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 # attributes of a dataset that place it: element_size_um is written by Fiji and ilastik, resolution by CREMI (in nm);
 # all along z, y, x
@@ -43,7 +44,7 @@ class Hdf5Grid(ResultGrid):
         attributes: of the input's dataset, by name.
     """
 
-    suffix: ClassVar[str] = ".h5"
+    suffix: ClassVar[str] = LABEL_SUFFIX
     attributes: dict
 
     @contextlib.contextmanager

@@ -23,6 +23,7 @@ from diffdiscover3d.errors import InputError
 
 NAME = "MRC"
 EXTRA = "microscopy"
+LABEL_SUFFIX = ".mrc"
 SUFFIXES = (".mrc", ".map", ".ccp4", ".rec", ".mrc.gz", ".map.gz", ".ccp4.gz", ".rec.gz")
 _HEADER = 1024  # bytes
 _COMPLEX = {3: "complex", 4: "complex", 16: "RGB"}
@@ -42,7 +43,7 @@ class MrcGrid(ResultGrid):
         fields: of the header, by name, that place the grid.
     """
 
-    suffix: ClassVar[str] = ".mrc"
+    suffix: ClassVar[str] = LABEL_SUFFIX
     fields: dict
 
     @contextlib.contextmanager

@@ -23,6 +23,7 @@ from diffdiscover3d.errors import InputError
 
 NAME = "NumPy"
 EXTRA = None
+LABEL_SUFFIX = ".npy"
 SUFFIXES = (".npy", ".npz")
 
 
@@ -35,7 +36,7 @@ def matches(start: bytes) -> bool:
 class NumpyGrid(ResultGrid):
     """Label maps as `.npy` of the same shape."""
 
-    suffix: ClassVar[str] = ".npy"
+    suffix: ClassVar[str] = LABEL_SUFFIX
 
     @contextlib.contextmanager
     def stream(self, path, dtype, shape, colours):

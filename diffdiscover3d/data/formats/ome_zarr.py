@@ -29,6 +29,7 @@ from diffdiscover3d.utils.files import replaced_folder
 
 NAME = "OME-Zarr"
 EXTRA = "microscopy"
+LABEL_SUFFIX = ".ome.zarr"
 SUFFIXES = (".ome.zarr", ".zarr")
 _MARKERS = ("zarr.json", ".zgroup", ".zarray")
 _SPACE = ("z", "y", "x")
@@ -60,7 +61,7 @@ class ZarrGrid(ResultGrid):
         source: name of the input.
     """
 
-    suffix: ClassVar[str] = ".ome.zarr"
+    suffix: ClassVar[str] = LABEL_SUFFIX
     scale: tuple[float, float, float]
     translation: tuple[float, float, float]
     unit: str | None

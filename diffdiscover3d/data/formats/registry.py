@@ -103,19 +103,35 @@ def stem(path: str | Path) -> str:
     place, inner = split(path)
     suffixes = [s for f in FORMATS for s in f.SUFFIXES] + list(NIFTI_SUFFIXES)
     found = [s for s in suffixes if place.name.lower().endswith(s)]
-    name = (
-        place.name[: -len(max(found, key=len))]
-        if found
-        else place.stem
-        if place.suffix and place.is_file()
-        else place.name
-    )
+    name = place.name or place.resolve().name
+    if found:
+        name = name[: -len(max(found, key=len))]
+    elif place.suffix and not place.is_dir():
+        name = place.stem
+    return "_".join([name, *(_inner_name(place, inner).replace("/", " ").split() if inner else [])])
+
+
+def display_name(path: str | Path) -> str:
+    """The name of a volume for people and sidecars: without its folder, and a DICOM series by its number."""
+    place, inner = split(path)
+    name = place.name or place.resolve().name
     if inner is None:
         return name
-    if place.is_dir() and not ome_zarr.is_store(place):  # UIDs are long, and their numbers say enough
-        number = next((s.number for s in series_in(place) if s.uid == inner), None)
-        inner = f"series-{number if number is not None else inner.rsplit('.', 1)[-1]}"
-    return "_".join([name, *filter(None, inner.replace("/", " ").split())])
+    return f"{name}{SEPARATOR}{_inner_name(place, inner)}"
+
+
+def _inner_name(place: Path, inner: str) -> str:
+    if not place.is_dir() or ome_zarr.is_store(place):
+        return inner
+    # a UID is long and identifies a patient's study; the number tells series apart
+    number = next((s.number for s in series_in(place) if s.uid == inner), None)
+    return f"series-{number if number is not None else inner.rsplit('.', 1)[-1]}"
+
+
+def label_suffix(path: str | Path) -> str:
+    """The ending of label maps that lie on a volume: in its own family, or NIfTI for medical formats."""
+    found = recognise(path)
+    return getattr(found, "LABEL_SUFFIX", ".nii.gz")
 
 
 def folder_of(path: str | Path) -> Path:
@@ -178,7 +194,7 @@ def open_volume(path: str | Path, options: ReadOptions | None = None) -> Iterato
         what = "a folder without DICOM images" if place.is_dir() else "no volume of a known format"
         raise InputError(f"{name}: is {what}; give a {NAMES} file.")
     if inner is not None and found not in (dicom, hdf5, numpy_array, ome_zarr):
-        raise InputError(f"{name}: a {found.NAME} file has no parts to name behind {SEPARATOR}.")
+        raise InputError(f"{name}: a {found.NAME} file holds nothing that is named behind {SEPARATOR}.")
     with contextlib.ExitStack() as stack:
         if found is dicom:
             if place.is_file():

@@ -25,6 +25,7 @@ from diffdiscover3d.errors import InputError
 
 NAME = "TIFF"
 EXTRA = "microscopy"
+LABEL_SUFFIX = ".tif"
 SUFFIXES = (".ome.tif", ".ome.tiff", ".tif", ".tiff", ".btf", ".lsm")
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _DEPTH = "ZQI"  # axes that follow each other in space, where a file does not tell
@@ -44,7 +45,7 @@ class TiffGrid(ResultGrid):
         spacing: edge lengths along x, y, z in `unit`; `None` if unknown.
     """
 
-    suffix: ClassVar[str] = ".tif"
+    suffix: ClassVar[str] = LABEL_SUFFIX
     spacing: tuple[float, float, float] | None
     unit: str
 

@@ -1,5 +1,6 @@
 """Units of length: what files give, and which one fits the size of a voxel."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,26 @@ def parse_unit(name: str | None) -> str | None:
     ('um', 'angstrom', None)
     """
     return None if name is None else _UNIT_OF.get(str(name).strip().strip("\0").lower())
+
+
+def parse_voxel_size(text: str) -> tuple[tuple[float, float, float], str]:
+    """Edge lengths of a voxel along x, y, z and their unit, from one length or three.
+
+    Raises:
+        ValueError: if it is not of that form.
+
+    >>> parse_voxel_size("0.1,0.1,0.3um"), parse_voxel_size("13.5 Å")
+    (((0.1, 0.1, 0.3), 'um'), ((13.5, 13.5, 13.5), 'angstrom'))
+    """
+    match = re.fullmatch(r"([0-9.eE+,x× -]+?)\s*([^\d\s.,+-]+)", text.strip())
+    unit = parse_unit(match.group(2)) if match else None
+    try:
+        lengths = [float(part) for part in re.split(r"\s*[,x×]\s*|\s+", match.group(1).strip())] if unit else []
+    except ValueError:
+        lengths = []
+    if len(lengths) not in (1, 3) or not all(0 < length < float("inf") for length in lengths):
+        raise ValueError(f"`voxel_size` must be one length or three with a unit, as 0.1,0.1,0.3um, got {text!r}.")
+    return tuple(lengths * 3 if len(lengths) == 1 else lengths), unit
 
 
 @dataclass(frozen=True)
