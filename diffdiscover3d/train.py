@@ -1,4 +1,4 @@
-"""Training from the command line: `accelerate launch -m diffdiscover3d.train diffusion|discovery [options]`."""
+"""Training from the command line: `accelerate launch -m diffdiscover3d.train diffusion|discovery|brain [options]`."""
 
 import argparse
 import logging
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from diffdiscover3d.errors import MemoryLimitError, exit_code, is_out_of_memory, reportable_errors
+from diffdiscover3d.training.brain_config import BrainConfig
 from diffdiscover3d.training.config import (
     DiffusionConfig,
     DiscoveryConfig,
@@ -17,11 +18,11 @@ from diffdiscover3d.training.config import (
 from diffdiscover3d.utils.files import check_folder
 from diffdiscover3d.utils.signals import end_children, interrupt_on_sigterm
 
-_STAGES = {"diffusion": DiffusionConfig, "discovery": DiscoveryConfig}
+_STAGES = {"diffusion": DiffusionConfig, "discovery": DiscoveryConfig, "brain": BrainConfig}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser; every field of the two configs is an option."""
+    """The parser; every field of the three configs is an option."""
     parser = argparse.ArgumentParser(prog="diffdiscover3d.train", description=__doc__)
     stages = parser.add_subparsers(dest="stage", required=True)
     for name, kind in _STAGES.items():
@@ -37,6 +38,10 @@ def run(config: TrainingConfig) -> str:
     """Train what the config describes; return the output folder."""
     check_folder(Path(config.output_dir))
     # the heavy imports wait until the options are known to be right
+    if isinstance(config, BrainConfig):
+        from diffdiscover3d.training.brain_run import train_brain
+
+        return str(train_brain(config))
     from diffdiscover3d.data.loading import common_grid, has_splits, load_volumes
     from diffdiscover3d.hub.registry import load_discovery, load_teacher
     from diffdiscover3d.training.data_check import read_all

@@ -142,6 +142,8 @@ class Frame:
 
 def _faces(x: torch.Tensor) -> torch.Tensor:
     """The values on the six faces of an (H, W, D) volume."""
-    return torch.cat([x[i].flatten() for i in (0, -1)] + [x[:, i].flatten() for i in (0, -1)] + [
-        x[:, :, i].flatten() for i in (0, -1)
-    ])
+    return torch.cat(
+        [x[i].flatten() for i in (0, -1)]
+        + [x[:, i].flatten() for i in (0, -1)]
+        + [x[:, :, i].flatten() for i in (0, -1)]
+    )

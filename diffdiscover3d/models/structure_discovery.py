@@ -8,12 +8,14 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
+from diffdiscover3d.data.foreground import Frame, find_foreground, robust_scale
 from diffdiscover3d.data.formats.nifti.reading import as_volume_tensor
 from diffdiscover3d.data.transforms import min_max_normalize, pad_to_multiple
 from diffdiscover3d.models.blocks import Conv3d, precise_if_small
 from diffdiscover3d.models.loading import StrictLoadingMixin
 from diffdiscover3d.models.window_layout import taken_at_once
 
+SCALINGS = ("min_max", "robust")
 _VIEW_RANGE = 4.0  # standard deviations
 
 
@@ -53,9 +55,15 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         parent: configuration of the model whose parts this one divides; `None`: it divides the whole volume. The
             parent is a part of this model, frozen, and saved with it (not in the paper).
         children: into how many parts each of the parent's parts is divided; 1 keeps it whole. They sum to K.
+        scaling: how intensities are scaled: "min_max" over the whole volume, or "robust", by percentiles of the
+            foreground ([`robust_scale`]).
+        frame: grid to which [`segment`] resamples the box around the foreground, so that a network sees every brain at
+            one place and size, whatever the scan's resolution; part 0 fills the rest of the volume. `None`: volumes are
+            taken as they are. Only with robust scaling.
 
     Raises:
-        ValueError: if there are fewer than two parts, strides do not fit channels, or children do not fit the parent.
+        ValueError: if there are fewer than two parts, strides do not fit channels, children do not fit the parent, or
+            scaling or frame do not fit each other or the parent's.
 
     Example:
         >>> coarse = StructureDiscoveryModel(num_parts=2)
@@ -75,10 +83,13 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         window_size: int = 256,
         parent: dict | None = None,
         children: Sequence[int] | None = None,
+        scaling: str = "min_max",
+        frame: Sequence[int] | None = None,
     ):
         super().__init__()
         if num_parts < 2:
             raise ValueError(f"`num_parts` must be at least 2, got {num_parts}.")
+        _check_scaling(scaling, frame, parent)
         _check_children(num_parts, parent, children)
         if len(strides) != len(channels) - 1:
             raise ValueError(f"`strides` must have {len(channels) - 1} entries, one less than `channels`.")
@@ -94,8 +105,9 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
 
     @classmethod
     def inside(cls, parent: "StructureDiscoveryModel", children: Sequence[int], **config) -> "StructureDiscoveryModel":
-        """A new model that divides the parts of a trained one; `config` as for the class."""
+        """A new model that divides the parts of a trained one; `config` as for the class, scaling as the parent's."""
         settings = {k: v for k, v in parent.config.items() if not k.startswith("_")}
+        config = {"scaling": settings["scaling"], "frame": settings["frame"], **config}
         model = cls(num_parts=sum(children), parent=settings, children=tuple(children), **config)
         model.parent_model.load_state_dict(parent.state_dict())
         return model
@@ -124,7 +136,8 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         """Logits of the parts.
 
         Args:
-            volume: (B, 1, H, W, D), any grid and any intensities: each volume is min-max normalised.
+            volume: (B, 1, H, W, D), any grid and any intensities: each volume is scaled. A network with a frame takes
+                volumes that are in their frames already.
             parent_labels: (B, 1, H, W, D) parts of the parent, where they are known already.
 
         Raises:
@@ -132,15 +145,29 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         """
         if volume.ndim != 5 or volume.shape[1] != 1:
             raise ValueError(f"`volume` must be (batch, 1, H, W, D), got shape {tuple(volume.shape)}.")
-        normalized = min_max_normalize(volume, check=not self.training)  # a training has checked them all before
+        normalized = self.scale(volume, check=not self.training)  # a training has checked them all before
         if parent_labels is None:
             parent_labels = self._parent_labels(normalized)
-        return StructureDiscoveryOutput(logits=self._logits(self._view(normalized, parent_labels), parent_labels))
+        return StructureDiscoveryOutput(logits=self.scaled_logits(normalized, parent_labels))
+
+    def scale(self, volume: torch.Tensor, check: bool = True) -> torch.Tensor:
+        """Scale the intensities of (B, 1, H, W, D) volumes as the network expects them.
+
+        Raises:
+            InputError: if a volume has no contrast, or holds NaN or Inf; only with `check`.
+        """
+        if self.config.scaling == "robust":
+            return robust_scale(volume, check=check)
+        return min_max_normalize(volume, check=check)
+
+    def scaled_logits(self, scaled: torch.Tensor, parent_labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of the parts, (B, K, H, W, D), for volumes that [`scale`] has scaled."""
+        return self._logits(self._view(scaled, parent_labels), parent_labels)
 
     @torch.no_grad()
     def label_parents(self, volume: torch.Tensor) -> torch.Tensor | None:
         """The parts of the parent, (B, 1, H, W, D), for volumes as in `forward`; `None` without a parent."""
-        return self._parent_labels(min_max_normalize(volume, check=not self.training))
+        return self._parent_labels(self.scale(volume, check=not self.training))
 
     @torch.no_grad()
     def segment(self, volume, progress: bool = False, parent_labels: torch.Tensor | None = None) -> Segmentation:
@@ -150,7 +177,8 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
             volume: an array or tensor of shape (H, W, D), (B, H, W, D) or (B, 1, H, W, D), any intensities; or
                 whatever else [`as_volume_tensor`] takes.
             progress: show a bar while a window slides.
-            parent_labels: (B, H, W, D) parts of the parent, where they are known already.
+            parent_labels: (B, H, W, D) parts of the parent, where they are known already; a network with a frame finds
+                them again, in the frame.
 
         Raises:
             InputError: if a volume has no contrast, or holds NaN or Inf.
@@ -158,10 +186,14 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         volume = as_volume_tensor(volume)
         was_training = self.training
         self.eval()
-        normalized = min_max_normalize(volume.to(self.device))
-        known = None if parent_labels is None else parent_labels[:, None].to(self.device)
-        probabilities = self._probabilities(normalized, progress, known)
-        self.train(was_training)
+        try:
+            if self.config.frame is not None:
+                probabilities = torch.cat([self._framed_probabilities(v[None].to(self.device)) for v in volume])
+            else:
+                known = None if parent_labels is None else parent_labels[:, None].to(self.device)
+                probabilities = self._probabilities(self.scale(volume.to(self.device)), progress, known)
+        finally:
+            self.train(was_training)
         dtype = torch.uint8 if self.config.num_parts <= 256 else torch.int32
         return Segmentation(labels=probabilities.max(dim=1).indices.to(dtype), probabilities=probabilities)
 
@@ -268,6 +300,12 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
             progress=progress,
         )
 
+    def _framed_probabilities(self, volume: torch.Tensor) -> torch.Tensor:
+        """(1, K, H, W, D) soft parts of one volume, found in the frame around its foreground."""
+        foreground = find_foreground(volume)
+        frame = Frame.around(foreground, self.config.frame)
+        return frame.paste(self._probabilities(frame.crop(robust_scale(volume, foreground))))
+
 
 def _moments(normalized: torch.Tensor, within: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each volume's values where `within` is 1, of shape (B, 1, 1, 1, 1)."""
@@ -275,6 +313,19 @@ def _moments(normalized: torch.Tensor, within: torch.Tensor) -> tuple[torch.Tens
     mean = (normalized * within).sum(dim=(2, 3, 4), keepdim=True) / size
     centred = (normalized - mean) * within
     return mean, (centred.square().sum(dim=(2, 3, 4), keepdim=True) / size).sqrt()
+
+
+def _check_scaling(scaling: str, frame: Sequence[int] | None, parent: dict | None) -> None:
+    if scaling not in SCALINGS:
+        raise ValueError(f"`scaling` must be one of {SCALINGS}, got {scaling!r}.")
+    if frame is not None and (scaling != "robust" or len(frame) != 3 or min(frame) < 8):
+        raise ValueError(
+            f"`frame` must be three integers of at least 8, with robust scaling; got {frame}, {scaling!r}."
+        )
+    if parent is not None:
+        theirs = (parent.get("scaling", "min_max"), parent.get("frame"))
+        if theirs[0] != scaling or tuple(theirs[1] or ()) != tuple(frame or ()):
+            raise ValueError(f"`scaling` and `frame` must be the parent's, {theirs}; got {(scaling, frame)}.")
 
 
 def _check_children(num_parts: int, parent: dict | None, children: Sequence[int] | None) -> None:

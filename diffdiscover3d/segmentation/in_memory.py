@@ -229,14 +229,15 @@ def _probabilities(
         parents["parent_labels"] = coarser[1]
     try:
         size = working or grid
-        if fast and min(size) >= FAST_MIN_SIZE:
+        framed = network.config.get("frame") is not None  # such a network has a working grid of its own
+        if fast and not framed and min(size) >= FAST_MIN_SIZE:
             size = tuple((n + 1) // 2 for n in size)
         if size != grid:
             found = network.segment(resize_volume(volume[None, None].to(network.device), size), **parents)
             soft = F.interpolate(found.probabilities, size=grid, mode="trilinear", align_corners=False)
             return soft[0], found.labels
         note = f"too small to be halved ({FAST_MIN_SIZE} voxels are needed along each axis); done at full resolution"
-        if fast and not working and note not in notes:
+        if fast and not working and not framed and note not in notes:
             notes.append(note)
         found = network.segment(volume, **parents)
         return found.probabilities[0], found.labels

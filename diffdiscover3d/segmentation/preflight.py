@@ -90,7 +90,8 @@ def plan_memory(
     Args:
         network: configuration of the finest network asked for, which holds those above it.
         on_cpu: it is the machine's own memory that is used.
-        fast, working: at half the resolution, or on this grid; both need the volume in memory.
+        fast, working: at half the resolution, or on this grid; both need the volume in memory, as do networks with
+            robust scaling or a frame.
 
     Raises:
         InputError: if the header is unusable.
@@ -99,7 +100,9 @@ def plan_memory(
     header = read_header(path)
     shape = check_shape(path, header)
     check_size(path, header, shape)
-    by_slabs = not fast and working is None and slides(shape, network)
+    working = working or network.get("frame")
+    in_memory = working is not None or network.get("scaling", "min_max") != "min_max"  # percentiles need all of it
+    by_slabs = not fast and not in_memory and slides(shape, network)
     remedy = {}
     if by_slabs:
         needed = streaming_bytes(shape, network)

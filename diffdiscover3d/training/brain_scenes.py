@@ -100,7 +100,21 @@ def draw_scene(
     plain = torch.lerp(plain, CONSPICUOUS + 0.2 * fine.clamp(-1, 1), soft)
 
     view = draw.acquire(realistic, inside)
-    return Scene(robust_scale(view, brain, check=False), plain * inside, brain, (moved[:, 2:] > 0.5).to(t.dtype) * inside)
+    return Scene(
+        robust_scale(view, brain, check=False), plain * inside, brain, (moved[:, 2:] > 0.5).to(t.dtype) * inside
+    )
+
+
+def acquire_again(view: torch.Tensor, foreground: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Another acquisition of the same brains: other contrast, shading, blur and noise; scaled again.
+
+    Args:
+        view, foreground: of a scene.
+        generator: on their device.
+    """
+    draw = _Draw(generator, len(view), tuple(view.shape[2:]), SceneOptions())
+    inside = foreground.to(view.dtype)
+    return robust_scale(draw.acquire(draw.tone(view), inside), foreground, check=False)
 
 
 class _Draw:
