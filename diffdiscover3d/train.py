@@ -16,7 +16,7 @@ from diffdiscover3d.training.config import (
     make_config,
 )
 from diffdiscover3d.utils.files import check_folder
-from diffdiscover3d.utils.signals import end_children, interrupt_on_sigterm
+from diffdiscover3d.utils.signals import end_children, interrupt_on_termination
 
 _STAGES = {"diffusion": DiffusionConfig, "discovery": DiscoveryConfig, "brain": BrainConfig}
 
@@ -135,8 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    interrupt_on_sigterm()
     try:
-        sys.exit(main())
+        with interrupt_on_termination():
+            sys.exit(main())
     finally:
         end_children()

@@ -25,7 +25,7 @@ from diffdiscover3d.errors import (
     is_out_of_memory,
     reportable_errors,
 )
-from diffdiscover3d.utils.signals import interrupt_on_sigterm
+from diffdiscover3d.utils.signals import interrupt_on_termination
 
 app = typer.Typer(
     name="diffdiscover3d",
@@ -195,9 +195,9 @@ def _print_error(error: BaseException | str) -> None:
 
 def main() -> None:
     """Run a command; errors end in one line on stderr and their exit code, see `errors`."""
-    interrupt_on_sigterm()
     try:
-        app()
+        with interrupt_on_termination():
+            app()
     except reportable_errors() as error:
         if _debug:
             raise

@@ -1,11 +1,14 @@
-"""Being asked to stop: by Ctrl-C, by `kill`, by a cluster that wants its machine back."""
+"""Handling of SIGINT, SIGTERM and SIGHUP: Ctrl-C, `kill`, a preempted job, a closed terminal."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_TERMINATIONS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+_SIGNALS = (signal.SIGINT, *_TERMINATIONS)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -13,7 +16,7 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Within the context SIGINT and SIGTERM are noted instead of ending the process, so that a step can be finished.
+    """Within the context SIGINT, SIGTERM and SIGHUP are noted instead of ending the process: a step can be finished.
 
     A second signal to a training of one process ends it at once: for those who cannot wait for the step. With several
     processes it is ignored, because their launcher passes on the very signal that all of them got already.
@@ -30,7 +33,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         # elsewhere than in the main thread Python allows no handlers: whoever runs the thread decides
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            numbers = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN or n == signal.SIGINT]
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_) -> None:
@@ -53,10 +57,33 @@ def ignore_signals(_worker: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def interrupt_on_sigterm() -> None:
-    """Let SIGTERM end this process as Ctrl-C does: temporary files are removed, the exit code is 130."""
-    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+@contextlib.contextmanager
+def interrupt_on_termination() -> Iterator[None]:
+    """Within the context SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does.
+
+    Temporary files are then removed and the exit code is 130. A SIGHUP that is ignored (`nohup`) stays ignored. Forked
+    children keep the default action: a pool that terminates its workers relies on it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread only
+        yield
+        return
+    numbers = [n for n in _TERMINATIONS if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _restore_default_actions() -> None:
+    for number in _TERMINATIONS:
+        if signal.getsignal(number) is signal.default_int_handler:
+            signal.signal(number, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_restore_default_actions)
 
 
 def end_children() -> None:
