@@ -145,10 +145,8 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         """
         if volume.ndim != 5 or volume.shape[1] != 1:
             raise ValueError(f"`volume` must be (batch, 1, H, W, D), got shape {tuple(volume.shape)}.")
-        normalized = self.scale(volume, check=not self.training)  # a training has checked them all before
-        if parent_labels is None:
-            parent_labels = self._parent_labels(normalized)
-        return StructureDiscoveryOutput(logits=self.scaled_logits(normalized, parent_labels))
+        scaled = self.scale(volume, check=not self.training)  # a training has checked them all before
+        return StructureDiscoveryOutput(logits=self.scaled_logits(scaled, parent_labels))
 
     def scale(self, volume: torch.Tensor, check: bool = True) -> torch.Tensor:
         """Scale the intensities of (B, 1, H, W, D) volumes as the network expects them.
@@ -161,7 +159,9 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         return min_max_normalize(volume, check=check)
 
     def scaled_logits(self, scaled: torch.Tensor, parent_labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of the parts, (B, K, H, W, D), for volumes that [`scale`] has scaled."""
+        """Logits of the parts, (B, K, H, W, D), for volumes that [`scale`] has scaled; otherwise as `forward`."""
+        if parent_labels is None:
+            parent_labels = self._parent_labels(scaled)
         return self._logits(self._view(scaled, parent_labels), parent_labels)
 
     @torch.no_grad()

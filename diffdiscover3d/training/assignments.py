@@ -59,6 +59,20 @@ def bright_outliers(scan: torch.Tensor, foreground: torch.Tensor) -> torch.Tenso
     return torch.from_numpy(mask)[None, None].to(foreground.device)
 
 
+def brightness_evidence(scan: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
+    """Log-odds of lesion against ordinary tissue from brightness alone, (1, 1, H, W, D).
+
+    Zero where the slightly smoothed scan is 1.75 robust standard deviations above the median of the brain, and 3 more
+    for each further one, at most 6 either way.
+
+    Args:
+        scan, foreground: (1, 1, H, W, D), a robustly scaled scan in its frame and its mask.
+    """
+    median, spread = robust_moments(scan[foreground])
+    smooth = 0.5 * scan + 0.5 * F.avg_pool3d(scan, 3, stride=1, padding=1)
+    return (3 * ((smooth - median) / spread - 1.75)).clamp(-6, 6)
+
+
 def smooth_away(scan: torch.Tensor, foreground: torch.Tensor, outliers: torch.Tensor) -> torch.Tensor:
     """A scan whose outliers are replaced by the ordinary tissue around them.
 

@@ -1,10 +1,10 @@
 """Train `brain-flair`: targets are assignments made without labels, inputs are harder views of the same scenes.
 
 Each step draws scenes ([`draw_scene`]) from the scans. The conspicuous rendering of a scene is clustered
-([`conspicuous_outliers`]), and the network learns to find the same parts in the realistic rendering. Scenes that keep the
-scan's own lesions carry the scan's assignment; it starts as [`bright_outliers`] and is replaced, every `reassign_every`
-steps, by what the averaged network finds in the scan, as in expectation maximisation. No mask of an implant or of a scan
-enters a loss, and the last average of the weights is kept.
+([`conspicuous_outliers`]), and the network learns to find the same parts in the realistic rendering. Scenes that keep
+the scan's own lesions carry the scan's assignment: first [`bright_outliers`], later, every `reassign_every` steps, what
+the averaged network and the intensities together say, as in expectation maximisation. No mask of an implant or of a
+scan enters a loss, and the last average of the weights is kept.
 """
 
 from pathlib import Path
@@ -20,13 +20,19 @@ from diffdiscover3d.losses import photometric_invariance, region_consistency
 from diffdiscover3d.models.loading import cast_weights
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.pictures import save_slices
-from diffdiscover3d.training.assignments import bright_outliers, conspicuous_outliers, smooth_away
+from diffdiscover3d.training.assignments import (
+    bright_outliers,
+    brightness_evidence,
+    conspicuous_outliers,
+    smooth_away,
+)
 from diffdiscover3d.training.brain_config import NETWORKS, BrainConfig
 from diffdiscover3d.training.brain_scenes import Scene, acquire_again, draw_scene
 from diffdiscover3d.training.config import DiffusionConfig
 from diffdiscover3d.training.diffusion import DiffusionTraining
 
 BACKGROUND, BRAIN, LESION = 0, 1, 2  # part numbers of the finest level
+_PRIOR_LIMIT = 4.0  # of the network's logit where it meets the evidence of the intensities
 
 
 def make_network(config: BrainConfig) -> StructureDiscoveryModel:
@@ -109,8 +115,8 @@ class BrainTraining:
         pointwise = F.binary_cross_entropy_with_logits(margin, targets, reduction="none")
         terms = {
             "level1": F.cross_entropy(coarse.float(), inside[:, 0].long()),
-            "entropy": (pointwise * brain).sum() / brain.sum(),
-            "dice": 1 - _soft_dice(probability, targets),
+            "entropy": config.lambda_entropy * (pointwise * brain).sum() / brain.sum(),
+            "dice": config.lambda_dice * (1 - _soft_dice(probability, targets)),
         }
         if config.lambda_visual > 0:
             masks = torch.cat([1 - brain, brain - probability, probability], dim=1)
@@ -145,16 +151,19 @@ class BrainTraining:
 
     @torch.no_grad()
     def find_lesions(self) -> torch.Tensor:
-        """What the network finds in the scans themselves, (N, 1, H, W, D) bool; the mean of a scan and its mirror."""
+        """The lesions of the scans themselves, (N, 1, H, W, D) bool: network and brightness together.
+
+        The network's logit, the mean of a scan and its mirror image, and the evidence of the intensities
+        ([`brightness_evidence`]) are added, as prior and likelihood: the network alone could confirm its own mistakes.
+        """
         found = []
         for volume, inside in zip(self.bank.tissue, self.bank.brains, strict=True):
+            scan, brain = volume[None], inside[None]
             with self.accelerator.autocast():
-                both = [
-                    self.model(v, b)[1].float().softmax(dim=1)[:, 1:]
-                    for v, b in ((volume[None], inside[None]), (volume[None].flip(2), inside[None].flip(2)))
-                ]
-            mean = (both[0] + both[1].flip(2)) / 2
-            found.append((mean.nan_to_num() > 0.5) & inside[None])
+                plain = _margin(self.model(scan, brain)[1], brain)
+                mirrored = _margin(self.model(scan.flip(2), brain.flip(2))[1], brain.flip(2)).flip(2)
+            prior = ((plain + mirrored) / 2).clamp(-_PRIOR_LIMIT, _PRIOR_LIMIT)
+            found.append((prior + brightness_evidence(scan, brain) > 0) & brain)
         return torch.cat(found)
 
     def preview(self, step: int, folder: Path) -> None:

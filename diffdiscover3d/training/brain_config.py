@@ -22,10 +22,12 @@ class BrainConfig(TrainingConfig):
     frame: tuple[int, ...] = option((96, 112, 96), "grid to which every brain is resampled, three integers")
     phantoms: int = option(4, "brain phantoms added to the scans")
     real_share: float = option(0.25, "share of scenes that keep the scan's own lesions, with their assignments")
-    reassign_every: int = option(500, "steps after which the scans' own lesions are assigned anew; 0 never")
+    reassign_every: int = option(800, "steps after which the scans' own lesions are assigned anew; 0 never")
+    lambda_entropy: float = option(3.0, "weight of the cross-entropy with the assignments")
+    lambda_dice: float = option(0.5, "weight of the soft Dice distance to the assignments")
     lambda_invariance: float = option(0.0, "weight of Eq. 8 between two acquisitions of a scene")
     lambda_visual: float = option(0.0, "weight of the relative visual consistency, Eq. 7, within the brain")
-    ema_decay: float = option(0.99, "decay of the moving average of the weights, which is what is saved")
+    ema_decay: float = option(0.995, "decay of the moving average of the weights, which is what is saved")
     preset: str = option("small", "the networks' size", SIZES)
 
     def __post_init__(self):
@@ -37,7 +39,15 @@ class BrainConfig(TrainingConfig):
             "ema_decay": (0 <= self.ema_decay < 1, "in [0, 1)"),
             "flips": (not self.flips, "off: brains are mirrored from left to right only, by their scenes"),
         }
-        for name in ("diffusion_steps", "phantoms", "reassign_every", "lambda_invariance", "lambda_visual"):
+        for name in (
+            "diffusion_steps",
+            "phantoms",
+            "reassign_every",
+            "lambda_entropy",
+            "lambda_dice",
+            "lambda_invariance",
+            "lambda_visual",
+        ):
             rules[name] = (getattr(self, name) >= 0, "at least 0")
         for name, (holds, rule) in rules.items():
             if not holds:

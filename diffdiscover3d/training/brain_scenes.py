@@ -39,11 +39,11 @@ class SceneOptions:
     implants: Sequence[float] = (0.3, 0.45, 0.17, 0.08)
     spots: float = 0.25
     radius: tuple[float, float] = (0.06, 0.55)
-    contrast: tuple[float, float] = (0.1, 0.6)
+    contrast: tuple[float, float] = (0.15, 0.6)
     core: float = 0.45
     cut: float = 0.15
     bias: float = 0.25
-    noise: float = 0.06
+    noise: float = 0.05
     blur: float = 1.1
     slices: float = 0.4
 

@@ -25,7 +25,7 @@ _CACHE_VERSION = 1  # raise it whenever what is cached changes
 
 
 class BraTSVolumes(Sequence):
-    """The cases of a split as a sequence.
+    """The cases of a split as a sequence; the split "all" has every case, for models that none of them trained.
 
     Items are `{"volume": (1, h, w, d) float32 in [0, 1], "name": id, "spacing_mm": [x, y, z]}` on the cropped grid.
 
@@ -46,8 +46,11 @@ class BraTSVolumes(Sequence):
     ):
         self.options = options or BraTSOptions()
         splits = split_cases(find_cases(root, self.options.grade), self.options.split_seed)
+        splits["all"] = sorted((case for side in splits.values() for case in side), key=lambda case: case.id)
         if split not in splits:
             raise ValueError(f"`split` must be one of {tuple(splits)}, got {split!r}.")
+        if split != "all":
+            del splits["all"]
         self.cases = splits[split]
         self.split_ids = {name: [case.id for case in side] for name, side in splits.items()}
         files = [case.image(self.options.modality) for case in self.cases]  # a missing one is named now, not at night
