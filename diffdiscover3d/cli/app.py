@@ -22,8 +22,8 @@ from diffdiscover3d.errors import (
     DiffDiscoverError,
     MemoryLimitError,
     exit_code,
+    expected_errors,
     is_out_of_memory,
-    reportable_errors,
 )
 from diffdiscover3d.utils.signals import interrupt_on_termination
 
@@ -198,7 +198,7 @@ def main() -> None:
     try:
         with interrupt_on_termination():
             app()
-    except reportable_errors() as error:
+    except expected_errors() as error:
         if _debug:
             raise
         _print_error(error if str(error) else OUT_OF_MEMORY)

@@ -14,9 +14,10 @@ from diffdiscover3d.data.datasets.brats_volumes import BraTSVolumes
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.evaluation.metrics import binary_dice, dice_matrix, hausdorff_95, match_parts
 from diffdiscover3d.evaluation.postprocessing import clean_mask
-from diffdiscover3d.hub.registry import discovery_folder, load_discovery, load_teacher
+from diffdiscover3d.hub.registry import load_discovery, load_teacher
+from diffdiscover3d.hub.resolve import resolve_model
 from diffdiscover3d.utils.files import read_model_json
-from diffdiscover3d.utils.provenance import describe_environment, weights_sha256
+from diffdiscover3d.utils.provenance import describe_environment
 
 NUM_PARTS = 3  # background, brain, tumour
 WHOLE_TUMOUR = 2  # its number among the true parts
@@ -61,9 +62,9 @@ def evaluate_brats(
     volumes = BraTSVolumes(root, split, options)
     volumes.require_masks()
     networks = {name: load_discovery(source).to(device) for name, source in models.items()}
-    folders = {name: discovery_folder(source) for name, source in models.items()}
-    for folder in folders.values():
-        _check_split(folder, split, volumes.split_ids[split])
+    found = {name: resolve_model(source) for name, source in models.items()}
+    for model in found.values():
+        _check_split(model.folder, split, volumes.split_ids[split])
     methods: dict[str, tuple[Predict, int]] = {
         name: (lambda v, n=network: n.segment(v[None]).labels[0].cpu().numpy(), network.config.num_parts)
         for name, network in networks.items()
@@ -101,7 +102,7 @@ def evaluate_brats(
         "rows": rows,
         "cases": cases,
         "split_ids": volumes.split_ids,
-        "weights_sha256": {name: weights_sha256(folder) for name, folder in folders.items()},
+        "weights_sha256": {name: model.weights_sha256 for name, model in found.items()},
         "environment": describe_environment(),
     }
 

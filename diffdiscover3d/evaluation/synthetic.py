@@ -12,9 +12,10 @@ from diffdiscover3d.data.datasets.synthetic import GENERATOR_VERSION, LEVEL_PART
 from diffdiscover3d.data.loading import SYNTHETIC_NAMES, load_volumes
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.evaluation.metrics import dataset_dice, dice_matrix
-from diffdiscover3d.hub.registry import DEFAULT_MODEL, discovery_folder, load_discovery
+from diffdiscover3d.hub.registry import DEFAULT_MODEL, load_discovery
+from diffdiscover3d.hub.resolve import resolve_model
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
-from diffdiscover3d.utils.provenance import describe_environment, weights_sha256
+from diffdiscover3d.utils.provenance import describe_environment
 
 
 def evaluate(
@@ -66,7 +67,7 @@ def evaluate(
         "generator_version": GENERATOR_VERSION,
         "seed": seed,
         "rows": rows,
-        "weights_sha256": weights_sha256(discovery_folder(model)),
+        "weights_sha256": resolve_model(model).weights_sha256,
         "environment": describe_environment(),
     }
 

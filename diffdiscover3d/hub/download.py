@@ -19,7 +19,9 @@ _WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.sa
 MODEL_FILES = (
     "model_index.json",
     "config.json",
+    "checksums.json",
     "unet/config.json",
+    "unet/checksums.json",
     "scheduler/scheduler_config.json",
     *_WEIGHTS,
     *(f"unet/{pattern}" for pattern in _WEIGHTS),

@@ -111,21 +111,9 @@ def load_discovery(name: str, level: int | None = None, revision: str | None = N
     return levels[level - 1]
 
 
-def discovery_folder(name: str, revision: str | None = None) -> Path:
-    """The local folder of a discovery network; a Hub repository is fetched, or taken from the cache.
-
-    Args:
-        name, revision: as for [`load_discovery`].
-
-    Raises:
-        ModelError: if there is no such model.
-        NetworkError: if the Hub cannot be reached and the cache does not hold it.
-    """
-    embedded = embedded_models()
-    if name in embedded:
-        return embedded[name].discovery
-    _check_source(StructureDiscoveryModel, folder := _in_folder(Path(name)), name, "config.json", revision)
-    return folder if folder.is_dir() else fetch_snapshot(name, revision=revision)
+def find_discovery(folder: Path) -> Path:
+    """The folder of the discovery network itself, where `discover` put it beside a diffusion model."""
+    return _in_folder(folder)
 
 
 def _in_folder(folder: Path, part: str = "discovery", marker: str = "config.json") -> Path:
@@ -208,7 +196,7 @@ def _load_once(folder: str | Path, kind: str) -> None:
 
 
 def _load(kind, source: str, marker: str, **options):
-    _check_source(kind, Path(source), source, marker, options.get("revision"))
+    check_source(kind, Path(source), source, marker, options.get("revision"))
     try:
         with _no_progress_bar():  # two small files: a bar says nothing
             return kind.from_pretrained(source, **options)
@@ -219,8 +207,19 @@ def _load(kind, source: str, marker: str, **options):
         raise ModelError(f"{source}: cannot be loaded as {kind.__name__}: {reason}") from error
 
 
-def _check_source(kind, folder: Path, name: str, marker: str, revision: str | None) -> None:
-    """Say what is wrong with a name before anything is loaded from it or asked of the Hub."""
+def check_source(kind, folder: Path, name: str, marker: str, revision: str | None) -> None:
+    """Refuse a name that is neither a model folder nor a Hub id, before anything is loaded or fetched.
+
+    Args:
+        kind: class to be loaded.
+        folder: `name` as a path; the folder of the model itself, if it is one.
+        name: as the user gave it.
+        marker: file that the folder must hold.
+        revision: only a Hub id may have one.
+
+    Raises:
+        ModelError: if it is no proper source.
+    """
     if folder.is_dir():
         if not (folder / marker).is_file():
             raise ModelError(f"{name}: no {kind.__name__} in this folder ({marker} is missing).")

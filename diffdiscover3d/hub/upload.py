@@ -13,6 +13,7 @@ from pathlib import Path
 from diffdiscover3d.errors import ModelError, NetworkError
 from diffdiscover3d.hub.cards import CARD_NAME, DATASETS, PICTURE_NAME, SCORES_NAME, folder_kind, write_card
 from diffdiscover3d.hub.download import MODEL_FILES, is_model_file, is_repo_id
+from diffdiscover3d.utils.checksums import update_checksums
 from diffdiscover3d.utils.files import read_model_json
 
 _MODEL_ENTRIES = ("_name_or_path", "teacher", "init_from", "parent", "model")  # they may hold Hub ids
@@ -68,6 +69,7 @@ def push_folder(
         if scores is not None:
             (staged / SCORES_NAME).write_text(json.dumps(scores, indent=2), encoding="utf-8")
         _hide_paths(staged)
+        update_checksums(staged)
         _add_picture(folder, staged)
         if not (staged / CARD_NAME).exists():
             write_card(staged, repo_id)

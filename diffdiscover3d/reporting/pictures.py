@@ -36,8 +36,8 @@ def save_slices(
     labels = [None] * len(volumes) if labels is None else labels
     if num_parts is None and any(x is not None for x in labels):
         num_parts = 1 + max(int(x.max()) for x in labels if x is not None)
-    cuts = [_middle(volume) for volume in volumes]
-    overlays = [None if x is None else _middle(x) for x in labels]
+    cuts = [middle_slices(volume) for volume in volumes]
+    overlays = [None if x is None else middle_slices(x) for x in labels]
     save_cuts(path, cuts, overlays, spacing_mm=spacing_mm, titles=titles, num_parts=num_parts)
 
 
@@ -83,7 +83,7 @@ def save_cuts(
         figure.savefig(temporary, dpi=100, format="png", metadata={"Software": "diffdiscover3d"})
 
 
-def _middle(volume: np.ndarray) -> list[np.ndarray]:
+def middle_slices(volume: np.ndarray) -> list[np.ndarray]:
     """The middle slice across each of the last three axes."""
     return [np.take(volume, volume.shape[axis] // 2, axis=axis) for axis in range(volume.ndim - 3, volume.ndim)]
 

@@ -3,8 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from diffdiscover3d.data.formats.nifti.header import reading_bytes
-from diffdiscover3d.models.window_layout import activation_bytes, taken_at_once
+from diffdiscover3d.models.window_layout import activation_bytes, fits_window
 
 
 def segmentation_bytes(shape: Sequence[int], network: Mapping) -> float:
@@ -17,14 +16,21 @@ def segmentation_bytes(shape: Sequence[int], network: Mapping) -> float:
         shape: of the volume, in voxels; only the first three axes count.
         network: the configuration of the discovery network.
     """
-    if taken_at_once(shape, network):
+    if fits_window(shape, network):
         return 2**26 + activation_bytes(shape, max(shape[:3]), network)
     sums = math.prod(map(float, shape[:3])) * (8 * network["num_parts"] + 20)
     return 2**26 + activation_bytes(shape, network["window_size"], network) + sums
 
 
-def resampling_bytes(header, shape: Sequence[int], grid: Sequence[int], network: Mapping) -> float:
-    """What dividing a volume on a coarser grid takes: it is read whole, and its soft parts come to every voxel."""
+def resampling_bytes(reading: float, shape: Sequence[int], grid: Sequence[int], network: Mapping) -> float:
+    """What segmenting a volume on a coarser grid takes: it is read whole, and its soft parts are upsampled.
+
+    Args:
+        reading: what reading the volume takes, in bytes.
+        shape: of the volume, in voxels; only the first three axes count.
+        grid: the coarser grid.
+        network: the configuration of the discovery network.
+    """
     voxels = math.prod(map(float, shape[:3]))
     soft = voxels * (4 * network["num_parts"] + 13)  # beside them the volume, the labels, and these as 64-bit integers
-    return max(reading_bytes(header, shape), 4 * voxels + segmentation_bytes(grid, network), 2**26 + soft)
+    return max(reading, 4 * voxels + segmentation_bytes(grid, network), 2**26 + soft)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffdiscover3d.data.formats.nifti.header import SUFFIXES
 from diffdiscover3d.errors import ModelError, OutputError
-from diffdiscover3d.utils.files import check_targets, sha256
+from diffdiscover3d.utils.files import check_targets
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class CaseFiles:
     preview: Path | None
     tree: Path | None
     report: Path | None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of all these files."""
+        return next(iter(self)).parent
 
     def __iter__(self) -> Iterator[Path]:
         for level in self.levels.values():
@@ -109,20 +114,21 @@ def check_cases(cases: Sequence[CaseFiles], mine: Sequence[CaseFiles], overwrite
     check_targets((target for case in mine for target in case), overwrite)
 
 
-def is_finished(case: CaseFiles, provenance: dict[int | None, dict]) -> bool:
-    """Whether all files of a scan are there, made from this very input.
+def is_finished(case: CaseFiles, provenance: dict[int | None, dict], sha256: str) -> bool:
+    """Whether all files of a scan exist and were made from this very input.
 
-    A sidecar is the last file of its level that is written, so a level without one is not finished.
+    The sidecar of a level is written last, so a level without one is not finished.
 
     Args:
-        provenance: of each level, what would be written into its sidecar about model and arguments.
+        case: the scan and its files.
+        provenance: by level, what its sidecar would record about model and arguments.
+        sha256: of the scan's file.
 
     Raises:
         ModelError: if a result is of another model or other arguments.
     """
     if not all(target.exists() for target in case):
         return False
-    digest = None
     for level, files in case.levels.items():
         try:
             written = json.loads(files.sidecar.read_text(encoding="utf-8"))
@@ -136,8 +142,7 @@ def is_finished(case: CaseFiles, provenance: dict[int | None, dict]) -> bool:
                     f"{files.sidecar}: was made with another {key.rstrip('s')}; "
                     "use --overwrite instead of --resume, or choose another --output folder."
                 )
-        digest = digest or sha256(case.input)
-        if written.get("input", {}).get("sha256") != digest:
+        if written.get("input", {}).get("sha256") != sha256:
             return False
     return True
 

@@ -1,22 +1,14 @@
 """What can be said about an input before anything is read whole, or the seconds that importing torch takes."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffdiscover3d.data.formats.nifti.header import (
-    SUFFIXES,
-    check_fits,
-    check_reachable,
-    check_shape,
-    check_size,
-    read_header,
-    reading_bytes,
-)
-from diffdiscover3d.data.formats.nifti.reading import read_nifti
-from diffdiscover3d.models.window_layout import choose_window, slides, streaming_bytes
+from diffdiscover3d.data.formats.nifti.header import SUFFIXES, check_fits, check_reachable
+from diffdiscover3d.data.formats.nifti.reading import read_volume
+from diffdiscover3d.data.formats.nifti.source import NiftiFile, open_nifti
+from diffdiscover3d.models.window_layout import choose_window, needs_sliding_window, streaming_bytes
 from diffdiscover3d.segmentation.memory import resampling_bytes, segmentation_bytes
 from diffdiscover3d.utils.memory import LARGE, check_memory, free_memory
 
@@ -44,29 +36,11 @@ def refuse_early(inputs: Sequence[str], device: str = "auto", *, by_slabs: bool 
     check_reachable(path)
     if not path.name.endswith(SUFFIXES) or path.is_dir() or any(c in str(path) for c in "*?["):
         return
-    header = read_header(path)
-    shape = check_shape(path, header)
-    check_size(path, header, shape)
-    if not by_slabs:
-        check_fits(path, header, shape)
-    if path.stat().st_size <= _READ_WHOLE and reading_bytes(header, shape) <= _READ_INTO:
-        read_nifti(path, **reading)
-
-
-def network_config(folder: str | Path, level: int | None = None) -> dict | None:
-    """The configuration in a discovery network's folder, without importing what would build it; `None` elsewhere.
-
-    Args:
-        level: of a nested network, 1 the coarsest; default: the finest.
-    """
-    try:
-        levels = [json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))]
-        while levels[0].get("parent"):
-            levels.insert(0, levels[0]["parent"])
-        config = levels[-1 if level is None else min(level, len(levels)) - 1]
-        return config if {"num_parts", "channels", "window_size"} <= config.keys() else None
-    except (OSError, ValueError, AttributeError):  # loading the model says what is wrong with it
-        return None
+    with open_nifti(path) as file:
+        if not by_slabs:
+            check_fits(path, file.header, file.shape)
+        if path.stat().st_size <= _READ_WHOLE and file.reading_bytes <= _READ_INTO:
+            read_volume(file, **reading)
 
 
 @dataclass(frozen=True)
@@ -83,33 +57,30 @@ class MemoryPlan:
 
 
 def plan_memory(
-    path: Path, network: Mapping, on_cpu: bool, *, fast: bool = False, working: Sequence[int] | None = None
+    file: NiftiFile, network: Mapping, on_cpu: bool, *, fast: bool = False, working: Sequence[int] | None = None
 ) -> MemoryPlan:
     """Decide from the header and the network alone how a volume is divided, and whether memory suffices.
 
     Args:
+        file: the open volume, of which only the header has been read.
         network: configuration of the finest network asked for, which holds those above it.
         on_cpu: it is the machine's own memory that is used.
-        fast, working: at half the resolution, or on this grid; both need the volume in memory, as do networks with
-            robust scaling or a frame.
+        fast, working: at half the resolution, or on this grid; both need the volume in memory.
 
     Raises:
-        InputError: if the header is unusable.
         MemoryLimitError: if there is less memory than needed, and it is the machine's own.
     """
-    header = read_header(path)
-    shape = check_shape(path, header)
-    check_size(path, header, shape)
+    path, shape = file.path, file.shape
     working = working or network.get("frame")
-    in_memory = working is not None or network.get("scaling", "min_max") != "min_max"  # percentiles need all of it
-    by_slabs = not fast and not in_memory and slides(shape, network)
+    in_memory = working is not None or network.get("scaling", "min_max") != "min_max"  # percentiles need all voxels
+    by_slabs = not fast and not in_memory and needs_sliding_window(shape, network)
     remedy = {}
     if by_slabs:
         needed = streaming_bytes(shape, network)
     elif fast or working is not None:
         grid = working or tuple((n + 1) // 2 for n in shape[:3])
-        needed = resampling_bytes(header, shape, grid, network)
-        if working is None and slides(shape, network):
+        needed = resampling_bytes(file.reading_bytes, shape, grid, network)
+        if working is None and needs_sliding_window(shape, network):
             at_full = streaming_bytes(shape, network) / 2**30
             remedy = {"remedy": f"without --fast it is divided slab by slab in about {at_full:.1f} GiB"}
     else:

@@ -39,7 +39,7 @@ def make_network(config: BrainConfig) -> StructureDiscoveryModel:
     """The nested network: level 1 background | brain, level 2 with the brain divided into brain | lesion."""
     shared = {"dropout": 0.0, "norm": "instance", "scaling": "robust", "frame": config.frame}
     coarse, fine = NETWORKS[config.preset]
-    return StructureDiscoveryModel.inside(StructureDiscoveryModel(2, **shared, **coarse), (1, 2), **shared, **fine)
+    return StructureDiscoveryModel.from_parent(StructureDiscoveryModel(2, **shared, **coarse), (1, 2), **shared, **fine)
 
 
 class _BothLevels(torch.nn.Module):

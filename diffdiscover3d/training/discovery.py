@@ -89,7 +89,7 @@ class DiscoveryTraining:
             logger.info("the %d parts of the parent are divided into %s", parent.config.num_parts, children)
         elif sum(children) != config.num_parts:
             raise ValueError(f"`children` must sum to `num_parts` ({config.num_parts}), got {children}.")
-        return StructureDiscoveryModel.inside(parent, children, dropout=config.dropout, norm=config.norm)
+        return StructureDiscoveryModel.from_parent(parent, children, dropout=config.dropout, norm=config.norm)
 
     @cached_property
     def _division(self) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -14,7 +14,8 @@ from diffdiscover3d.data.datasets.folder import list_volumes
 from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
 from diffdiscover3d.data.formats.nifti.reading import read_nifti
 from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, OutputError
-from diffdiscover3d.segmentation.driver import WORKING_GRID_FILE, SegmentedFile, choose_device, segment
+from diffdiscover3d.hub.resolve import WORKING_GRID_FILE
+from diffdiscover3d.segmentation.driver import SegmentedFile, choose_device, segment
 from diffdiscover3d.training.recipes import Training, diffusion_training, train_level
 from diffdiscover3d.utils.files import atomic_folder, check_folder, write_json
 from diffdiscover3d.utils.memory import free_memory

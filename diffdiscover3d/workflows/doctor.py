@@ -11,8 +11,9 @@ import torch
 from huggingface_hub import constants
 
 from diffdiscover3d import __version__
-from diffdiscover3d.hub.registry import DEFAULT_MODEL, embedded_models
-from diffdiscover3d.segmentation.driver import choose_device, choose_levels
+from diffdiscover3d.hub.registry import DEFAULT_MODEL, embedded_models, model_levels
+from diffdiscover3d.hub.resolve import choose_levels
+from diffdiscover3d.segmentation.driver import choose_device
 from diffdiscover3d.utils.provenance import weights_sha256
 
 _PACKAGES = (
@@ -44,7 +45,7 @@ def examine(device: str = "auto", model: str = DEFAULT_MODEL) -> dict:
             versions[name] = None
             problems.append(f"{name} is not installed; pip install {name}.")
     place = choose_device(device)
-    embedded = embedded_models().get(model)
+    embedded, known = embedded_models().get(model), model_levels(model)
     cache, here = Path(constants.HF_HUB_CACHE), Path.cwd()
     free = shutil.disk_usage(here).free
     if memory.available < _LOW_MEMORY:
@@ -72,8 +73,8 @@ def examine(device: str = "auto", model: str = DEFAULT_MODEL) -> dict:
         "segment": {
             "device": str(place),
             "model": model,
-            "levels": [level for level in choose_levels(model, "all") if level is not None],
-            "default_level": choose_levels(model, None)[0],
+            "levels": list(known),
+            "default_level": choose_levels(model, known, None)[0],
             "weights_sha256": weights_sha256(embedded.folder) if embedded else None,
         },
         "problems": problems,

@@ -169,7 +169,7 @@ def test_rows_go_by_the_weights_not_by_the_name(folder_of):
 
 def test_a_nested_network_shows_every_level(tmp_path):
     coarse = StructureDiscoveryModel(num_parts=2)
-    StructureDiscoveryModel.inside(coarse, children=(1, 3)).save_pretrained(tmp_path)
+    StructureDiscoveryModel.from_parent(coarse, children=(1, 3)).save_pretrained(tmp_path)
     rows = [{"method": "diffdiscover3d", "parts": k, "dice": k / 10} for k in (2, 4, 8)]
     (tmp_path / "scores.json").write_text(json.dumps({"rows": rows}))
     metadata, body = split_card(render_card(tmp_path, "a/b"))

@@ -464,7 +464,7 @@ def test_all_levels_of_a_nested_network_on_the_hub(hub, models, tmp_path):
     code = """
 from diffdiscover3d import StructureDiscoveryModel
 coarse = StructureDiscoveryModel.from_pretrained(root + "/discovery")
-StructureDiscoveryModel.inside(coarse, (2, 2, 2), norm="instance").push_to_hub("user/nested")
+StructureDiscoveryModel.from_parent(coarse, (2, 2, 2), norm="instance").push_to_hub("user/nested")
 answer = [cli("segment", root + "/scan.nii.gz", "--model", "user/nested", "--level", level, "-o", output + level)
     for level in ("all", "1", "3")]
 """

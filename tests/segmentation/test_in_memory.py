@@ -18,6 +18,7 @@ from diffdiscover3d.cli import app as cli
 from diffdiscover3d.errors import InputError, MemoryLimitError, ModelError, NetworkError, OutputError
 from diffdiscover3d.segmentation import driver as module
 from diffdiscover3d.segmentation import in_memory
+from diffdiscover3d.segmentation import scan as scan_module
 from diffdiscover3d.segmentation.driver import choose_device, segment, stem
 from tests.helpers.corpus import CORPUS, SHAPE, blobs
 
@@ -218,20 +219,28 @@ def test_no_model_stops_at_once(tmp_path, make_nifti, monkeypatch):
         asked.append(1)
         raise NetworkError("offline")
 
-    monkeypatch.setattr(module, "discovery_folder", offline)
+    monkeypatch.setattr(module, "resolve_model", offline)
     with pytest.raises(NetworkError):
         segment(tmp_path, tmp_path / "out", model="user/name", on_error=errors.append)
     assert asked == [1] and errors == [] and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("step", ["write_like", "write_part_table", "save_slices", "write_json"])
+@pytest.mark.parametrize(
+    ("place", "step"),
+    [
+        (in_memory, "write_like"),
+        (scan_module, "write_part_table"),
+        (scan_module, "save_cuts"),
+        (scan_module, "write_json"),
+    ],
+)
 @pytest.mark.parametrize("error", [OutputError("full"), KeyboardInterrupt(), RuntimeError("bug")])
-def test_no_label_map_is_left_behind(scan, tmp_path, tiny_discovery, monkeypatch, overwrite, step, error):
+def test_no_label_map_is_left_behind(scan, tmp_path, tiny_discovery, monkeypatch, overwrite, place, step, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(in_memory, step, fail)
+    monkeypatch.setattr(place, step, fail)
     with pytest.raises(type(error)):
         segment(scan, tmp_path / "out", model=str(tiny_discovery), preview=True, overwrite=overwrite)
     assert not (tmp_path / "out").exists() or names(tmp_path / "out") == []

@@ -16,7 +16,6 @@ from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.errors import ModelError, OutputError
 from diffdiscover3d.hub.registry import load_discovery
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
-from diffdiscover3d.segmentation import driver as module
 from diffdiscover3d.segmentation.driver import segment
 
 SHAPE = (12, 14, 10)
@@ -62,7 +61,7 @@ def levelled(tiny_discovery, tmp_path):
     children[int(coarse.segment(volume).labels.flatten().bincount().argmax())] = 3
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        fine = StructureDiscoveryModel.inside(coarse, children, norm="instance").eval()
+        fine = StructureDiscoveryModel.from_parent(coarse, children, norm="instance").eval()
     assert len(fine.segment(volume).labels.unique()) > len(coarse.segment(volume).labels.unique())
     fine.save_pretrained(tmp_path / "levelled" / "discovery")
     return tmp_path / "levelled"
@@ -76,7 +75,7 @@ def test_a_marked_corner_stays_in_its_corner(tmp_path, make_nifti, monkeypatch, 
     values = noise()
     values[:2, -3:, :1] = 1000  # one corner, of another extent along every axis
     scan = make_nifti(tmp_path / "scan.nii.gz", values, affine)
-    monkeypatch.setattr(module, "load_discovery", lambda *_: Threshold())
+    monkeypatch.setattr("diffdiscover3d.hub.resolve.load_discovery", lambda *_: Threshold())
     (result,) = segment(scan, tmp_path / "out", statistics=True, probabilities=True)
 
     marked = nib.load(result.labels)

@@ -3,7 +3,6 @@
 import errno
 import logging
 import math
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from diffdiscover3d.data.formats.nifti.payload import open_payload
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.utils.memory import check_memory
 
@@ -20,40 +18,16 @@ _DEFLATE_LIMIT = 1032  # deflate cannot expand a byte into more, so a header ask
 _MOST_EXTENSIONS = 2**27  # bytes between header and data; to skip more in a crafted .gz would take its time
 
 
-def read_header(path: Path) -> nib.Nifti1Header:
-    """The checked header of a `.nii` or `.nii.gz` file (NIfTI-1 or NIfTI-2).
+def parse_header(path: Path, block: bytes) -> nib.Nifti1Header:
+    """The checked header at the start of a file.
+
+    Args:
+        path: of the file, for messages.
+        block: its first 540 uncompressed bytes.
 
     Raises:
-        InputError: if the file is missing, empty, something else than its name says, or its header is damaged.
+        InputError: if they are no header of a single-file NIfTI, or a damaged one.
     """
-    check_reachable(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file.")
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; give a .nii or .nii.gz file.")
-    if not path.name.endswith(SUFFIXES):
-        raise InputError(f"{path}: not a NIfTI file name; it must end in .nii or .nii.gz.")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(64)
-        if not start:
-            raise InputError(f"{path}: the file is empty; copy it again.")
-        if start.startswith(b"version https://git-lfs"):
-            raise InputError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull`.")
-        zipped = start.startswith(b"\x1f\x8b")
-        if path.name.endswith(".gz") and not zipped:
-            web_page = start.lstrip()[:1] == b"<"
-            hint = "it looks like a web page: download it again" if web_page else "rename it to .nii if it is one"
-            raise InputError(f"{path}: named .gz but not gzip-compressed; {hint}.")
-        if zipped and not path.name.endswith(".gz"):
-            raise InputError(f"{path}: gzip-compressed but not named .gz; rename it to {path.name}.gz.")
-        with open_payload(path) as file:
-            block = file.read(540)
-    except (OSError, EOFError, zlib.error) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: cannot be read ({error}); copy it again.") from error
-
     size = {int.from_bytes(block[:4], order) for order in ("little", "big")}
     image_class = nib.Nifti1Image if 348 in size else nib.Nifti2Image if 540 in size else None
     if image_class is None:

@@ -9,9 +9,9 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
-from diffdiscover3d.data.formats.nifti.header import check_fits, check_shape, check_size, read_affine, read_header
+from diffdiscover3d.data.formats.nifti.header import check_fits, read_affine
 from diffdiscover3d.data.formats.nifti.output import nifti_stream, output_header
-from diffdiscover3d.data.formats.nifti.payload import read_payload
+from diffdiscover3d.data.formats.nifti.source import NiftiFile, open_nifti
 from diffdiscover3d.data.formats.nifti.voxels import check_contrast, check_finite, pick_volume, read_scaling, to_float32
 from diffdiscover3d.errors import InputError
 
@@ -23,7 +23,7 @@ _CANONICAL = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
 
 @dataclass(frozen=True)
 class NiftiVolume:
-    """A volume in canonical (RAS+) orientation that remembers the grid it came from.
+    """A volume in canonical (RAS+) orientation, with the grid of its file.
 
     Attributes:
         data: (H, W, D) float32 intensities, finite, along right, anterior, superior.
@@ -31,6 +31,7 @@ class NiftiVolume:
         header: the file's header, unchanged.
         orientation: of the file's axes, as `nibabel.orientations.io_orientation` gives it.
         notes: what was unusual about the file, in words for the user.
+        sha256: of the file's bytes, hashed while they were read; `None` if the volume is of no file.
     """
 
     data: np.ndarray
@@ -38,6 +39,12 @@ class NiftiVolume:
     header: nib.Nifti1Header
     orientation: np.ndarray
     notes: tuple[str, ...] = ()
+    sha256: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, D) of `data`."""
+        return self.data.shape
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -70,16 +77,39 @@ def read_nifti(
         InputError: if the file is missing, damaged, not a 3D volume of real numbers, or has no contrast.
         MemoryLimitError: if the volume is larger than this machine's memory.
     """
-    path = Path(path)
+    with open_nifti(path) as file:
+        return read_volume(
+            file, volume=volume, nan_to_zero=nan_to_zero, ignore_affine=ignore_affine, allow_constant=allow_constant
+        )
+
+
+def read_volume(
+    file: NiftiFile,
+    *,
+    volume: int | None = None,
+    nan_to_zero: bool = False,
+    ignore_affine: bool = False,
+    allow_constant: bool = False,
+) -> NiftiVolume:
+    """Read the voxels of an open file into memory.
+
+    Args:
+        file: as [`open_nifti`] yields it; its voxels can be read once.
+        volume, nan_to_zero, ignore_affine, allow_constant: as for [`read_nifti`].
+
+    Raises:
+        InputError, MemoryLimitError: as [`read_nifti`].
+    """
+    path, header, shape = file.path, file.header, file.shape
     notes: list[str] = []
-    header = read_header(path)
-    shape = check_shape(path, header)
-    check_size(path, header, shape)
     check_fits(path, header, shape)
     affine = read_affine(path, header, ignore_affine, notes)
     scaling = read_scaling(header, notes)
-    data = _read_data(path, header, notes)
-    data = to_float32(data[..., pick_volume(path, shape, volume, notes)], scaling)
+    dtype, offset = header.get_data_dtype(), int(header["vox_offset"])
+    payload = file.payload.read(offset, int(np.prod(shape)) * dtype.itemsize, notes)
+    sha256 = file.payload.sha256()
+    stored = np.frombuffer(payload, dtype=dtype).reshape(*shape[:3], -1, order="F")
+    data = to_float32(stored[..., pick_volume(path, shape, volume, notes)], scaling)
     finite = np.isfinite(data)
     bad = data.size - int(np.count_nonzero(finite))
     check_finite(path, bad, data.size, nan_to_zero, notes)
@@ -90,7 +120,7 @@ def read_nifti(
     orientation = io_orientation(affine)
     canonical_affine = affine @ inv_ornt_aff(orientation, data.shape)
     data = np.ascontiguousarray(apply_orientation(data, orientation))
-    return NiftiVolume(data, canonical_affine, header, orientation, tuple(notes))
+    return NiftiVolume(data, canonical_affine, header, orientation, tuple(notes), sha256)
 
 
 def write_like(path: str | Path, array: np.ndarray, like: NiftiVolume, *, labels: bool = False) -> None:
@@ -163,10 +193,3 @@ def as_volume_tensor(volume) -> "torch.Tensor":
             f"a volume must be (H, W, D), (B, H, W, D) or (B, 1, H, W, D), got shape {tuple(tensor.shape)}."
         )
     return tensor.float()
-
-
-def _read_data(path: Path, header, notes: list[str]) -> np.ndarray:
-    """The stored numbers, whole."""
-    dtype, shape, offset = header.get_data_dtype(), header.get_data_shape(), int(header["vox_offset"])
-    payload = read_payload(path, offset, int(np.prod(shape)) * dtype.itemsize, notes)
-    return np.frombuffer(payload, dtype=dtype).reshape(*shape[:3], -1, order="F")
