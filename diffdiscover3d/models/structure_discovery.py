@@ -8,8 +8,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
-from diffdiscover3d.data.formats.nifti.reading import as_volume_tensor
 from diffdiscover3d.data.foreground import Frame, find_foreground, robust_scale
+from diffdiscover3d.data.formats.nifti.reading import as_volume_tensor
 from diffdiscover3d.data.transforms import min_max_normalize, pad_to_multiple
 from diffdiscover3d.models.blocks import Conv3d, precise_if_small
 from diffdiscover3d.models.loading import StrictLoadingMixin
