@@ -114,6 +114,8 @@ SCHEMAS: dict[str, dict[str, Rule]] = {
         "window_size": integer(8, 4096),
         "parent": optional(mapping),
         "children": optional(sequence(integer(1, 65_536), 2, 65_536)),
+        "scaling": one_of("min_max", "robust"),
+        "frame": optional(sequence(integer(8, 1024), 3, 3)),
     },
     "UNet3DModel": {
         "in_channels": integer(1, 64),
