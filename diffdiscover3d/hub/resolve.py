@@ -1,4 +1,4 @@
-"""Look a discovery network up once: where its files are, which levels it has, which weights it loads."""
+"""Resolve a discovery network once: its folder, levels, configuration and weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """The segmentation network f of the paper, which maps a volume to K soft parts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +12,11 @@ from diffusers.utils import BaseOutput
 from diffdiscover3d.data.foreground import Frame, find_foreground, robust_scale
 from diffdiscover3d.data.formats.nifti.reading import as_volume_tensor
 from diffdiscover3d.data.transforms import min_max_normalize, pad_to_multiple
-from diffdiscover3d.models.blocks import Conv3d, precise_if_small
+from diffdiscover3d.models.config_schema import check_children, check_scaling
+from diffdiscover3d.models.cpu_kernels import Conv3d, precise_if_small
 from diffdiscover3d.models.loading import StrictLoadingMixin
 from diffdiscover3d.models.window_layout import fits_window
 
-SCALINGS = ("min_max", "robust")
 _INPUT_RANGE = 4.0  # standard deviations
 
 
@@ -91,8 +92,8 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         super().__init__()
         if num_parts < 2:
             raise ValueError(f"`num_parts` must be at least 2, got {num_parts}.")
-        _check_children(num_parts, parent, children)
-        _check_scaling(scaling, frame, parent)
+        check_children(num_parts, parent, children)
+        check_scaling(scaling, frame, parent)
         if len(strides) != len(channels) - 1:
             raise ValueError(f"`strides` must have {len(channels) - 1} entries, one less than `channels`.")
         from monai.networks.nets import UNet  # slow import
@@ -191,16 +192,12 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
             InputError: if a volume has no contrast or contains NaN or Inf.
         """
         volume = as_volume_tensor(volume)
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             if self.config.frame is not None:
                 probabilities = torch.cat([self._framed_probabilities(v[None].to(self.device)) for v in volume])
             else:
                 known = None if parent_labels is None else parent_labels[:, None].to(self.device)
                 probabilities = self._probabilities(self.scale(volume.to(self.device)), progress, known)
-        finally:
-            self.train(was_training)
         dtype = torch.uint8 if self.config.num_parts <= 256 else torch.int32
         return Segmentation(labels=probabilities.max(dim=1).indices.to(dtype), probabilities=probabilities)
 
@@ -317,32 +314,20 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         return frame.paste(self._probabilities(frame.crop(robust_scale(volume, foreground))))
 
 
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Within the context a model is in evaluation mode; after it, also after an error, in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def _moments(normalized: torch.Tensor, within: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each volume where `within` is 1, of shape (B, 1, 1, 1, 1)."""
     size = within.sum(dim=(2, 3, 4), keepdim=True).clamp(min=1)
     mean = (normalized * within).sum(dim=(2, 3, 4), keepdim=True) / size
     centred = (normalized - mean) * within
     return mean, (centred.square().sum(dim=(2, 3, 4), keepdim=True) / size).sqrt()
-
-
-def _check_scaling(scaling: str, frame: Sequence[int] | None, parent: dict | None) -> None:
-    if scaling not in SCALINGS:
-        raise ValueError(f"`scaling` must be one of {SCALINGS}, got {scaling!r}.")
-    if frame is not None and (scaling != "robust" or len(frame) != 3 or min(frame) < 8):
-        raise ValueError(f"`frame` must be three integers >= 8 and needs robust scaling, got {frame}, {scaling!r}.")
-    if parent is not None:
-        theirs = (parent.get("scaling", "min_max"), parent.get("frame"))
-        if theirs[0] != scaling or tuple(theirs[1] or ()) != tuple(frame or ()):
-            raise ValueError(f"`scaling` and `frame` must be the parent's, {theirs}; got {(scaling, frame)}.")
-
-
-def _check_children(num_parts: int, parent: dict | None, children: Sequence[int] | None) -> None:
-    if (parent is None) != (children is None):
-        raise ValueError("`parent` and `children` go together: give both or neither.")
-    if children is None:
-        return
-    if len(children) != parent["num_parts"] or min(children) < 1 or max(children) < 2 or sum(children) != num_parts:
-        raise ValueError(
-            f"`children` must be {parent['num_parts']} positive numbers, one for each part of the parent, at least one "
-            f"of them above 1, with the sum {num_parts}; got {tuple(children)}."
-        )

@@ -30,6 +30,9 @@ def needs_sliding_window(shape: Sequence[int], network: Mapping) -> bool:
 def window_starts(length: int, window: int) -> list[int]:
     """First voxels of the windows along an axis, as in MONAI's `sliding_window_inference`.
 
+    Equal to `monai.data.utils.dense_patch_slices`, which a test compares it with; kept because the memory needed is
+    estimated before torch is imported, and importing MONAI takes seconds.
+
     >>> window_starts(20, 8), window_starts(5, 8)
     ([0, 6, 12], [0])
     """

@@ -1,4 +1,4 @@
-"""The report: one HTML file with a viewer, the parts, the tables and the provenance; it opens without a network."""
+"""The report: one HTML file with a 3D viewer, the tables of parts and the provenance; it needs no network."""
 
 import base64
 import gzip
@@ -30,7 +30,7 @@ class ShownScan:
         shape: (H, W, D), in voxels.
         affine: (4, 4), voxels to millimetres.
         image: its intensities on its [`shown_grid`].
-        notes: what was unusual about it.
+        notes: sentences about anything unusual in it.
     """
 
     name: str
@@ -63,7 +63,7 @@ class ShownLevel:
 
 
 def write_page(path: str | Path, scan: ShownScan, levels: Sequence[ShownLevel], links: Sequence[dict]) -> None:
-    """Write the report from what it shows, which is small however large the scan is.
+    """Write the report from what it shows; its size is bounded however large the scan is.
 
     Args:
         path: the HTML file.
@@ -103,13 +103,13 @@ def _niivue() -> str:
 
 
 def shown_grid(shape: Sequence[int]) -> tuple[int, ...]:
-    """The grid on which a scan of this shape is shown: its own, or a coarser one over the same extent."""
+    """The grid on which a scan of this shape is shown: its own, or a coarser one with the same extent."""
     scale = min(1.0, (MAX_VOXELS / np.prod(shape)) ** (1 / 3))
     return tuple(max(1, int(n * scale)) for n in shape) if scale < 1 else tuple(shape)
 
 
 def shown_voxels(shape: Sequence[int], grid: Sequence[int]) -> list[np.ndarray]:
-    """Along each axis the voxels of a scan that lie nearest to the centres of the shown ones."""
+    """The indices along each axis of the voxels nearest to the centres of the shown voxels."""
     factors = [n / count for n, count in zip(shape, grid, strict=True)]
     return [
         np.clip(np.round(np.arange(count) * f + (f - 1) / 2), 0, None).astype(int)
@@ -120,7 +120,7 @@ def shown_voxels(shape: Sequence[int], grid: Sequence[int]) -> list[np.ndarray]:
 def _data(scan: ShownScan, shown_levels: Sequence[ShownLevel]) -> dict:
     shown = scan.image
     factor = np.array(scan.shape) / np.array(shown.shape)
-    # voxel i of the shown grid covers the voxels from i * factor on, so its centre lies half a factor further
+    # voxel i of the shown grid starts at voxel i * factor, so its centre is shifted by (factor - 1) / 2
     move = np.eye(4)
     move[:3, :3], move[:3, 3] = np.diag(factor), (factor - 1) / 2
     affine = scan.affine @ move
@@ -183,7 +183,7 @@ def _table(key: int, level: ShownLevel) -> str:
 
 
 def _tree(levels: Sequence[ShownLevel], links: Sequence[dict]) -> str:
-    """The nested list of parts, where several levels are there."""
+    """The nested list of parts, if there are several levels."""
     if not links:
         return ""
 

@@ -1,4 +1,4 @@
-"""Views of volumes that are on disk: slices, a coarser grid, part numbers at some voxels; read slab by slab."""
+"""Views of volumes on disk, read slab by slab: slices, a coarser grid, part numbers at picked voxels."""
 
 from collections.abc import Callable, Sequence
 
@@ -26,9 +26,9 @@ def middle_regions(shape: Sequence[int], read: Callable[[Region], np.ndarray]) -
 
 
 def shrink(scan: SlabScan, grid: Sequence[int]) -> np.ndarray:
-    """The mean of the scan's voxels that each voxel of a coarser grid covers, (h, w, d) float32; its own: unchanged."""
+    """(h, w, d) float32 means of the scan over the voxels of a coarser grid; on its own grid, the scan unchanged."""
     shown = np.empty(tuple(grid), np.float32)
-    axis = scan.grid.axes[2]  # along which the file's planes follow each other
+    axis = scan.grid.axes[2]  # the axis across the file's planes
     length, count = scan.shape[axis], grid[axis]
     for place in range(count):
         region = [slice(0, n) for n in scan.shape]
@@ -42,7 +42,7 @@ def shrink(scan: SlabScan, grid: Sequence[int]) -> np.ndarray:
 
 
 def sample(stored: RawGrid, picks: Sequence[np.ndarray]) -> np.ndarray:
-    """The numbers where some planes along each canonical axis cross, (h, w, d)."""
+    """(h, w, d) stored numbers where the picked planes along the three canonical axes cross."""
     axis = stored.axes[2]
     shape = stored.canonical_shape
     planes = []

@@ -1,4 +1,4 @@
-"""Files in, label maps out, on each input's own grid."""
+"""Segment files: label maps, tables and reports on each input's own grid."""
 
 import os
 import time
@@ -23,7 +23,7 @@ from diffdiscover3d.segmentation.outputs import Extras, check_cases, is_finished
 from diffdiscover3d.segmentation.preflight import MemoryPlan, plan_memory
 from diffdiscover3d.segmentation.scan import segment_scan
 from diffdiscover3d.utils.files import check_folder
-from diffdiscover3d.utils.progress import Stages
+from diffdiscover3d.utils.progress import ProgressBar
 
 __all__ = ["SegmentedFile", "choose_device", "segment", "stem"]
 
@@ -56,36 +56,36 @@ def segment(
     on_skip: Callable[[Path], None] | None = None,
     on_estimate: Callable[[str], None] | None = None,
 ) -> list[SegmentedFile]:
-    """Divide volumes into parts and write `<stem>_dseg.nii.gz`, `.json` and `.tsv` for each.
+    """Segment volumes into parts and write `<stem>_dseg.nii.gz`, `.json` and `.tsv` for each.
 
-    A scan too large for the network to take at once stays on disk and is divided slab by slab, in memory bounded by its
-    planes (see `models/window_layout.py`); `fast` and a model with a working grid need it in memory.
+    A scan too large for one pass of the network stays on disk and is segmented slab by slab, in memory bounded by its
+    planes (see `models/window_layout.py`); with `fast`, or a model with a working grid, it is read into memory.
 
-    Where several processes were started by `accelerate launch` or torchrun, each works on its share of the inputs.
+    If several processes were started by `accelerate launch` or torchrun, each works on its share of the inputs.
 
     Args:
         inputs: NIfTI files, folders of them, globs or text lists.
         output: folder for the results (default: beside each input).
         model: an embedded model's name, a folder, or a Hub id.
         level: of a model with levels: its number, 1 the coarsest (default 2), or "all"; then the files are called
-            `<stem>_level-<L>_dseg.*`, and `<stem>_tree.json` says which part lies in which.
+            `<stem>_level-<L>_dseg.*`, and `<stem>_tree.json` lists how the parts are nested.
         revision: of a Hub repository.
         device: "auto" (a CUDA device if there is one), "cpu", "cuda", "cuda:N" or "mps".
-        fast: segment at half the resolution and bring the probabilities back; about 8 times fewer voxels.
+        fast: segment at half the resolution and upsample the probabilities; about 8 times fewer voxels.
         order: number parts as the "model" does, so that a number means the same in every scan, or by their "size"
             in each scan: largest first, ties by centroid.
-        preview: also write `<stem>_dseg.png`, three slices with the parts over them, a row per level.
+        preview: also write `<stem>_dseg.png`, three slices with the parts overlaid, a row per level.
         statistics: also measure spread, centroid, components and neighbours of every part.
         tables: also write colour tables for ITK-SNAP (`.label`) and 3D Slicer (`.ctbl`).
         probabilities: also write `<stem>_probseg.nii.gz`, (h, w, d, K) float32.
         report: also write `<stem>_report.html`, a page with a viewer that needs no network.
         overwrite: replace results that exist; the input itself is never overwritten.
-        resume: skip inputs whose results are all there, made from the same file by the same model and arguments.
+        resume: skip inputs whose results exist, made from the same file by the same model and arguments.
         volume, nan_to_zero, ignore_affine: how to read unusual files, see [`read_nifti`].
-        progress: show a bar with stage and time left.
-        on_done: called after each input.
-        on_estimate: called with a line about the memory a large volume will need, before it is read.
-        on_error: called with the error of an input that cannot be used, and the others go on; without it, it raises.
+        progress: show a progress bar with the current step and the time left.
+        on_done: called with the result of each input.
+        on_estimate: called with a line about the memory that a large volume needs, before it is read.
+        on_error: called with the error of an input that cannot be used, before the next one; default: raise it.
         on_skip: called with each input that `resume` skips.
 
     Raises:
@@ -112,7 +112,7 @@ def segment(
     networks: dict[int | None, StructureDiscoveryModel] = {}
     provenance: dict[int | None, dict] = {}
     results = []
-    with Stages(total=len(mine) * (len(levels) + 2), enabled=progress) as stages:
+    with ProgressBar(total=len(mine) * (len(levels) + 2), enabled=progress) as stages:
         for number, case in enumerate(mine):
             stages.begin_case(f"scan {number + 1} of {len(mine)}", len(levels) + 2)
             try:
@@ -120,7 +120,7 @@ def segment(
                 clock = time.perf_counter()
                 with ExitStack() as opened:
                     file = opened.enter_context(open_nifti(case.input))
-                    plan = MemoryPlan(False, None)  # a config that is not known: loading the model reports why
+                    plan = MemoryPlan(False, None)  # not a discovery network: loading it will raise
                     if config is not None:
                         plan = plan_memory(file, config, place.type == "cpu", fast=fast, working=found.working_grid)
                     if plan.line and on_estimate:
@@ -145,7 +145,7 @@ def segment(
                     )
                     result = segment_scan(job, scan)
             except DiffDiscoverError as error:
-                # without a model no other input can be segmented either
+                # no other input can be segmented without the model either
                 if on_error is None or isinstance(error, ModelError | NetworkError):
                     raise
                 on_error(error)
@@ -157,7 +157,7 @@ def segment(
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn "auto" into the best device there is, and refuse one that is not there.
+    """The device of a name; "auto" is a CUDA device if there is one, otherwise the CPU.
 
     Raises:
         ValueError: if the device is unknown or missing on this machine.
@@ -165,7 +165,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        # processes started together share the devices of the machine
+        # the processes of one launch share the devices of the machine
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
         device = torch.device(name)
@@ -184,7 +184,7 @@ def choose_device(name: str) -> torch.device:
 def _expand(source: str | Path) -> list[Path]:
     path = Path(source)
     check_reachable(path)
-    # a single file is passed on as it is: reading it says best what is wrong with it
+    # a single file is returned unchecked: reading it gives the best error message
     if path.name.endswith(SUFFIXES) and not path.is_dir() and not any(c in str(path) for c in "*?["):
         return [path]
     return list_volumes(source) if path.suffix != "" or path.is_dir() or not path.exists() else [path]

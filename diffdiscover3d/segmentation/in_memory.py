@@ -66,7 +66,7 @@ class InMemoryFinder:
 
     def __init__(self, job: ScanJob, scan: NiftiVolume):
         self.job, self.scan, self.notes = job, scan, list(scan.notes)
-        # the next level divides these parts, which need not be found again
+        # the next level divides these parts
         self._coarser: tuple[StructureDiscoveryModel, torch.Tensor] | None = None
 
     def find(self, level: int | None) -> PartsInMemory:

@@ -1,4 +1,4 @@
-"""One scan to be segmented, what was found in it, and what was written for it: the values that the steps hand on."""
+"""The values that the steps of a segmentation exchange: a job, the parts found, the files written."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy as np
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.parts import PartStatistics
 from diffdiscover3d.segmentation.outputs import CaseFiles, Extras, LevelFiles
-from diffdiscover3d.utils.progress import Stages
+from diffdiscover3d.utils.progress import ProgressBar
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ScanJob:
     fast: bool
     working_grid: tuple[int, int, int] | None
     read_seconds: float
-    stages: Stages
+    stages: ProgressBar
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class SegmentedFile:
         labels, sidecar: paths of the first level.
         levels: the files of every level.
         fractions: share of the voxels in each part of the first level.
-        notes: what was unusual about the input.
+        notes: sentences about anything unusual in the input.
         seconds: from reading to writing, without loading the model.
     """
 
@@ -100,13 +100,13 @@ class PartFinder(Protocol):
     """Finds the parts of one scan, level by level, and gives views of the scan.
 
     Attributes:
-        notes: what was unusual about the scan or its segmentation, so far.
+        notes: sentences about anything unusual in the scan or its segmentation, so far.
     """
 
     notes: list[str]
 
     def find(self, level: int | None) -> FoundParts:
-        """The parts of a level; levels are asked for in the order of the job's networks.
+        """The parts of a level; levels must be requested in the order of the job's networks.
 
         Raises:
             MemoryLimitError: if the device's memory does not suffice.
@@ -119,4 +119,4 @@ class PartFinder(Protocol):
         """(h, w, d) float32 intensities on a coarser grid over the same extent."""
 
     def check_unchanged(self) -> None:
-        """Raise an InputError if what was segmented is not what was hashed."""
+        """Raise an InputError if the scan's file has changed since it was hashed."""

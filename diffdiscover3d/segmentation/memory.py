@@ -7,10 +7,10 @@ from diffdiscover3d.models.window_layout import activation_bytes, fits_window
 
 
 def segmentation_bytes(shape: Sequence[int], network: Mapping) -> float:
-    """What dividing a volume in memory takes on a CPU, fitted to `benchmarks/results/memory.json`.
+    """The memory for segmenting a volume in memory on a CPU, fitted to `benchmarks/results/memory.json`.
 
-    The activations of one window, and beside them, where windows slide, the parts' sums over the whole volume. What
-    dividing it slab by slab takes says `windows.streaming_bytes`.
+    It holds the activations of one window and, with a sliding window, the sums of the parts over the whole volume. See
+    [`streaming_bytes`] for segmenting it slab by slab.
 
     Args:
         shape: of the volume, in voxels; only the first three axes count.
@@ -23,14 +23,14 @@ def segmentation_bytes(shape: Sequence[int], network: Mapping) -> float:
 
 
 def resampling_bytes(reading: float, shape: Sequence[int], grid: Sequence[int], network: Mapping) -> float:
-    """What segmenting a volume on a coarser grid takes: it is read whole, and its soft parts are upsampled.
+    """The memory for segmenting a volume on a coarser grid: it is read whole, and its soft parts are upsampled.
 
     Args:
-        reading: what reading the volume takes, in bytes.
+        reading: bytes that reading the volume takes.
         shape: of the volume, in voxels; only the first three axes count.
         grid: the coarser grid.
         network: the configuration of the discovery network.
     """
     voxels = math.prod(map(float, shape[:3]))
-    soft = voxels * (4 * network["num_parts"] + 13)  # beside them the volume, the labels, and these as 64-bit integers
+    soft = voxels * (4 * network["num_parts"] + 13)  # plus the volume, and the labels as uint8 and int64
     return max(reading, 4 * voxels + segmentation_bytes(grid, network), 2**26 + soft)

@@ -1,4 +1,4 @@
-"""The parts of a scan that is too large to be segmented at once: found slab by slab, kept on disk."""
+"""The parts of a scan that is too large for one pass of the network: found slab by slab, kept on disk."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -108,7 +108,7 @@ class OutOfCoreFinder:
     Args:
         job: the scan's job.
         scan: as [`open_slabs`] opens it.
-        folder: for what is kept on disk meanwhile.
+        folder: for temporary files.
         scratch: closes these files.
     """
 
@@ -188,7 +188,7 @@ class OutOfCoreFinder:
         return torch.from_numpy(np.nan_to_num(found).astype(np.float32))  # empty parts have no moments
 
     def _grids(self, count: int, dtype: np.dtype) -> list[RawGrid]:
-        """Room on disk for so many volumes on the scan's grid."""
+        """Temporary files for `count` volumes on the scan's grid."""
         grid = self.scan.grid
         size = int(np.prod(grid.shape)) * dtype.itemsize
         file = self._scratch.enter_context(scratch_file(self._folder, count * size)).raw
@@ -196,10 +196,7 @@ class OutOfCoreFinder:
 
 
 def largest(sums: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """For every voxel of (K, rows, columns) the part with the largest value, the first in a tie.
-
-    What argmax gives, without its walking through memory voxel by voxel.
-    """
+    """The argmax over K of (K, rows, columns) values, the first in a tie; faster than numpy's across the first axis."""
     best, labels = sums[0].copy(), np.zeros(sums.shape[1:], dtype)
     for part, values in enumerate(sums[1:], start=1):
         labels[values > best] = part

@@ -1,4 +1,4 @@
-"""Which files a segmented scan gets, and whether they may be or have been written."""
+"""The names of a scan's result files, and checks before they are written."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from diffdiscover3d.utils.files import check_targets
 
 @dataclass(frozen=True)
 class Extras:
-    """What is written on request: see the options of the same names of [`segment`]."""
+    """The files written on request; see the options of the same names of [`segment`]."""
 
     preview: bool = False
     statistics: bool = False
@@ -24,7 +24,7 @@ class Extras:
 
 @dataclass(frozen=True)
 class LevelFiles:
-    """The files of one level of one scan; `None` for those not asked for."""
+    """The files of one level of one scan; `None` for those not requested."""
 
     labels: Path
     sidecar: Path
@@ -36,7 +36,7 @@ class LevelFiles:
 
 @dataclass(frozen=True)
 class CaseFiles:
-    """One scan and the files it gets."""
+    """One scan and its result files."""
 
     input: Path
     levels: dict[int | None, LevelFiles]
@@ -89,14 +89,14 @@ def plan_case(path: Path, output: str | Path | None, levels: Sequence[int | None
 
 
 def check_cases(cases: Sequence[CaseFiles], mine: Sequence[CaseFiles], overwrite: bool) -> None:
-    """Find what would stop the writing before the work starts.
+    """Check that all files can be written, before the work starts.
 
     Args:
-        cases: all scans; no two may write one file, and none may write over a scan.
-        mine: those this process works on, whose files must not exist yet unless `overwrite`.
+        cases: all scans; no two may write the same file, and none may overwrite a scan.
+        mine: those of this process, whose files must not exist unless `overwrite`.
 
     Raises:
-        OutputError: if something would.
+        OutputError: if one cannot be written.
     """
     seen: dict[Path, Path] = {}
     inputs = {case.input.resolve() for case in cases}
@@ -148,6 +148,6 @@ def is_finished(case: CaseFiles, provenance: dict[int | None, dict], sha256: str
 
 
 def shard(cases: Sequence[CaseFiles]) -> list[CaseFiles]:
-    """The share of this process where `accelerate launch` or torchrun started several; otherwise all."""
+    """The cases of this process, if `accelerate launch` or torchrun started several; otherwise all."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     return list(cases[rank::world])

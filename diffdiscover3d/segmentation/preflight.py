@@ -1,4 +1,4 @@
-"""What can be said about an input before anything is read whole, or the seconds that importing torch takes."""
+"""Checks of an input before it is read whole, and before the seconds that importing torch takes."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,19 +12,20 @@ from diffdiscover3d.models.window_layout import choose_window, needs_sliding_win
 from diffdiscover3d.segmentation.memory import resampling_bytes, segmentation_bytes
 from diffdiscover3d.utils.memory import LARGE, check_memory, free_memory
 
-_READ_WHOLE = 2**25  # bytes on disk up to which reading a file twice costs less than it saves
-_READ_INTO = 2**29  # and bytes of memory: a compressed file may grow a thousandfold
+_READ_WHOLE = 2**25  # bytes on disk: smaller files are read twice
+_READ_INTO = 2**29  # and bytes in memory, since a compressed file may expand a thousandfold
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
 
 
 def refuse_early(inputs: Sequence[str], device: str = "auto", *, by_slabs: bool = False, **reading) -> None:
-    """Raise what reading the one input would raise; several inputs, folders and lists are left to the command.
+    """Raise the error that reading a single input would raise; several inputs, folders and lists are not checked.
 
-    A small file is read whole, of a large one the header: the command looks at all of it again before any model.
+    A small file is read whole, of a large one the header only. The command reads it again, before it loads a model.
 
     Args:
-        device: an unknown one is a wrong use, and comes before anything about the file.
-        by_slabs: the command may not need the file in memory as a whole: that it does not fit is no reason yet.
+        inputs: as given to the command.
+        device: if it is unknown, nothing is checked, since the command reports that first.
+        by_slabs: the command may segment the file slab by slab, so that it need not fit into memory.
         reading: `volume`, `nan_to_zero`, `ignore_affine` of [`read_nifti`].
 
     Raises:
@@ -45,11 +46,11 @@ def refuse_early(inputs: Sequence[str], device: str = "auto", *, by_slabs: bool 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a volume is divided, and what a user is told about it beforehand.
+    """How a volume is segmented, and a line for the user.
 
     Attributes:
-        by_slabs: from the disk, slab by slab, instead of in memory.
-        line: about the memory that a large volume will take; `None` for a small one.
+        by_slabs: slab by slab from the disk, instead of in memory.
+        line: about the memory that a large volume needs; `None` for a small one.
     """
 
     by_slabs: bool
@@ -59,16 +60,16 @@ class MemoryPlan:
 def plan_memory(
     file: NiftiFile, network: Mapping, on_cpu: bool, *, fast: bool = False, working: Sequence[int] | None = None
 ) -> MemoryPlan:
-    """Decide from the header and the network alone how a volume is divided, and whether memory suffices.
+    """Choose between memory and slabs from the header and the network, and check that the memory suffices.
 
     Args:
         file: the open volume, of which only the header has been read.
-        network: configuration of the finest network asked for, which holds those above it.
-        on_cpu: it is the machine's own memory that is used.
-        fast, working: at half the resolution, or on this grid; both need the volume in memory.
+        network: configuration of the finest level, with its parents.
+        on_cpu: the network runs in the machine's own memory.
+        fast, working: segment at half the resolution, or on this grid; both need the volume in memory.
 
     Raises:
-        MemoryLimitError: if there is less memory than needed, and it is the machine's own.
+        MemoryLimitError: if `on_cpu` and the machine has less memory than needed.
     """
     path, shape = file.path, file.shape
     working = working or network.get("frame")

@@ -1,4 +1,4 @@
-"""Segment one scan: find its parts at every level, write its files, all of them or none."""
+"""Segment one scan: find its parts at every level, and write all of its files or none."""
 
 import itertools
 import time

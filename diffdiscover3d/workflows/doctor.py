@@ -1,4 +1,4 @@
-"""What this machine has, and what `segment` would use on it."""
+"""Describe this machine and what `segment` would use on it."""
 
 import importlib.metadata
 import os
@@ -23,7 +23,7 @@ _LOW_MEMORY, _LOW_DISK = 2 * 2**30, 2**30
 
 
 def examine(device: str = "auto", model: str = DEFAULT_MODEL) -> dict:
-    """Look at versions, devices, memory, disk and cache; nothing is fetched, and nothing names a person.
+    """Collect versions, devices, memory, disk and cache; nothing is downloaded, no user or host is named.
 
     Args:
         device, model: as for [`segment`].
@@ -33,7 +33,7 @@ def examine(device: str = "auto", model: str = DEFAULT_MODEL) -> dict:
         a list of sentences, empty if all is well.
 
     Raises:
-        ValueError: for a device that is not there.
+        ValueError: for a device that is not available.
         ModelError: if the model has no such levels.
     """
     memory, problems = psutil.virtual_memory(), []
@@ -82,7 +82,7 @@ def examine(device: str = "auto", model: str = DEFAULT_MODEL) -> dict:
 
 
 def describe(found: dict) -> str:
-    """What [`examine`] found, as text."""
+    """The result of [`examine`] as text."""
     versions, system, memory = found["versions"], found["system"], found["memory"]
     cache, used = found["cache"], found["segment"]
     levels = f", levels {', '.join(map(str, used['levels']))}" if used["levels"] else ""

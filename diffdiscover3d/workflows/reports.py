@@ -1,4 +1,4 @@
-"""Reports of scans that were segmented before."""
+"""Write reports of scans and label maps on disk."""
 
 import glob
 from collections.abc import Sequence
@@ -34,16 +34,16 @@ def make_reports(
         inputs: scans, or folders, globs or lists of them.
         labels: label maps of the one scan given (default: `<stem>_dseg.nii.gz` or its levels).
         parts: folder of the label maps (default: beside each scan).
-        output: folder for the pages (default: that of the label maps).
-        overwrite: replace pages that exist.
+        output: folder for the reports (default: that of the label maps).
+        overwrite: replace reports that exist.
         reading: `volume`, `nan_to_zero`, `ignore_affine` of [`read_nifti`].
 
     Returns:
-        The pages, the index last.
+        The paths of the reports, the index last.
 
     Raises:
-        InputError: if a scan has no label map, or one that does not lie on it.
-        OutputError: if a page exists or cannot be written.
+        InputError: if a scan has no label map, or one on another grid.
+        OutputError: if a report exists or cannot be written.
     """
     sources = [inputs] if isinstance(inputs, str | Path) else inputs
     scans = [path for source in sources for path in list_volumes(source)]

@@ -62,7 +62,7 @@ def test_robust_scaling_does_not_depend_on_unit_or_offset(change):
 
 
 def test_one_hot_voxel_does_not_matter():
-    volume, inside = scan()
+    volume, _ = scan()
     hot = volume.clone()
     hot[0, 0, 14, 17, 12] = 1e6
     difference = (robust_scale(hot) - robust_scale(volume)).abs()
@@ -80,7 +80,7 @@ def test_volumes_that_cannot_be_scaled_are_refused():
 
 
 def test_a_frame_holds_the_foreground_and_goes_back():
-    volume, inside = scan()
+    inside = ball()
     frame = Frame.around(inside, (48, 40, 56))
     cropped = frame.crop(inside.float())
     assert cropped.shape == (1, 1, 48, 40, 56) and cropped[..., 0, :, :].max() == 0

@@ -1,4 +1,4 @@
-"""Scans divided slab by slab: the same files as from memory, nothing left behind, and memory that stays bounded."""
+"""Scans segmented slab by slab: the same files as from memory, clean-up after errors, bounded memory."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from diffdiscover3d.segmentation import out_of_core
 from diffdiscover3d.segmentation import scan as scan_module
 from diffdiscover3d.segmentation.driver import segment
 from diffdiscover3d.segmentation.preflight import MemoryPlan, plan_memory
-from diffdiscover3d.utils.progress import Stages
+from diffdiscover3d.utils.progress import ProgressBar
 
 SHAPE = (26, 19, 40)
 LPS, PIR = np.diag([-1.5, -2, 3, 1]), np.array([[0, 0, 3, 0], [-1.5, 0, 0, 0], [0, -2, 0, 0], [0, 0, 0, 1.0]])
@@ -31,7 +31,7 @@ ALL = {"preview": True, "statistics": True, "tables": True, "probabilities": Tru
 
 
 def scan_values(shape=SHAPE) -> np.ndarray:
-    """Whole numbers: a ramp with a bright block and noise, so that every level finds something."""
+    """Integers: a ramp with a bright block and noise, so that every level finds several parts."""
     rng = np.random.default_rng(0)
     values = np.linspace(0, 200, shape[0])[:, None, None] + rng.normal(0, 40, shape)
     values[4:15, 5:12, 8:30] += 400
@@ -40,7 +40,7 @@ def scan_values(shape=SHAPE) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def sliding(tmp_path_factory):
-    """Folder of an untrained nested network of 3 and 5 parts whose windows have 16 voxels."""
+    """Folder of an untrained nested network of 3 and 5 parts with windows of 16 voxels."""
     folder = tmp_path_factory.mktemp("models") / "sliding"
     options = {"channels": (4, 8), "strides": (2,), "norm": "instance", "window_size": 16}
     with torch.random.fork_rng():
@@ -81,7 +81,7 @@ def store(folder: Path, kind: str) -> tuple[Path, dict]:
 
 
 def timeless(path: Path):
-    """What a file says, without how long it took and with what memory."""
+    """The contents of a file without time and memory."""
     if path.suffix == ".json":
         return {
             k: v for k, v in json.loads(path.read_text()).items() if k not in ("seconds", "peak_memory_mib", "windows")
@@ -161,7 +161,7 @@ def test_large_scans_are_shown_smaller_on_their_page(tmp_path, sliding, monkeypa
     assert "to keep the page small" in texts[0]
     mine, theirs = (image_of(d["scan"]) for d in data)
     np.testing.assert_array_equal(mine.affine, theirs.affine)
-    # means over boxes instead of a Gaussian and interpolation: alike, not equal
+    # box means instead of a Gaussian and interpolation: similar, not equal
     assert np.corrcoef(mine.get_fdata().ravel(), theirs.get_fdata().ravel())[0, 1] > 0.95
 
 
@@ -242,9 +242,9 @@ def test_resume(tmp_path, sliding):
 def test_progress_within_a_scan(tmp_path, sliding, monkeypatch):
     path, _ = store(tmp_path / "in", "plain")
     seen = []
-    monkeypatch.setattr(Stages, "within", lambda _, *figures: seen.append(figures))
+    monkeypatch.setattr(ProgressBar, "within", lambda _, *figures: seen.append(figures))
     segment(path, tmp_path / "out", model=str(sliding), level=2)
-    assert seen == [(i, 24, "window") for i in range(1, 25)]  # the level above has half of them
+    assert seen == [(i, 24, "window") for i in range(1, 25)]  # half of them for the coarser level
 
 
 def test_which_scans_are_divided_by_slabs(tmp_path, make_nifti):
@@ -259,7 +259,7 @@ def test_which_scans_are_divided_by_slabs(tmp_path, make_nifti):
 
 
 def test_a_compressed_file_that_grows_is_not_read_before(tmp_path, sliding, monkeypatch, capsys):
-    """Whatever the size on disk, the command line looks at the header of what would be large in memory only."""
+    """The command line reads only the header of a file that would be large in memory, however small it is on disk."""
     path, _ = store(tmp_path / "in", "scaled")
     monkeypatch.setattr("diffdiscover3d.segmentation.preflight._READ_INTO", 0)
     monkeypatch.setattr("diffdiscover3d.segmentation.preflight.read_volume", None)
@@ -306,7 +306,7 @@ def test_memory_stays_bounded(tmp_path):
 
 
 def test_a_scan_that_changes_meanwhile_is_refused(tmp_path, sliding, monkeypatch):
-    """One voxel changes in place while windows are read; the older results stay."""
+    """A voxel changes in place while windows are read; older results remain."""
     path, _ = store(tmp_path / "in", "plain")
     segment(path, tmp_path / "out", model=str(sliding), level=1)
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}

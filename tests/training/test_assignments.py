@@ -37,7 +37,9 @@ def test_robust_moments_are_numpys():
     values = torch.randn(5001, generator=torch.Generator().manual_seed(3)) * 2 + 1
     median, spread = robust_moments(values)
     assert median == np.median(values.numpy())
-    np.testing.assert_allclose(spread, 1.4826 * np.median(np.abs(values.numpy() - np.median(values.numpy()))), rtol=1e-5)
+    np.testing.assert_allclose(
+        spread, 1.4826 * np.median(np.abs(values.numpy() - np.median(values.numpy()))), rtol=1e-5
+    )
 
 
 def test_conspicuous_outliers_are_found_exactly_and_nothing_where_there_is_none():

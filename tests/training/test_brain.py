@@ -25,7 +25,9 @@ def scans(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scans")
     for index in (0, 3):
         volume = brain_phantom("test", index).volume[::2, ::2, ::2]
-        nib.save(nib.Nifti1Image((volume * 200).astype(np.float32), np.diag([3.0, 3, 3, 1])), folder / f"{index}.nii.gz")
+        nib.save(
+            nib.Nifti1Image((volume * 200).astype(np.float32), np.diag([3.0, 3, 3, 1])), folder / f"{index}.nii.gz"
+        )
     return folder
 
 
@@ -50,7 +52,7 @@ def test_views_are_scaled_brains_and_tissue_is_never_conspicuous(bank):
     quiet = SceneOptions(implants=(1.0, 0.0, 0.0, 0.0), spots=0.0)
     for seed in range(4):
         drawn = scene(bank, seed, quiet)
-        assert torch.isfinite(drawn.view).all() and 0 <= drawn.view.min() and drawn.view.max() <= 1
+        assert torch.isfinite(drawn.view).all() and drawn.view.min() >= 0 and drawn.view.max() <= 1
         assert not drawn.view[~drawn.foreground].any() and drawn.foreground.float().mean() > 0.1
         assert drawn.conspicuous.max() <= 1.01
         assert not conspicuous_outliers(drawn.conspicuous, drawn.foreground).any()
@@ -68,9 +70,7 @@ def test_implants_are_brighter_than_the_tissue_around_them(bank):
         sizes.append(int(found.sum()))
         rest = drawn.foreground & ~found
         brighter += [
-            v[f].mean() > v[r].mean() + 0.1
-            for v, f, r in zip(drawn.view, found, rest, strict=True)
-            if f.sum() > 50
+            v[f].mean() > v[r].mean() + 0.1 for v, f, r in zip(drawn.view, found, rest, strict=True) if f.sum() > 50
         ]
     assert sum(sizes) > 1000 and len(brighter) >= 3 and np.mean([bool(b) for b in brighter]) == 1
 

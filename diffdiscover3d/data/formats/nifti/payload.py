@@ -1,4 +1,4 @@
-"""The bytes of a NIfTI file, read once from start to end: as many as its header declares, all of them hashed."""
+"""Sequential, bounded and hashed reading of the bytes of a NIfTI file."""
 
 import gzip
 import hashlib
@@ -12,18 +12,18 @@ import numpy as np
 
 from diffdiscover3d.errors import InputError
 
-_CHUNK = 2**24  # a multiple of every voxel's size
-_BEYOND = 2**24  # decompressed bytes that may follow the voxels, read to reach the checksum behind them
+_CHUNK = 2**24  # multiple of all voxel sizes
+_BEYOND = 2**24  # maximum number of bytes read after the voxels to reach the gzip checksum
 
 
 class Payload:
-    """The uncompressed bytes of an open `.nii` or `.nii.gz` file, in order.
+    """Sequential reader of the uncompressed bytes of an open `.nii` or `.nii.gz` file.
 
-    What is read from the disk is hashed on the way, so that a result can name the very bytes it was made from.
+    All bytes read from disk are hashed, so that the sha256 in a result is that of the bytes used.
 
     Args:
-        path: of the file, for messages and for its ending.
-        file: opened for reading in binary mode, at its start.
+        path: path of the file, for its suffix and for error messages.
+        file: binary file opened for reading, at its start.
     """
 
     def __init__(self, path: Path, file: io.BufferedReader):
@@ -33,17 +33,17 @@ class Payload:
         self._peeked = b""
 
     def peek(self, count: int) -> bytes:
-        """The first bytes, which later reads return again; fewer at the end of the file. To be called once."""
+        """Return up to `count` first bytes without consuming them. May be called only once."""
         self._peeked = self._bytes.read(count)
         return self._peeked
 
     def pieces(self, offset: int, length: int, notes: list[str]) -> Iterator[bytes]:
-        """Yield the (length,) bytes from `offset` on in chunks of 16 MiB, then test the checksum of a `.gz` file.
+        """Yield (length,) bytes from `offset` in chunks of 16 MiB, then verify the checksum of a `.gz` file.
 
-        No more of a compressed file is expanded than this and the 16 MiB after it.
+        At most 16 MiB after these bytes are decompressed, regardless of the size of the stream.
 
         Raises:
-            InputError: if the file is shorter or damaged.
+            InputError: if the file is truncated or damaged.
         """
         filled = 0
         try:
@@ -62,10 +62,10 @@ class Payload:
             raise InputError(f"{self.path}: truncated, {filled:,} of {length:,} bytes of data; copy it again.")
 
     def read(self, offset: int, length: int, notes: list[str]) -> np.ndarray:
-        """The (length,) bytes of [`pieces`] as one uint8 array.
+        """Read (length,) bytes from `offset` as a uint8 array.
 
         Raises:
-            InputError: see [`pieces`].
+            InputError: as for [`pieces`].
         """
         payload, filled = np.empty(length, np.uint8), 0
         for piece in self.pieces(offset, length, notes):
@@ -74,7 +74,7 @@ class Payload:
         return payload
 
     def sha256(self) -> str:
-        """The sha256 of the whole file, after what is left of it was read from the disk.
+        """Read the rest of the file and return the sha256 of the whole file.
 
         Raises:
             InputError: if it cannot be read.
@@ -91,19 +91,19 @@ class Payload:
         return peeked + self._bytes.read(count - len(peeked)) if len(peeked) < count else peeked
 
     def _read_checksum(self, notes: list[str]) -> None:
-        """Read to the end, where gzip compares its checksum; trailing bytes that are not gzip data are only noted."""
+        """Read to the end so that gzip verifies its checksum; trailing bytes that are not gzip data add a note."""
         try:
             beyond = 0
             while beyond < _BEYOND and (chunk := self._bytes.read(2**20)):
                 beyond += len(chunk)
         except gzip.BadGzipFile as error:
-            if not str(error).startswith("Not a gzipped file"):  # a wrong checksum
+            if not str(error).startswith("Not a gzipped file"):  # wrong checksum
                 raise
             notes.append("bytes after the end of the compressed data were ignored")
 
 
 class _HashedFile:
-    """As much of a file object as [`gzip.GzipFile`] needs; every byte that is read goes into the digest, once."""
+    """Minimal file object for [`gzip.GzipFile`] that hashes all bytes read."""
 
     def __init__(self, file: io.BufferedReader):
         self._file, self.digest = file, hashlib.sha256()
@@ -116,11 +116,11 @@ class _HashedFile:
 
 @contextmanager
 def open_payload(path: Path) -> Iterator[Payload]:
-    """Open a file whose name ends in `.nii` or `.nii.gz`; its compression must be what its name says.
+    """Open a `.nii` or `.nii.gz` file, whose compression must match its suffix.
 
     Raises:
-        InputError: if it is empty, a placeholder or compressed otherwise than its name says.
-        OSError: if it cannot be opened.
+        InputError: if the file is empty or a Git LFS pointer, or its compression does not match its suffix.
+        OSError: if the file cannot be opened.
     """
     with open(path, "rb", buffering=2**17) as file:
         start = file.peek(64)[:64]

@@ -1,4 +1,4 @@
-"""Scans larger than memory: opened after the checks of `read_nifti`, then read by regions."""
+"""Region-wise access to scans larger than memory, with the validation of `read_nifti`."""
 
 import hashlib
 from collections.abc import Iterator
@@ -21,16 +21,16 @@ from diffdiscover3d.utils.files import scratch_file
 
 @dataclass(frozen=True)
 class SlabScan:
-    """An open scan in canonical (RAS+) orientation, of which only what is asked for is read.
+    """An open scan in canonical (RAS+) orientation that is read region by region.
 
     Attributes:
-        path: its file.
-        grid: the stored numbers.
-        affine: (4, 4) from canonical voxels to millimetres.
-        header: the file's header, unchanged.
-        scaling: slope and intercept of the stored numbers, `None` for 1 and 0.
-        low, high: the smallest and the largest value of the whole scan.
-        notes: what was unusual about the file, in words for the user.
+        path: path of the file.
+        grid: the stored values.
+        affine: (4, 4) affine from canonical voxels to millimetres.
+        header: the unmodified header of the file.
+        scaling: slope and intercept of the stored values, `None` for 1 and 0.
+        low, high: minimum and maximum of the whole scan.
+        notes: warnings about the file for the user.
         sha256: of the file's bytes, hashed while they were read.
         private: the voxels are a decompressed copy, which nothing else can change.
     """
@@ -48,47 +48,49 @@ class SlabScan:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(H, W, D), in canonical orientation."""
+        """(H, W, D) in canonical orientation."""
         return self.grid.canonical_shape
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
-        """Edge lengths of a voxel along the canonical axes, in mm."""
+        """Voxel size along the canonical axes, in mm."""
         return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
 
     def read(self, region: Region) -> np.ndarray:
-        """The values in a region, (h, w, d) float32, finite.
+        """Read the values in a region as finite (h, w, d) float32.
 
         Raises:
-            InputError: if the file cannot be read any more.
+            InputError: if the file cannot be read.
         """
         values = to_float32(_reading(self.path, self.grid.read, region), self.scaling)
-        finite = np.isfinite(values)  # what is not was refused, or is to be 0
+        finite = np.isfinite(values)  # non-finite values only occur with `nan_to_zero`
         return values if finite.all() else np.where(finite, values, np.float32(0))
 
     def normalized(self, region: Region) -> np.ndarray:
-        """The same, with the whole scan's smallest value at 0 and its largest at 1."""
+        """Read the values in a region, min-max normalised by the range of the whole scan."""
         return (self.read(region) - self.low) / (self.high - self.low)
 
     def check_unchanged(self) -> None:
-        """Read an uncompressed file again and compare its hash: its voxels may have changed since it was opened.
+        """Hash an uncompressed file again to detect changes since it was opened.
 
         Raises:
-            InputError: if they have.
+            InputError: if the file has changed.
         """
         if not self.private and _reading(self.path, _sha256, self.grid.file) != self.sha256:
-            raise InputError(f"{self.path}: changed while it was being read; run again when nothing writes to it.")
+            raise InputError(
+                f"{self.path}: changed while it was being read; run again when it is no longer written to."
+            )
 
 
 @contextmanager
 def open_slabs(path: str | Path, scratch: str | Path, **reading) -> Iterator[SlabScan]:
-    """Open a `.nii` or `.nii.gz` file that need not fit into memory, after one pass over its bytes.
+    """Open a `.nii` or `.nii.gz` file for region-wise access, after one pass over its bytes to validate them.
 
     Args:
         path, scratch, reading: as for [`stream_volume`].
 
     Raises:
-        InputError, OutputError: as [`stream_volume`].
+        InputError, OutputError: as for [`stream_volume`].
     """
     with open_nifti(path) as file, stream_volume(file, scratch, **reading) as scan:
         yield scan
@@ -103,16 +105,16 @@ def stream_volume(
     nan_to_zero: bool = False,
     ignore_affine: bool = False,
 ) -> Iterator[SlabScan]:
-    """Check the voxels of an open file in one pass over its bytes, then read them by regions.
+    """Validate the voxels of an open file in one pass over its bytes and provide region-wise access.
 
     Args:
-        file: as [`open_nifti`] yields it; its voxels can be read once.
-        scratch: folder for the decompressed voxels of a `.nii.gz`, in a file without a name.
+        file: file from [`open_nifti`]; its voxels can be read only once.
+        scratch: folder for the decompressed voxels of a `.nii.gz`, which are written to an anonymous file.
         volume, nan_to_zero, ignore_affine: as for [`read_nifti`].
 
     Raises:
-        InputError: as [`read_nifti`].
-        OutputError: if the disk cannot take the decompressed voxels.
+        InputError: as for [`read_nifti`].
+        OutputError: if the decompressed voxels cannot be written.
     """
     path, header, shape, notes, chosen = file.path, file.header, file.shape, [], []
     affine = read_affine(path, header, ignore_affine, notes)
@@ -121,12 +123,12 @@ def stream_volume(
     number = pick_volume(path, shape, volume, chosen)
     dtype, offset = header.get_data_dtype(), int(header["vox_offset"])
     volume_bytes = int(np.prod(shape[:3])) * dtype.itemsize
-    wanted = range(number * volume_bytes, (number + 1) * volume_bytes)
+    selection = range(number * volume_bytes, (number + 1) * volume_bytes)
     with ExitStack() as stack:
         unpacked = stack.enter_context(scratch_file(Path(scratch), volume_bytes)) if path.name.endswith(".gz") else None
         values, at = _Range(dtype, scaling), 0
         for piece in file.payload.pieces(offset, int(np.prod(shape)) * dtype.itemsize, notes):
-            first, last = max(wanted.start - at, 0), min(wanted.stop - at, len(piece))
+            first, last = max(selection.start - at, 0), min(selection.stop - at, len(piece))
             own = memoryview(piece)[first : max(first, last)]
             if unpacked:
                 with unpacked.writing():
@@ -136,7 +138,7 @@ def stream_volume(
         notes += chosen
         check_finite(path, values.bad, int(np.prod(shape[:3])), nan_to_zero, notes)
         check_contrast(path, float(values.low), float(values.high))
-        raw, start = (unpacked.raw, 0) if unpacked else (file.payload.raw, offset + wanted.start)
+        raw, start = (unpacked.raw, 0) if unpacked else (file.payload.raw, offset + selection.start)
         yield SlabScan(
             path,
             RawGrid(raw, shape[:3], dtype, orientation, start),
@@ -152,14 +154,14 @@ def stream_volume(
 
 
 class _Range:
-    """The smallest and the largest value of voxels that are added in pieces, and how many are NaN or Inf."""
+    """Running minimum and maximum, and number of NaN and Inf voxels."""
 
     def __init__(self, dtype: np.dtype, scaling: tuple[float, float] | None):
         self._dtype, self._scaling = dtype, scaling
         self.low, self.high, self.bad = np.float32(np.inf), np.float32(-np.inf), 0
 
     def add(self, stored: memoryview) -> None:
-        """Add the bytes of whole voxels; what is not finite counts as 0."""
+        """Add the bytes of complete voxels. Non-finite values count as 0."""
         numbers = np.frombuffer(stored, self._dtype)
         for start in range(0, len(numbers), SLAB_VOXELS):
             values = to_float32(numbers[start : start + SLAB_VOXELS], self._scaling)
@@ -171,7 +173,7 @@ class _Range:
 
 
 def _write_all(file: BinaryIO, rest: memoryview) -> None:
-    while rest:  # an unbuffered file may take less than it is given
+    while rest:  # an unbuffered write may be partial
         rest = rest[file.write(rest) :]
 
 
@@ -184,7 +186,7 @@ def _sha256(file: BinaryIO) -> str:
 
 
 def _reading(path: Path, call, *arguments):
-    """Call a function that reads the scan; an OSError becomes an InputError, so that no result is blamed for it."""
+    """Call a function that reads the scan and convert an OSError to an InputError."""
     try:
         return call(*arguments)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""An open NIfTI file: its header is read and checked once, its voxels are read after that, once."""
+"""Open NIfTI files whose header has been validated, for a single pass over the voxels."""
 
 import zlib
 from collections.abc import Iterator
@@ -19,18 +19,18 @@ from diffdiscover3d.data.formats.nifti.header import (
 from diffdiscover3d.data.formats.nifti.payload import Payload, open_payload
 from diffdiscover3d.errors import InputError
 
-_HEADER_BYTES = 540  # of NIfTI-2; the header of NIfTI-1 is shorter
+_HEADER_BYTES = 540  # header size of NIfTI-2, which exceeds that of NIfTI-1
 
 
 @dataclass(frozen=True)
 class NiftiFile:
-    """An open file whose header has been checked; [`read_volume`] or [`stream_volume`] read its voxels.
+    """An open file with a validated header; read its voxels with [`read_volume`] or [`stream_volume`].
 
     Attributes:
-        path: of the file.
-        header: as stored, unchanged.
-        shape: (nx, ny, nz, ...), on the file's own axes.
-        payload: its bytes, of which only the header has been read.
+        path: path of the file.
+        header: the unmodified header.
+        shape: (nx, ny, nz, ...) on the axes of the file.
+        payload: bytes of the file, of which only the header has been read.
     """
 
     path: Path
@@ -40,17 +40,17 @@ class NiftiFile:
 
     @property
     def reading_bytes(self) -> float:
-        """The most memory that [`read_volume`] takes, in bytes."""
+        """Peak memory of [`read_volume`], in bytes."""
         return reading_bytes(self.header, self.shape)
 
 
 @contextmanager
 def open_nifti(path: str | Path) -> Iterator[NiftiFile]:
-    """Open a `.nii` or `.nii.gz` file (NIfTI-1 or NIfTI-2) and check its header, shape and size.
+    """Open a `.nii` or `.nii.gz` file (NIfTI-1 or NIfTI-2) and validate its header, shape and size.
 
     Raises:
-        InputError: if the file is missing, empty, not a NIfTI file, not a 3D volume of real numbers, or too short for
-            what its header declares.
+        InputError: if the file is missing, empty, not a NIfTI file, not a 3D volume of real numbers, or shorter than
+            declared by its header.
     """
     path = Path(path)
     check_reachable(path)

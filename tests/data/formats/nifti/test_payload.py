@@ -1,4 +1,4 @@
-"""Bytes of a file: no more than the header asks for, whatever the file could become."""
+"""Reading the bytes of a file: at most as many as its header declares, all of them hashed."""
 
 import gzip
 import hashlib
@@ -18,7 +18,7 @@ from tests.helpers.corpus import blobs
 
 
 def bomb(start: bytes, mebibytes: int) -> bytes:
-    """A gzip stream of `start` and many zeros after it, about a thousandth of them long."""
+    """A gzip stream of `start` and zeros, about a thousandth of their length."""
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
     parts = [packer.compress(start)]
     parts += [packer.compress(bytes(2**20)) for _ in range(mebibytes)]
@@ -61,15 +61,15 @@ def test_members_and_chunks_are_one_stream(tmp_path, monkeypatch):
 def read(path, offset: int, length: int) -> bytes:
     notes = []
     with open_payload(path) as payload:
-        payload.peek(60)  # more than lies before the data
+        payload.peek(60)  # more than there is before the data
         found = payload.read(offset, length, notes).tobytes()
         assert notes == [] and payload.sha256() == hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-def test_every_byte_of_the_file_is_hashed_whatever_is_read_of_it(tmp_path, make_nifti, suffix):
-    """Two volumes, of which one is taken, and bytes behind the data that belong to no scan."""
+def test_every_byte_of_the_file_is_hashed(tmp_path, make_nifti, suffix):
+    """A file of two volumes, of which one is read, with further bytes after the data."""
     path = make_nifti(tmp_path / f"a{suffix}", np.stack([blobs(), blobs()], axis=-1).astype(np.int16))
     path.write_bytes(path.read_bytes() + b"behind" * 1000)
     expected = hashlib.sha256(path.read_bytes()).hexdigest()

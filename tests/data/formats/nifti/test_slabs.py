@@ -84,7 +84,7 @@ def test_scaled_and_turned(tmp_path):
 
 def test_decompressed_voxels_have_no_name_and_are_gone(tmp_path, make_nifti):
     path = make_nifti(tmp_path / "in" / "a.nii.gz", blobs().astype(np.float32))
-    scratch = tmp_path / "not" / "there"  # yet: the nearest folder above it that is takes them
+    scratch = tmp_path / "not" / "there"  # not yet: the nearest existing folder above it is used
     with open_slabs(path, scratch) as scan:
         file = scan.grid.file
         assert [p.name for p in tmp_path.iterdir()] == ["in"] and not file.closed
@@ -130,8 +130,8 @@ def test_a_file_that_shrinks_is_the_inputs_fault(tmp_path, make_nifti):
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-def test_a_file_that_changes_is_found_out(tmp_path, make_nifti, suffix):
-    """A voxel is changed in place, as by another program, and the time stamp put back."""
+def test_a_file_that_changes_is_detected(tmp_path, make_nifti, suffix):
+    """A voxel is changed in place and the time stamp restored."""
     path = make_nifti(tmp_path / f"a{suffix}", blobs().astype(np.float32))
     with open_slabs(path, tmp_path) as scan:
         scan.check_unchanged()
@@ -140,7 +140,7 @@ def test_a_file_that_changes_is_found_out(tmp_path, make_nifti, suffix):
             file.seek(-4, 2)
             file.write(b"\x07\x07\x07\x07")
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        if suffix == ".nii.gz":  # its voxels lie in a copy
+        if suffix == ".nii.gz":  # its voxels are read from a copy
             scan.check_unchanged()
             np.testing.assert_array_equal(everything(scan), before)
         else:

@@ -1,6 +1,6 @@
 """What `--compile` gains: steps of both trainings with and without it, each in the package's own loop.
 
-    python benchmarks/compiled.py
+    python -m benchmarks.speed.compiled
 
 The two take turns, training by training; compiling falls into steps that are not counted, and what it takes is in the
 details (the second time torch finds most of it in its cache). The quartiles pair steps by their number, though they are
@@ -10,10 +10,10 @@ of different trainings. A graph break in the diffusion model's forward pass ends
 import time
 
 import torch
-from discovery_step import GRID, make_config, make_task
-from paced import Repeated, random_volumes, training_config, training_steps
-from timing import Benchmark, compare, summarize
 
+from benchmarks.speed.discovery_step import GRID, make_config, make_task
+from benchmarks.speed.paced import Repeated, random_volumes, training_config, training_steps
+from benchmarks.speed.timing import Benchmark, compare, summarize
 from diffdiscover3d.models.unet_3d import UNET_PRESETS, UNet3DModel
 from diffdiscover3d.training.config import DiffusionConfig
 from diffdiscover3d.training.diffusion import DiffusionTraining
@@ -60,7 +60,7 @@ def count_graph_breaks(device: str) -> int:
 
 def main() -> None:
     """Both stages, with and without, in turns."""
-    benchmark = Benchmark("compiled", __file__, __doc__)
+    benchmark = Benchmark("compiled", __doc__)
     options = benchmark.parse()
     rounds = options.rounds or (2 if options.quick else 8)
     breaks = count_graph_breaks(options.device)

@@ -1,6 +1,6 @@
 """How hard the synthetic cells are: k-means and BM4D + k-means on the test volumes beside the published figures.
 
-python benchmarks/calibrate.py            (about six minutes; needs the extra bm4d)
+python -m benchmarks.paper.calibrate            (about six minutes; needs the extra bm4d)
 
 Writes results/calibration.json and results/calibration.png. The published figures are of the original volumes, which
 cannot be had; a variant counts as calibrated if each of its six figures is within 0.05 of the published one.
@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 import torch
 
+from benchmarks import RESULTS
 from diffdiscover3d.baselines.bm4d_kmeans import BM4DKMeans
 from diffdiscover3d.baselines.kmeans import IntensityKMeans
 from diffdiscover3d.data.datasets.synthetic import GENERATOR_VERSION, LEVEL_PARTS, VARIANTS
@@ -31,7 +32,6 @@ PUBLISHED = {
     ("irregular", "k-means"): (0.771, 0.299, 0.118),
     ("irregular", "BM4D + k-means"): (0.950, 0.533, 0.324),
 }
-RESULTS = Path(__file__).parent / "results"
 
 
 def measure(variant: str) -> dict[str, list[float]]:

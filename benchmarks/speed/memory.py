@@ -1,4 +1,4 @@
-"""Peak memory of segmentation beside the estimate users are told: python benchmarks/memory.py > FILE."""
+"""Peak memory of segmentation beside the estimate users are told: python -m benchmarks.speed.memory > FILE."""
 
 import argparse
 import json

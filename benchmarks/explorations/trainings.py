@@ -1,6 +1,6 @@
 """Write down what a discovery training of the exploration came to, on the validation volumes of its own dataset.
 
-    python benchmarks/explore.py NAME=FOLDER [NAME=FOLDER ...] --output results/FILE.json
+    python -m benchmarks.explorations.trainings NAME=FOLDER [NAME=FOLDER ...] --output results/FILE.json
 
 FOLDER is the output of `python -m diffdiscover3d.train discovery`. For each: the options that are not those of the
 preset, the loss at its end (mean over the last quarter of the log), the Dice of every level it holds, and the share of
@@ -112,7 +112,7 @@ def main() -> None:
         rows[name] = describe(name, Path(folder), names)
         print({k: v for k, v in rows[name].items() if k not in ("environment", "weights_sha256")}, flush=True)
     result = {
-        "command": "python benchmarks/explore.py NAME=FOLDER ... --output FILE",
+        "command": "python -m benchmarks.explorations.trainings NAME=FOLDER ... --output FILE",
         "split": SPLIT,
         "rows": list(rows.values()),
     }

@@ -1,30 +1,36 @@
-"""docs/speed.md and its pictures, from `benchmarks/results/speed-*.json` and from nothing else."""
+"""Write docs/speed.md and its pictures from `benchmarks/results/speed-*.json`: python -m benchmarks.speed.report."""
 
+import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks import DOCS, RESULTS
+from benchmarks.speed.run import BENCHMARKS
+from benchmarks.speed.timing import module_of
+from diffdiscover3d.reporting.markdown import markdown_table
 from diffdiscover3d.utils.files import atomic_file
 
 TITLES = {
     "loss": "Region consistency, forward and backward",
     "features": "Diffusion features of a stage",
-    "diffusion-step": "A training step of stage 1",
-    "discovery-step": "A training step of stage 2",
+    "diffusion-step": "A step of diffusion pretraining",
+    "discovery-step": "A step of structure discovery",
     "segment-cost": "Segmenting a scan",
     "scaling": "Two processes",
     "compiled": "torch.compile",
 }
+BUDGET_HEADER = ["part", "ms", "least ms", "share of roofline", "GFLOP", "GB"]
 INTRODUCTION = """# Speed
 
-Written by `python benchmarks/speed.py --report` from `benchmarks/results/speed-*.json`, which
-`python benchmarks/speed.py` measures. Ways of doing one thing are timed in turns in one process; a ratio is one of
-medians, in brackets the quartiles of the ratios within the rounds. Peak memory is above the inputs, of one process for
-each way. The rivals, all in `benchmarks/rivals.py`, compute the same numbers or have the same widths; what a row
-compares is said at the top of its script.
+Written by `python -m benchmarks.speed.report` from `benchmarks/results/speed-*.json`, which
+`python -m benchmarks.speed.run` measures. The implementations of a row are timed in turns in one process. A ratio is
+the ratio of the medians, followed by the quartiles of the ratios within the rounds. Peak memory is measured above the
+inputs, in one process per implementation. The baselines (`benchmarks/speed/baselines.py`) compute the same numbers or
+have the same widths; the docstring of each script describes its comparison.
 """
 
 
@@ -34,13 +40,13 @@ def load_results(folder: Path) -> list[dict]:
     return sorted(found, key=lambda result: result["device"] != "cpu")
 
 
-def write_report(results: Path, docs: Path, benchmarks: Mapping[str, str]) -> Path:
+def write_report(results: Path, docs: Path, benchmarks: Iterable[str]) -> Path:
     """Write the page and its pictures.
 
     Args:
         results: folder of the JSON files.
         docs: folder of `speed.md` and `speed/`.
-        benchmarks: script by the name of its result; one without a result is named with its command.
+        benchmarks: names in the order of the page; the page gives the command of those without a result.
     """
     found = load_results(results)
     pictures = docs / "speed"
@@ -49,13 +55,11 @@ def write_report(results: Path, docs: Path, benchmarks: Mapping[str, str]) -> Pa
         there = {r["name"]: r for r in found if r["device"] == device}
         text.append(f"## {describe_machine(there) or device.upper()}\n")
         if save_ratios(pictures / f"ratios-{device}.png", there.values()):
-            text.append(f"![Ratios to the rivals](speed/ratios-{device}.png)\n")
-        for name, script in benchmarks.items():
+            text.append(f"![Ratios to the baselines](speed/ratios-{device}.png)\n")
+        for name in benchmarks:
             if name not in there:
                 if device == "cpu":  # other machines show what was measured on them
-                    text.append(
-                        f"*{TITLES.get(name, name)}: not measured yet; `python benchmarks/{script}` does it.*\n"
-                    )
+                    text.append(f"*{TITLES.get(name, name)}: not measured yet (`python -m {module_of(name)}`).*\n")
             elif name == "budget":
                 text.append(budget_section(there[name], device))
                 if save_budget(pictures / f"budget-{device}.png", there[name]):
@@ -85,23 +89,33 @@ def section(result: dict) -> str:
     lines = [f"### {TITLES.get(result['name'], result['name'])}\n"]
     compared = [r for r in result["rows"] if r["measure"] != "absolute"]
     if compared:
-        lines += ["| what | against | measure | ours | theirs | ratio | target | |", "| --- " * 8 + "|"]
-        lines += [compared_line(row) for row in compared]
+        header = ["what", "against", "measure", "ours", "theirs", "ratio", "target", ""]
+        lines.append(markdown_table(header, map(compared_cells, compared)))
     absolutes = [r for r in result["rows"] if r["measure"] == "absolute"]
     if absolutes:
-        lines += ["| what | median | range | target | |", "| --- " * 5 + "|"]
-        for row in absolutes:
-            spread = f"{row['low']:.3g} to {row['high']:.3g}"
-            target = "" if row["target"] is None else f"at most {row['target']:g}"
-            lines.append(f"| {row['what']} | {row['value']:.3g} {row['unit']} | {spread} | {target} | {verdict(row)} |")
+        lines.append(markdown_table(["what", "median", "range", "target", ""], map(absolute_cells, absolutes)))
     return "\n".join([*lines, "", footnote(result)])
 
 
-def compared_line(row: dict) -> str:
+def compared_cells(row: dict) -> list[str]:
     spread = f" [{row['low']:.2f}, {row['high']:.2f}]" if "low" in row else ""
     target = "" if row["target"] is None else f"at least {row['target']:g}"
-    figures = f"{row['ours']:.3g} {row['unit']} | {row['theirs']:.3g} {row['unit']} | {row['ratio']:.2f}{spread}"
-    return f"| {row['what']} | {row['rival']} | {row['measure']} | {figures} | {target} | {verdict(row)} |"
+    measured = [f"{row[side]:.3g} {row['unit']}" for side in ("ours", "theirs")]
+    return [
+        row["what"],
+        row["baseline"],
+        row["measure"],
+        *measured,
+        f"{row['ratio']:.2f}{spread}",
+        target,
+        verdict(row),
+    ]
+
+
+def absolute_cells(row: dict) -> list[str]:
+    spread = f"{row['low']:.3g} to {row['high']:.3g}"
+    target = "" if row["target"] is None else f"at most {row['target']:g}"
+    return [row["what"], f"{row['value']:.3g} {row['unit']}", spread, target, verdict(row)]
 
 
 def verdict(row: dict) -> str:
@@ -119,26 +133,30 @@ def footnote(result: dict) -> str:
 def budget_section(result: dict, device: str) -> str:
     """Peaks, the parts of every computation, the largest gaps, and the estimate of the paper's recipe."""
     details, peaks = result["details"], result["details"]["peaks"]
-    lines = ["### Budget\n", "| peak | |", "| --- | --- |"]
-    for dtype, rates in peaks["gflop_per_second_of"].items():
-        lines += [f"| {dtype}, {kind} | {rate:.0f} GFLOP/s |" for kind, rate in rates.items()]
-    lines += [f"| memory copy | {peaks['bytes_per_second'] / 1e9:.1f} GB/s |", ""]
+    rates = [
+        (f"{dtype}, {kind}", f"{rate:.0f} GFLOP/s")
+        for dtype, found in peaks["gflop_per_second_of"].items()
+        for kind, rate in found.items()
+    ]
+    rates.append(("memory copy", f"{peaks['bytes_per_second'] / 1e9:.1f} GB/s"))
+    lines = ["### Budget\n", markdown_table(["peak", ""], rates), ""]
     for name, budget in details["budgets"].items():
         gap = budget["largest_gap"]
         lines += [
             f"**{name}**: {budget['seconds']:.3f} s, {budget['fraction_of_roofline']:.0%} of the roofline; largest "
             f"gap: {gap['part']} ({gap['seconds_above_least']:.3f} s above its least time).\n",
-            "| part | ms | least ms | share of roofline | GFLOP | GB |",
-            "| --- " * 6 + "|",
+            markdown_table(BUDGET_HEADER, map(budget_cells, budget["parts"])),
         ]
-        for row in budget["parts"]:
-            times = f"{1e3 * row['seconds']:.1f} | {1e3 * row['least_seconds']:.1f} | {row['fraction_of_roofline']:.0%}"
-            lines.append(f"| {row['part']} | {times} | {row['gflop']:.2f} | {row['gb']:.2f} |")
         most = ", ".join(f"`{o['operator']}` {o['share']:.0%}" for o in budget["operators"][:6])
         lines += ["", f"Operators by their own time: {most}.\n"]
     if device == "cpu":
         lines.append(estimate_paragraph(details["paper_recipe"]))
     return "\n".join([*lines, footnote(result)])
+
+
+def budget_cells(row: dict) -> list[str]:
+    times = [f"{1e3 * row[k]:.1f}" for k in ("seconds", "least_seconds")]
+    return [row["part"], *times, f"{row['fraction_of_roofline']:.0%}", f"{row['gflop']:.2f}", f"{row['gb']:.2f}"]
 
 
 def estimate_paragraph(recipe: dict) -> str:
@@ -182,7 +200,7 @@ def save_ratios(path: Path, results: Sequence[dict]) -> bool:
         if row["target"] is not None:
             axis.plot([row["target"]] * 2, [place - 0.4, place + 0.4], color="tab:blue", linewidth=2)
     axis.axvline(1, color="black", linewidth=0.8)
-    labels = [f"{r['what']}, {r['measure']}\nagainst {r['rival']}" for r in rows]
+    labels = [f"{r['what']}, {r['measure']}\nagainst {r['baseline']}" for r in rows]
     axis.set_yticks(range(len(rows)), labels, fontsize=6)
     axis.invert_yaxis()
     axis.set_xscale("log")
@@ -229,3 +247,16 @@ def save_budget(path: Path, result: dict) -> bool:
     axis.legend(frameon=False, fontsize=8)
     _save(figure, path)
     return True
+
+
+def main() -> None:
+    """Write the page from the committed results, or from those of another folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the page")
+    options = parser.parse_args()
+    print(write_report(options.results, options.docs, BENCHMARKS))
+
+
+if __name__ == "__main__":
+    main()

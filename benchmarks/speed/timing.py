@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import RESULTS
 from diffdiscover3d.utils.files import write_json
 from diffdiscover3d.utils.provenance import describe_environment, peak_memory_mib
 
-RESULTS = Path(__file__).parent / "results"
-SHARED = ("timing.py", "rivals.py", "paced.py", "meter.py")  # a change in one of these makes old results stale
+ROOT = Path(__file__).parents[2]
+SHARED = ("timing", "baselines", "paced", "meter")  # modules; a change in one of them makes old results stale
 
 
 def interleave(
@@ -78,21 +79,21 @@ def ratio(slower: Sequence[float], faster: Sequence[float]) -> dict[str, float]:
     return {"ratio": float(np.median(slower) / np.median(faster)), "low": float(low), "high": float(high)}
 
 
-def compare(what: str, rival: str, slower: Sequence[float], faster: Sequence[float], target: float | None = None):
-    """A row of a result: our seconds against a rival's."""
-    row = {"what": what, "rival": rival, "measure": "time", "unit": "s"}
+def compare(what: str, baseline: str, slower: Sequence[float], faster: Sequence[float], target: float | None = None):
+    """A row of a result: our seconds against a baseline's."""
+    row = {"what": what, "baseline": baseline, "measure": "time", "unit": "s"}
     row |= {"ours": float(np.median(faster)), "theirs": float(np.median(slower)), **ratio(slower, faster)}
     return judge(row, target)
 
 
-def compare_memory(what: str, rival: str, theirs: float, ours: float, target: float | None = None) -> dict:
-    """A row of a result: our peak memory above the inputs, in MiB, against a rival's; one process each, no spread."""
-    row = {"what": what, "rival": rival, "measure": "memory", "unit": "MiB", "ours": ours, "theirs": theirs}
+def compare_memory(what: str, baseline: str, theirs: float, ours: float, target: float | None = None) -> dict:
+    """A row of a result: peak memory above the inputs, in MiB, ours against a baseline's; one process each."""
+    row = {"what": what, "baseline": baseline, "measure": "memory", "unit": "MiB", "ours": ours, "theirs": theirs}
     return judge(row | {"ratio": theirs / max(ours, 1.0)}, target)
 
 
 def absolute(what: str, unit: str, values: Sequence[float], target: float | None = None) -> dict:
-    """A row of a result that has no rival: a median with its range, and the most it should be."""
+    """A row of a result that has no baseline: a median with its range, and the most it should be."""
     row = {"what": what, "measure": "absolute", "unit": unit, "value": float(np.median(values))}
     row |= {"low": float(min(values)), "high": float(max(values)), "target": target}
     return row | {"met": None if target is None else row["value"] <= target}
@@ -103,10 +104,16 @@ def judge(row: dict, target: float | None) -> dict:
     return row | {"target": target, "met": None if target is None else row["ratio"] >= target}
 
 
-def run_worker(script: str, *arguments: str, environment: Mapping[str, str] | None = None) -> dict:
-    """Call a script in a process of its own, whose peak memory is its own; what it prints last is its JSON answer."""
-    command = [sys.executable, script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
+def module_of(name: str) -> str:
+    """The module that measures a result, `benchmarks.speed.loss` for `loss`."""
+    return f"benchmarks.speed.{name.replace('-', '_')}"
+
+
+def run_worker(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> dict:
+    """Run a module in its own process, so that its peak memory is its own; its last line of output is JSON."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    environment = {**os.environ, **(environment or {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -140,31 +147,30 @@ def own_peak_mib() -> float:
         return peak_memory_mib()
 
 
-def code_version(script: str | Path) -> str:
-    """A digest of the package, the script and what the scripts share: a result of another one is stale."""
+def code_version(name: str) -> str:
+    """A digest of the package, a benchmark's module and the shared modules; results with another digest are stale."""
     import diffdiscover3d
 
     package, folder = Path(diffdiscover3d.__file__).parent, Path(__file__).parent
-    files = [*sorted(package.rglob("*.py")), Path(script).resolve(), *(folder / name for name in SHARED)]
+    modules = (name.replace("-", "_"), *SHARED)
     digest = hashlib.sha256()
-    for file in files:
-        if file.exists():
-            digest.update(file.name.encode() + file.read_bytes())
+    for file in [*sorted(package.rglob("*.py")), *(folder / f"{module}.py" for module in modules)]:
+        digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
 class Benchmark:
-    """One script's command line, and the JSON file it writes.
+    """The command line of one speed benchmark, and the JSON file it writes.
 
     Args:
-        name: of the result, `speed-<name>.json`; on another device than the CPU `speed-<name>-<device>.json`.
-        script: `__file__` of the script.
-        describe: its docstring; the first line is its help.
-        devices: where it can run.
+        name: of the result, `speed-<name>.json`; on another device than the CPU `speed-<name>-<device>.json`. The
+            module is `benchmarks.speed.<name>`, with underscores.
+        describe: docstring of the module; the first line is the help text.
+        devices: the devices it can run on.
     """
 
-    def __init__(self, name: str, script: str, describe: str, devices: Sequence[str] = ("cpu", "cuda")):
-        self.name, self.script = name, script
+    def __init__(self, name: str, describe: str, devices: Sequence[str] = ("cpu", "cuda")):
+        self.name, self.module = name, module_of(name)
         self.parser = argparse.ArgumentParser(description=describe.strip().splitlines()[0])
         self.parser.add_argument("--device", choices=devices, default=devices[0])
         self.parser.add_argument("--rounds", type=int, help="counted rounds (default: the script's own)")
@@ -186,10 +192,10 @@ class Benchmark:
         """Run this script as a worker, with the same options."""
         given = ["--device", self.options.device, "--seed", self.options.seed]
         given += ["--quick"] * self.options.quick
-        return run_worker(self.script, *given, "--worker", *arguments)
+        return run_worker(self.module, *given, "--worker", *arguments)
 
     def answer(self, result: dict) -> None:
-        """What a worker says."""
+        """Print the result of a worker."""
         print(json.dumps(result))
 
     def write(self, rows: list[dict], settings: dict, **details) -> Path:
@@ -197,14 +203,14 @@ class Benchmark:
         options = self.options
         path = options.output or result_path(self.name, options.device, options.quick)
         path.parent.mkdir(parents=True, exist_ok=True)
-        command = ["python", f"benchmarks/{Path(self.script).name}", *sys.argv[1:]]
+        command = ["python", "-m", self.module, *sys.argv[1:]]
         result = {
             "name": self.name,
             "command": " ".join(command),
             "device": options.device,
             "quick": options.quick,
             "seed": options.seed,
-            "code": code_version(self.script),
+            "code": code_version(self.name),
             "settings": settings,
             "rows": rows,
             "details": details,
@@ -221,7 +227,7 @@ class Benchmark:
 
 
 def result_path(name: str, device: str = "cpu", quick: bool = False) -> Path:
-    """Where a result lies; trials lie in a folder of their own that is not kept."""
+    """Path of a result; short trials go to a folder that is not committed."""
     suffix = "" if device == "cpu" else f"-{device}"
     return (RESULTS / "trials" if quick else RESULTS) / f"speed-{name}{suffix}.json"
 
@@ -234,4 +240,4 @@ def describe_row(row: dict) -> str:
         return f"{row['what']}: {row['value']:.4g} {row['unit']} [{row['low']:.4g}, {row['high']:.4g}] {target}"
     spread = f" [{row['low']:.2f}, {row['high']:.2f}]" if "low" in row else ""
     figures = f"{row['theirs']:.4g} / {row['ours']:.4g} {row['unit']} = {row['ratio']:.2f}x{spread}"
-    return f"{row['what']} against {row['rival']}, {row['measure']}: {figures} {target}"
+    return f"{row['what']} against {row['baseline']}, {row['measure']}: {figures} {target}"

@@ -1,7 +1,9 @@
-"""What `discover` takes, from a folder of scans to its report: python benchmarks/discover.py FOLDER OUTPUT > FILE.
+"""Time and peak memory of `discover`, from a folder of scans to its report.
 
-FOLDER holds the scans (made by `diffdiscover3d synthesize -n 12 -o FOLDER`), OUTPUT must not exist yet. The load of the
-machine before and after is written beside the seconds, since other programs make them longer.
+    python -m benchmarks.speed.discover FOLDER OUTPUT > FILE
+
+FOLDER holds the scans (made by `diffdiscover3d synthesize -n 12 -o FOLDER`); OUTPUT must not exist yet. The load of the
+machine before and after is recorded too, since other programs slow the run down.
 """
 
 import argparse

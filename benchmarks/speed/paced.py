@@ -1,8 +1,8 @@
-"""The package's own training loop, timed step by step beside rivals: nothing of the loop is left out or rewritten.
+"""Time the steps of the package's own training loop, alternating with steps of baselines.
 
-[`training_steps`] runs [`train`] itself. Whenever it has taken a step, it calls the task's `after_step`; there the
-clock is stopped, the rivals have their turns, and the loop goes on. So the package's step is whatever `train` does by
-default, with loading, noise, moving average and checks, while a rival's is only its network.
+[`training_steps`] runs [`train`] unchanged. After every step, `train` calls the task's `after_step`; there the clock is
+stopped and every baseline runs once. The package's step therefore includes everything that `train` does by default
+(loading, noise, moving average, checks), while a baseline's step is only its network.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from timing import seconds_of, synchronize
 
+from benchmarks.speed.timing import seconds_of, synchronize
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, TrainingConfig, make_config
 from diffdiscover3d.training.loop import make_accelerator, train
 from diffdiscover3d.training.precision import settle_precision
@@ -95,24 +95,24 @@ def training_steps(
     make_task: Callable,
     config: TrainingConfig,
     volumes: Repeated,
-    rivals: Mapping[str, Callable[[], object]],
+    baselines: Mapping[str, Callable[[], object]],
     warmup: int,
     device: str = "cpu",
     name: str = "package",
     moments: Callable | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every step of the package's training after the warm-up, and of the rivals' turns between them.
+    """Seconds of every step of the package's training after the warm-up, and of the baselines' turns between them.
 
     Args:
         make_task: called with the config and the accelerator.
         config: see [`training_config`]; its last step, which saves, is not counted.
     """
-    seconds: dict[str, list[float]] = {name: [], **{rival: [] for rival in rivals}}
+    seconds: dict[str, list[float]] = {name: [], **{baseline: [] for baseline in baselines}}
 
     def turn(step: int, taken: float) -> None:
         if step == config.max_steps:
             return
-        others = {rival: seconds_of(way, device) for rival, way in rivals.items()}
+        others = {baseline: seconds_of(way, device) for baseline, way in baselines.items()}
         if step > warmup:
             for key, value in {name: taken, **others}.items():
                 seconds[key].append(value)

@@ -6,8 +6,8 @@ counted in a second. The seconds follow from a rate that is assumed.
 
 import torch
 import torch.nn.functional as F
-from meter import count_flops
 
+from benchmarks.speed.meter import count_flops
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNET_PRESETS, UNet3DModel
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config

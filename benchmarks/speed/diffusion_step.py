@@ -1,9 +1,9 @@
 """One step of stage 1 against the same network done the direct way, and against MONAI's diffusion UNet.
 
-    python benchmarks/diffusion_step.py
+    python -m benchmarks.speed.diffusion_step
 
 The package's step is the one of its `small` preset as `train` takes it, with loading, noise, clipping, Adam, checks and
-the moving average. The rivals take the same volumes, and only forward, L1, backward, clipping and Adam.
+the moving average. The baselines take the same volumes, and only forward, L1, backward, clipping and Adam.
 
 - direct: the same network in float32, contiguous, with the authors' attention: linear on each level, full in the
   middle. Full attention on each level cannot be held at 48^3 (4 heads of 110,592^2 weights at the finest level), so a
@@ -19,17 +19,17 @@ import importlib.util
 
 import torch
 import torch.nn.functional as F
-from meter import count_flops
-from paced import Repeated, random_volumes, training_config, training_steps
-from rivals import PlainStep, monai_diffusion_unet
-from timing import Benchmark, compare, compare_memory, peak_above, summarize
 
+from benchmarks.speed.baselines import PlainStep, monai_diffusion_unet
+from benchmarks.speed.meter import count_flops
+from benchmarks.speed.paced import Repeated, random_volumes, training_config, training_steps
+from benchmarks.speed.timing import Benchmark, compare, compare_memory, peak_above, summarize
 from diffdiscover3d.models.unet_3d import UNET_PRESETS, UNet3DModel
 from diffdiscover3d.training.config import DiffusionConfig
 from diffdiscover3d.training.diffusion import DiffusionTraining
 
 BATCH = 4
-RIVALS = ("direct", "MONAI float32", "MONAI bf16 channels-last")
+BASELINES = ("direct", "MONAI float32", "MONAI bf16 channels-last")
 WARMUP = 2
 
 
@@ -39,8 +39,8 @@ def package_unet(grid: int, attention: str | None = None) -> UNet3DModel:
     return UNet3DModel(**(options if attention is None else options | {"attention": (attention,) * 4}))
 
 
-def rival_step(name: str, grid: int, device: str, seed: int) -> PlainStep:
-    """A rival's training step on volumes and noise of its own, of the same sizes as the package's."""
+def baseline_step(name: str, grid: int, device: str, seed: int) -> PlainStep:
+    """A baseline's training step on volumes and noise of its own, of the same sizes as the package's."""
     torch.manual_seed(seed)
     if name.startswith("direct"):
         model = package_unet(grid, "full" if name.endswith("full attention") else "linear")
@@ -58,8 +58,8 @@ def rival_step(name: str, grid: int, device: str, seed: int) -> PlainStep:
     return PlainStep(model, loss, bf16, torch.device(device).type)
 
 
-def package_steps(grid: int, rounds: int, seed: int, rivals: dict, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of the package's steps and of the rivals'."""
+def package_steps(grid: int, rounds: int, seed: int, baselines: dict, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of the package's steps and of the baselines'."""
     config = training_config(
         DiffusionConfig,
         WARMUP + rounds + 1,
@@ -73,7 +73,7 @@ def package_steps(grid: int, rounds: int, seed: int, rivals: dict, device: str =
     def make_task(config, accelerator):
         return DiffusionTraining(config, (grid,) * 3)
 
-    return training_steps(make_task, config, volumes, rivals, WARMUP, device)
+    return training_steps(make_task, config, volumes, baselines, WARMUP, device)
 
 
 def measure_memory(name: str, grid: int, device: str, seed: int) -> dict:
@@ -81,14 +81,14 @@ def measure_memory(name: str, grid: int, device: str, seed: int) -> dict:
     if name == "package":
         peak = peak_above(lambda: package_steps(grid, 1, seed, {}, device), device)
     else:
-        step = rival_step(name, grid, device, seed)
+        step = baseline_step(name, grid, device, seed)
         peak = peak_above(lambda: [step() for _ in range(3)], device)
     return {"peak_above_inputs_mib": peak}
 
 
 def main() -> None:
     """Time all ways in turns, then measure the memory of each."""
-    benchmark = Benchmark("diffusion-step", __file__, __doc__)
+    benchmark = Benchmark("diffusion-step", __doc__)
     options = benchmark.parse()
     if options.worker:
         name, grid = options.worker
@@ -100,10 +100,10 @@ def main() -> None:
     rows, details = [], {}
     full = "direct, full attention"
     # tens of seconds a step: fewer rounds
-    for side, names, times in ((grid, RIVALS, rounds), (small_grid, (full,), max(2, rounds // 3))):
-        rivals = {name: rival_step(name, side, options.device, options.seed) for name in names}
-        flops = {name: count_flops(step) for name, step in rivals.items()}
-        seconds = package_steps(side, times, options.seed, rivals, options.device)
+    for side, names, times in ((grid, BASELINES, rounds), (small_grid, (full,), max(2, rounds // 3))):
+        baselines = {name: baseline_step(name, side, options.device, options.seed) for name in names}
+        flops = {name: count_flops(step) for name, step in baselines.items()}
+        seconds = package_steps(side, times, options.seed, baselines, options.device)
         details[f"{side}^3"] = {name: summarize(s, flops.get(name)) for name, s in seconds.items()}
         for name in names:
             target = 1.0 if name.startswith("MONAI") else 3.0 if name == "direct" else None

@@ -1,6 +1,6 @@
 """One step of stage 2 against the direct formulation: 8 parts, features of stage 3, batches of 4, 50^3.
 
-    python benchmarks/discovery_step.py
+    python -m benchmarks.speed.discovery_step
 
 Direct: float32 throughout, the whole teacher with forward hooks, all channels on the voxels, Eq. 5 as written, two
 passes of the segmentation network. The package's step is the one `train` takes, with loading, noise, checks and
@@ -17,12 +17,12 @@ formulation asks at every step, as the authors' code does.
 import functools
 
 import torch
-from meter import count_flops
-from paced import Repeated, random_volumes, training_config, training_steps
-from rivals import PlainStep, direct_discovery_losses
-from timing import Benchmark, compare, compare_memory, peak_above, seconds_of, summarize
 
-from diffdiscover3d.models.blocks import Conv3d
+from benchmarks.speed.baselines import PlainStep, direct_discovery_losses
+from benchmarks.speed.meter import count_flops
+from benchmarks.speed.paced import Repeated, random_volumes, training_config, training_steps
+from benchmarks.speed.timing import Benchmark, compare, compare_memory, peak_above, seconds_of, summarize
+from diffdiscover3d.models.cpu_kernels import Conv3d
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNET_PRESETS, UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
@@ -72,8 +72,8 @@ def ask_for_all(task: DiscoveryTraining, volumes: Repeated) -> float:
     device, count = task.accelerator.device, len(volumes.volumes)
     known = {"index": torch.arange(count), "flips": torch.zeros(count, 3, dtype=torch.bool)}
     with task.accelerator.autocast():
-        seconds = seconds_of(lambda: task.signals({"volume": volumes.volumes.to(device), **known}), device.type)
-    kept = task.signals._kept  # the same few volumes over and over: so are the answers
+        seconds = seconds_of(lambda: task.teacher_signals({"volume": volumes.volumes.to(device), **known}), device.type)
+    kept = task.teacher_signals._cache  # the same few volumes over and over: so are the answers
     kept.update({index: kept[index % count] for index in range(len(volumes))})
     return seconds / count
 
@@ -105,9 +105,11 @@ def both_losses(case: str, side: int, seed: int, device: str) -> dict[str, dict[
     config = make_config(case, 1, seed, mixed_precision="no", dropout=0.0, output_dir="unused")
     task = make_task(config, make_accelerator(config), side, seed)
     batch = fresh_batch(case, side, seed, device)
-    if task.signals.fixed:
+    if task.teacher_signals.fixed:
         grid = task.teacher.unet.noise_grid or (side,) * 3
-        batch["noise"] = torch.stack([task.signals.fixed_noise(i, grid) for i in batch["index"].tolist()]).to(device)
+        batch["noise"] = torch.stack([task.teacher_signals.fixed_noise(i, grid) for i in batch["index"].tolist()]).to(
+            device
+        )
     package = task.losses(task.model.train(), dict(batch))
     direct = direct_discovery_losses(
         make_teacher(config.teacher, seed).to(device).unet, task.teacher.scheduler, task.model, batch, config
@@ -121,21 +123,21 @@ def fresh_batch(case: str, side: int, seed: int, device: str) -> dict[str, torch
     return draw_batch(make_task(config, make_accelerator(config), side, seed), side, seed, device)
 
 
-def measure(case: str, side: int, rounds: int, seed: int, device: str, rivals: bool) -> tuple[dict, dict]:
-    """Seconds of the package's steps, and of the rival's if wanted; and what else was found."""
+def measure(case: str, side: int, rounds: int, seed: int, device: str, baselines: bool) -> tuple[dict, dict]:
+    """Seconds of the package's steps, and of the baseline's if wanted; and what else was found."""
     config = make_config(case, WARMUP + rounds + 1, seed)
     volumes, found = Repeated(random_volumes(config.batch_size, (side,) * 3, seed)), {}
 
     def make(config: DiscoveryConfig, accelerator) -> DiscoveryTraining:
         task = make_task(config, accelerator, side, seed)
-        if task.signals.fixed:
+        if task.teacher_signals.fixed:
             found["seconds_to_ask_for_a_volume"] = ask_for_all(task, volumes)
-        if rivals:
+        if baselines:
             steps[DIRECT] = direct_step(task, fresh_batch(case, side, seed, device), seed, device)
             found["flops"] = count_flops(steps[DIRECT])
         return task
 
-    steps: dict[str, PlainStep] = {DIRECT: lambda: None} if rivals else {}
+    steps: dict[str, PlainStep] = {DIRECT: lambda: None} if baselines else {}
     return training_steps(make, config, volumes, steps, WARMUP, device), found
 
 
@@ -149,13 +151,13 @@ def measure_memory(case: str, way: str, side: int, seed: int, device: str) -> di
         for _ in range(WARMUP + 2):
             step()
 
-    run_package = functools.partial(measure, case, side, 1, seed, device, rivals=False)
+    run_package = functools.partial(measure, case, side, 1, seed, device, baselines=False)
     return {"peak_above_inputs_mib": peak_above(run_direct if way == DIRECT else run_package, device)}
 
 
 def main() -> None:
     """Compare the losses, then time both ways in turns, then measure the memory of each."""
-    benchmark = Benchmark("discovery-step", __file__, __doc__)
+    benchmark = Benchmark("discovery-step", __doc__)
     options = benchmark.parse()
     side = 24 if options.quick else GRID
     if options.worker:
@@ -171,7 +173,7 @@ def main() -> None:
         for name, value in losses["direct"].items():
             if abs(losses["package"][name] - value) > TOLERANCE[kind] * abs(value):
                 raise SystemExit(f"{case}: the losses differ: {losses}.")
-        seconds, found = measure(case, side, rounds, options.seed, options.device, rivals=True)
+        seconds, found = measure(case, side, rounds, options.seed, options.device, baselines=True)
         asking = found.get("seconds_to_ask_for_a_volume", 0.0) * COMMON["batch_size"] / EPOCHS
         seconds["package"] = [s + asking for s in seconds["package"]]
         memory = {}

@@ -1,6 +1,6 @@
 """Steps per second of both trainings with one and two processes, started as a user starts them.
 
-    python benchmarks/scaling.py
+    python -m benchmarks.speed.scaling
 
 The global batch is the same; two processes share it. Three ways to use two cores take turns: one process with one
 thread, one with two threads, two with one thread each. Every line of a training's log is timed as it appears, so that
@@ -16,7 +16,8 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from timing import Benchmark, compare, summarize
+
+from benchmarks.speed.timing import Benchmark, compare, summarize
 
 WAYS = {  # name: (processes, threads of each)
     "1 process, 1 thread": (1, 1),
@@ -67,7 +68,7 @@ def time_steps(stage: str, way: str, scans: Path, output: Path, options: dict, s
 
 def main() -> None:
     """Every stage: the three ways in turns."""
-    benchmark = Benchmark("scaling", __file__, __doc__, devices=("cpu",))
+    benchmark = Benchmark("scaling", __doc__, devices=("cpu",))
     options = benchmark.parse()
     rounds = options.rounds or (1 if options.quick else 3)
     steps, side = (2, 24) if options.quick else (12, 50)

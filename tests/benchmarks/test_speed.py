@@ -1,14 +1,14 @@
-"""The rivals compute what the package computes, and the harness counts and divides rightly."""
+"""The baselines compute what the package computes, and the harness counts and divides rightly."""
 
+import importlib.util
 import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from meter import Meter, count_flops
-from paced import Repeated, random_volumes, training_config, training_steps
-from rivals import (
+
+from benchmarks.speed.baselines import (
     PlainStep,
     add_noise,
     direct_discovery_losses,
@@ -19,12 +19,24 @@ from rivals import (
     padded_extent,
     upsample,
 )
-from speed import BENCHMARKS, FOLDER, commands, is_fresh
-from speed_report import write_report
-from timing import absolute, code_version, compare, compare_memory, interleave, judge, ratio, summarize
-
+from benchmarks.speed.meter import Meter, count_flops
+from benchmarks.speed.paced import Repeated, random_volumes, training_config, training_steps
+from benchmarks.speed.report import write_report
+from benchmarks.speed.run import BENCHMARKS, commands, is_fresh
+from benchmarks.speed.timing import (
+    absolute,
+    code_version,
+    compare,
+    compare_memory,
+    interleave,
+    judge,
+    module_of,
+    ratio,
+    run_worker,
+    summarize,
+)
 from diffdiscover3d.losses import photometric_invariance, region_consistency
-from diffdiscover3d.models.blocks import Conv3d
+from diffdiscover3d.models.cpu_kernels import Conv3d
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig
@@ -186,7 +198,7 @@ def test_the_meter_counts_what_torch_counts():
     assert meter.total_flops == count_flops(step) > 0
 
 
-def test_the_packages_own_loop_is_timed_between_the_rivals_turns():
+def test_the_packages_own_loop_is_timed_between_the_baselines_turns():
     turns = []
     config = training_config(
         DiffusionConfig, 5, preset="small", width=8, sample_size=8, batch_size=2, mixed_precision="no"
@@ -195,31 +207,37 @@ def test_the_packages_own_loop_is_timed_between_the_rivals_turns():
         lambda config, accelerator: DiffusionTraining(config, (8, 8, 8)),
         config,
         Repeated(random_volumes(2, (8, 8, 8), seed=0)),
-        {"rival": lambda: turns.append(1)},
+        {"baseline": lambda: turns.append(1)},
         warmup=2,
     )
-    assert len(turns) == 4 and {name: len(s) for name, s in seconds.items()} == {"package": 2, "rival": 2}
-    assert min(seconds["package"]) > max(seconds["rival"])
+    assert len(turns) == 4 and {name: len(s) for name, s in seconds.items()} == {"package": 2, "baseline": 2}
+    assert min(seconds["package"]) > max(seconds["baseline"])
 
 
 def result(name: str, rows=(), **details) -> dict:
     """A result as a script would write it, by hand."""
     environment = {"cpu_cores": 2, "threads": 2, "gpu": None, "packages": {"torch": "2.99"}}
-    made = {"name": name, "device": "cpu", "command": f"python benchmarks/{name}.py", "quick": False, "rows": rows}
+    made = {
+        "name": name,
+        "device": "cpu",
+        "command": f"python -m benchmarks.speed.{name}",
+        "quick": False,
+        "rows": rows,
+    }
     made |= {"details": details, "environment": environment}
     return made | {"load_average_before": [0.25] * 3, "load_average_after": [1.0] * 3}
 
 
 def test_the_report_is_of_what_there_is(tmp_path):
     rows = [
-        compare("a case", "a rival", [6.0, 6.0], [2.0, 2.0], 2.0),
-        compare_memory("a case", "a rival", 10.0, 5.0, 4.0),
+        compare("a case", "a baseline", [6.0, 6.0], [2.0, 2.0], 2.0),
+        compare_memory("a case", "a baseline", 10.0, 5.0, 4.0),
     ]
     (tmp_path / "speed-loss.json").write_text(json.dumps(result("loss", rows)))
-    page = write_report(tmp_path, tmp_path / "docs", {"loss": "loss.py", "features": "features.py"}).read_text()
-    line = "| a case | a rival | time | 2 s | 6 s | 3.00 [3.00, 3.00] | at least 2 | met |"
+    page = write_report(tmp_path, tmp_path / "docs", ("loss", "features")).read_text()
+    line = "| a case | a baseline | time | 2 s | 6 s | 3.00 [3.00, 3.00] | at least 2 | met |"
     assert line in page and "2.00 | at least 4 | **missed** |" in page
-    assert "`python benchmarks/features.py`" in page and "torch 2.99" in page and "CUDA" not in page
+    assert "`python -m benchmarks.speed.features`" in page and "torch 2.99" in page and "CUDA" not in page
     assert (tmp_path / "docs" / "speed" / "ratios-cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -243,22 +261,29 @@ def test_the_report_of_budget_and_costs(tmp_path):
 
 
 def test_only_results_of_this_very_code_are_fresh(tmp_path):
-    script, result = FOLDER / "loss.py", tmp_path / "speed-loss.json"
-    assert not is_fresh(result, script)
+    result = tmp_path / "speed-loss.json"
+    assert not is_fresh(result, "loss")
     result.write_text('{"code": "of another day"}')
-    assert not is_fresh(result, script)
-    result.write_text(json.dumps({"code": code_version(script)}))
-    assert is_fresh(result, script) and not is_fresh(result, FOLDER / "features.py")
+    assert not is_fresh(result, "loss")
+    result.write_text(json.dumps({"code": code_version("loss")}))
+    assert is_fresh(result, "loss") and not is_fresh(result, "features")
     result.write_text("torn")
-    assert not is_fresh(result, script)
+    assert not is_fresh(result, "loss")
 
 
 def test_every_benchmark_has_a_command_and_trials_lie_apart():
-    assert all((FOLDER / script).is_file() for script in BENCHMARKS.values())
-    assert len(commands("cpu", quick=False)) == len(BENCHMARKS)
-    results = {result for result, *_ in commands("cpu", quick=False)}
-    assert not results & {result for result, *_ in commands("cpu", quick=True)}
-    assert all("speed-scaling" not in str(result) for result, *_ in commands("cuda", quick=False))
+    assert [name for name, *_ in commands("cpu", quick=False)] == list(BENCHMARKS)
+    for _, _, command in commands("cpu", quick=True):
+        assert importlib.util.find_spec(command[2]) and command[-1] == "--quick"
+    results = {result for _, result, _ in commands("cpu", quick=False)}
+    assert not results & {result for _, result, _ in commands("cpu", quick=True)}
+    assert "scaling" not in [name for name, *_ in commands("cuda", quick=False)]
+
+
+def test_a_worker_answers_from_a_process_of_its_own():
+    """The losses of one case, in float32 at a small size; the worker prints them as JSON."""
+    found = run_worker(module_of("discovery-step"), "--quick", "--worker", "losses", "the small preset, fresh")
+    assert found["package"]["loss"] == pytest.approx(found["direct"]["loss"], rel=1e-4)
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """The tables of scores: what is collected, and what counts as met."""
 
 import pytest
-from tables import GROUPS, LEVELS, cells, collect, format_leads, leads, missing, take_over, write_page
 
-from diffdiscover3d.evaluation.paper_tables import METHODS, TABLES, Benchmark, Cell, summarize
+from benchmarks.paper.tables import GROUPS, LEVELS, cells, collect, format_leads, leads, missing, take_over, write_page
+from diffdiscover3d.evaluation.paper_tables import METHODS, TABLES, Cell, PaperTable, mean_over_seeds
 
 
 def row(method, level, dice, variant="regular", seed=0):
@@ -32,14 +32,14 @@ def test_every_row_of_both_tables_is_made():
     [
         ((0.98, 0.99), 0.90, True),  # .985 leads .945 by .040, the paper .949 by .037
         ((0.98, 0.98), 0.90, False),
-        ((0.98, 0.99), 0.96, False),  # another rival is too near
+        ((0.98, 0.99), 0.96, False),  # another baseline is too near
     ],
 )
 def test_a_lead_is_met_over_every_other_row_and_by_the_mean_of_the_seeds(ours, features, met):
     rows = [row("ours", 1, dice, seed=seed) for seed, dice in enumerate(ours)]
     rows += [row("bm4d-k-means", 1, 0.945), row("features-k-means-2", 1, features), row("k-means", 1, 0.7)]
-    rows += [row("no-visual", 1, 0.999)]  # ours too: no rival
-    (lead,) = leads(summarize(rows))
+    rows += [row("no-visual", 1, 0.999)]  # ours too: no baseline
+    (lead,) = leads(mean_over_seeds(rows))
     assert lead["met"] is met and lead["seeds"] == 2 and lead["published_lead_over_bm4d"] == 0.037
     assert lead["lead_over_bm4d"] == pytest.approx(sum(ours) / 2 - 0.945)
     assert lead["best_other"] == METHODS["features-k-means-2" if features > 0.945 else "bm4d-k-means"].title
@@ -52,7 +52,7 @@ def test_what_is_there_is_written_and_nothing_is_computed(tmp_path):
     def run_training(arguments):
         raise AssertionError("trained")
 
-    table = Benchmark(tmp_path, run_training=run_training)
+    table = PaperTable(tmp_path, run_training=run_training)
     (tmp_path / "cells").mkdir()
     for method, level, dice in (("ours", 1, 0.97), ("bm4d-k-means", 1, 0.94), ("stage-1", 2, 0.5)):
         cell = Cell("regular", method, level, 0)
@@ -60,7 +60,7 @@ def test_what_is_there_is_written_and_nothing_is_computed(tmp_path):
         write_json(tmp_path / "cells" / f"{cell.name}.json", row(method, level, dice) | {"settings": settings})
     rows = collect(table, fill=False)
     assert {number: len(found) for number, found in rows.items()} == {1: 2, 2: 1}
-    summaries = {number: summarize(found) for number, found in rows.items()}
+    summaries = {number: mean_over_seeds(found) for number, found in rows.items()}
     absent = missing(rows)
     assert "ours (regular, seed 0)" in absent and "ours, stage 3 (regular, seed 0)" in absent
     result = {"tables": summaries, "leads": leads(summaries[1]), "missing": absent}
@@ -71,7 +71,7 @@ def test_what_is_there_is_written_and_nothing_is_computed(tmp_path):
 
 
 def test_rows_of_the_same_settings_are_taken_over(tmp_path):
-    table = Benchmark(tmp_path)
+    table = PaperTable(tmp_path)
     good = row("ours", 1, 0.97) | {"settings": table.settings_of(METHODS["ours"])}
     other = row("ours", 2, 0.7) | {"settings": {**table.settings_of(METHODS["ours"]), "recipe_sha256": "0"}}
     take_over(table, [good, other])

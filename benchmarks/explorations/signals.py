@@ -1,6 +1,6 @@
 """What the teacher's signals can tell about the parts: one choice changed at a time, without training anything.
 
-    python benchmarks/signals.py              (about ten minutes on one core)
+    python -m benchmarks.explorations.signals              (about ten minutes on one core)
 
 k-means divides each validation volume by a signal of the embedded diffusion model: at level 1 the whole volume, at
 levels 2 and 3 the parts that the embedded network divides there, as it found them. The base is the features of the
@@ -12,12 +12,12 @@ Writes `results/signals.json`.
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from sklearn.cluster import MiniBatchKMeans
 
+from benchmarks import RESULTS
 from diffdiscover3d.baselines.features_kmeans import join_equally
 from diffdiscover3d.data.datasets.synthetic import GENERATOR_VERSION, LEVEL_PARTS
 from diffdiscover3d.data.loading import load_volumes
@@ -28,7 +28,6 @@ from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeatureOutput, D
 from diffdiscover3d.utils.files import write_json
 from diffdiscover3d.utils.provenance import describe_environment
 
-RESULTS = Path(__file__).parent / "results"
 MODEL = "synthetic-regular"  # also the name of its data
 SPLIT = "validation"
 
@@ -152,7 +151,7 @@ def main() -> None:
     volumes = load_volumes(MODEL, SPLIT)
     rows = measure(volumes, options.seed)
     result = {
-        "command": f"python benchmarks/signals.py --seed {options.seed}",
+        "command": f"python -m benchmarks.explorations.signals --seed {options.seed}",
         "what": "k-means on the signals of the embedded diffusion model, inside the parts the embedded network divides",
         "model": MODEL,
         "split": SPLIT,

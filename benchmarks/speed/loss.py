@@ -1,6 +1,6 @@
 """The exact region consistency against Eq. 5 as written: time, peak memory, agreement.
 
-    python benchmarks/loss.py
+    python -m benchmarks.speed.loss
 
 Forward and backward of the loss with respect to the masks. Both ways take turns; peak memory is of one process for
 each. The third case, three stages of a BraTS volume, does not fit when it is written directly.
@@ -9,9 +9,9 @@ each. The third case, three stages of a BraTS volume, does not fit when it is wr
 from collections.abc import Callable
 
 import torch
-from rivals import eq5_from_features
-from timing import Benchmark, compare, compare_memory, interleave, peak_above, summarize
 
+from benchmarks.speed.baselines import eq5_from_features
+from benchmarks.speed.timing import Benchmark, compare, compare_memory, interleave, peak_above, summarize
 from diffdiscover3d.losses import region_consistency
 
 # name: (parts, channels by coarse grid, voxel grid, whether Eq. 5 written directly fits, targets of time and memory)
@@ -60,7 +60,7 @@ def measure_memory(case: str, way: str, device: str, seed: int) -> dict:
 
 def main() -> None:
     """Every case: memory in processes of their own, then times in turns."""
-    benchmark = Benchmark("loss", __file__, __doc__)
+    benchmark = Benchmark("loss", __doc__)
     options = benchmark.parse()
     if options.worker:
         return benchmark.answer(measure_memory(*options.worker, options.device, options.seed))

@@ -1,6 +1,6 @@
 """Where the time goes and where it need not: every part of a step beside the least time the machine allows.
 
-    python benchmarks/budget.py
+    python -m benchmarks.speed.budget
 
 Peaks are measured first: matrix products and 3D convolutions in float32 and bfloat16, copies of memory. Then the
 package's own training loop runs three times: with a clock at the borders of the parts, with a meter that counts
@@ -19,14 +19,14 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
-from diffusion_step import BATCH
-from discovery_step import GRID, make_config, make_task
-from meter import Meter, measure_peaks, watched
-from paced import Repeated, random_volumes, training_config, training_steps
-from paper_cost import estimate
-from timing import Benchmark, synchronize
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from benchmarks.speed.diffusion_step import BATCH
+from benchmarks.speed.discovery_step import GRID, make_config, make_task
+from benchmarks.speed.meter import Meter, measure_peaks, watched
+from benchmarks.speed.paced import Repeated, random_volumes, training_config, training_steps
+from benchmarks.speed.paper_cost import estimate
+from benchmarks.speed.timing import Benchmark, synchronize
 from diffdiscover3d.hub.registry import load_discovery
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.training.config import DiffusionConfig
@@ -221,7 +221,7 @@ def top_operators(profiler: torch.profiler.profile) -> list[dict]:
 
 def main() -> None:
     """Peaks, then the three computations, then the estimate."""
-    benchmark = Benchmark("budget", __file__, __doc__)
+    benchmark = Benchmark("budget", __doc__)
     options = benchmark.parse()
     steps = options.rounds or (1 if options.quick else 5)
     sides = (24, 24, 32) if options.quick else (48, GRID, 160)

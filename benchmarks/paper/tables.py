@@ -1,28 +1,29 @@
-"""Tables 1 and 2 of the paper on our synthetic cells, from nothing: trainings, rivals, ablations, stages, seeds.
+"""Tables 1 and 2 of the paper on our synthetic cells, from scratch: trainings, baselines, ablations, stages, seeds.
 
-    python benchmarks/tables.py FOLDER                                 (everything, its own diffusion models included)
-    python benchmarks/tables.py FOLDER --teacher synthetic-regular     (with an embedded diffusion model: hours less)
-    python benchmarks/tables.py FOLDER --reuse ...                     (only what is not in `results/tables.json` yet)
-    python benchmarks/tables.py FOLDER --have ...                      (computes nothing, writes what there is)
+    python -m benchmarks.paper.tables FOLDER                               (trains its own diffusion models too)
+    python -m benchmarks.paper.tables FOLDER --teacher synthetic-regular   (uses an embedded one: saves hours)
+    python -m benchmarks.paper.tables FOLDER --reuse ...                   (only what `results/tables.json` lacks)
+    python -m benchmarks.paper.tables FOLDER --have ...                    (computes nothing, writes what exists)
 
-FOLDER keeps models and single figures, so that a run that was stopped goes on. Written are `results/tables.json` and
-`docs/tables.md` with its pictures: scores with the spread over seeds, the method's lead over every other row that knows
-no labels beside the lead the paper has over BM4D + k-means, and the paper's figures, which are of other volumes.
+FOLDER keeps the models and the score of each cell, so that an interrupted run resumes. The command writes
+`results/tables.json`, and `docs/tables.md` with its pictures: scores with their spread over seeds, the lead of the
+method over every other unsupervised row beside the lead reported in the paper over BM4D + k-means, and the published
+scores, which were measured on other volumes.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from calibrate import PUBLISHED as PUBLISHED_RIVALS
-
-from diffdiscover3d.evaluation.paper_tables import METHODS, Benchmark, Cell, summarize
+from benchmarks import DOCS, RESULTS
+from benchmarks.paper.calibrate import PUBLISHED as PUBLISHED_BASELINES
+from diffdiscover3d.evaluation.paper_tables import METHODS, Cell, PaperTable, mean_over_seeds
+from diffdiscover3d.reporting.markdown import markdown_table
 from diffdiscover3d.reporting.score_tables import format_table, plot_table
 from diffdiscover3d.utils.files import atomic_file, read_json, write_json
 
-FOLDER = Path(__file__).parent
 BOTH = ("regular", "irregular")
-RIVALS = (
+BASELINES = (
     "k-means",
     "bm4d-k-means",
     *(f"features-k-means-{s}" for s in (1, 2, 3, "all")),
@@ -32,7 +33,7 @@ ABLATIONS = ("no-visual", "no-feature", "no-invariance", "as-written")
 STAGES = ("stage-1", "stage-2", "stage-3")
 # table: (methods, variants, seeds), the quick ones first
 GROUPS = (
-    (1, RIVALS, BOTH, (0,)),
+    (1, BASELINES, BOTH, (0,)),
     (1, ("ours",), BOTH, (0, 1, 2)),
     (1, ABLATIONS, ("regular",), (0,)),
     (2, STAGES, ("regular",), (0,)),
@@ -40,9 +41,9 @@ GROUPS = (
 LEVELS = (1, 2, 3)
 BM4D = METHODS["bm4d-k-means"].title
 PUBLISHED = {  # of the paper's own volumes
-    ("regular", BM4D): PUBLISHED_RIVALS["regular", BM4D],
+    ("regular", BM4D): PUBLISHED_BASELINES["regular", BM4D],
     ("regular", "the method"): (0.986, 0.577, 0.397),
-    ("irregular", BM4D): PUBLISHED_RIVALS["irregular", BM4D],
+    ("irregular", BM4D): PUBLISHED_BASELINES["irregular", BM4D],
     ("irregular", "the method"): (0.967, 0.565, 0.382),
     ("regular", "stage 1"): (0.986, 0.366, 0.273),
     ("regular", "stage 2"): (0.923, 0.577, 0.327),
@@ -56,7 +57,7 @@ def cells(group: tuple) -> list[Cell]:
     return [Cell(v, m, level, s) for s in seeds for v in variants for m in methods for level in LEVELS]
 
 
-def collect(table: Benchmark, fill: bool) -> dict[int, list[dict]]:
+def collect(table: PaperTable, fill: bool) -> dict[int, list[dict]]:
     """Rows of each table; without `fill` only those that are there."""
     rows: dict[int, list[dict]] = {}
     for group in GROUPS:
@@ -70,7 +71,7 @@ def collect(table: Benchmark, fill: bool) -> dict[int, list[dict]]:
     return rows
 
 
-def take_over(table: Benchmark, rows: Sequence[dict]) -> None:
+def take_over(table: PaperTable, rows: Sequence[dict]) -> None:
     """Put rows that were written before into the folder, where they were made with the settings of now."""
     for row in rows:
         path = table.output / "cells" / f"{Cell(row['variant'], row['method'], row['level'], row['seed']).name}.json"
@@ -90,12 +91,12 @@ def missing(rows: dict[int, list[dict]]) -> list[str]:
 def leads(summary: Sequence[dict]) -> list[dict]:
     """For each variant and level: ours, the best other row without labels, and the lead the paper has over BM4D."""
     found = []
-    rivals = {METHODS[name].title for name in (*RIVALS, "as-written")}
+    baselines = {METHODS[name].title for name in (*BASELINES, "as-written")}
     for variant in BOTH:
         for level in LEVELS:
             here = [row for row in summary if row["variant"] == variant and row["level"] == level]
             ours = [row for row in here if row["method"] == "ours"]
-            others = [row for row in here if row["title"] in rivals]
+            others = [row for row in here if row["title"] in baselines]
             bm4d = [row for row in here if row["method"] == "bm4d-k-means"]
             if not (ours and bm4d):
                 continue
@@ -122,44 +123,44 @@ def leads(summary: Sequence[dict]) -> list[dict]:
 
 def format_leads(rows: Sequence[dict]) -> str:
     """The leads as Markdown."""
-    lines = [
-        "| variant | level | ours | seeds | published for the method | best other row | lead over it | over BM4D | "
-        "the paper's over BM4D | |",
-        "| --- " * 10 + "|",
-    ]
+    header = ["variant", "level", "ours", "seeds", "published for the method", "best other row", "lead over it"]
+    header += ["over BM4D", "the paper's over BM4D", ""]
+    cells = []
     for row in rows:
         met = "met" if row["met"] else "**missed**"
         if row["met"] and row["lead_over_bm4d"] - row["published_lead_over_bm4d"] < row["spread"]:
             met += ", within the spread"
-        lines.append(
-            f"| {row['variant']} | {row['level']} | {row['ours']:.3f} ± {row['spread']:.3f} | {row['seeds']} | "
-            f"{row['published']:.3f} | {row['best_other']} | {row['lead_over_best_other']:+.3f} | "
-            f"{row['lead_over_bm4d']:+.3f} | {row['published_lead_over_bm4d']:+.3f} | {met} |"
+        ours = f"{row['ours']:.3f} ± {row['spread']:.3f}"
+        differences = [row[k] for k in ("lead_over_best_other", "lead_over_bm4d", "published_lead_over_bm4d")]
+        cells.append(
+            [row["variant"], row["level"], ours, row["seeds"], f"{row['published']:.3f}", row["best_other"]]
+            + [f"{x:+.3f}" for x in differences]
+            + [met]
         )
-    return "\n".join(lines) + "\n"
+    return markdown_table(header, cells) + "\n"
 
 
 def format_published() -> str:
     """The paper's figures as Markdown."""
-    lines = ["| variant | row | level 1 | level 2 | level 3 |", "| --- " * 5 + "|"]
-    for (variant, name), figures in PUBLISHED.items():
-        lines.append(f"| {variant} | {name} | " + " | ".join(f"{x:.3f}" for x in figures) + " |")
-    return "\n".join(lines) + "\n"
+    cells = [(variant, name, *(f"{x:.3f}" for x in dice)) for (variant, name), dice in PUBLISHED.items()]
+    return markdown_table(["variant", "row", *(f"level {level}" for level in LEVELS)], cells) + "\n"
 
 
 def write_page(result: dict, docs: Path) -> Path:
     """`tables.md` and its pictures."""
     parts = [
         "# Scores\n",
-        "Written by `python benchmarks/tables.py FOLDER`, from `benchmarks/results/tables.json`. 20 test volumes of "
-        "each variant. No row knows labels. ±: the sample's standard deviation over seeds. In brackets k-means is at a "
-        "disadvantage, since its clusters have no order.\n",
-        '"Ours" is the recipe `small`; λ = 0 leaves out one term of it; stages replace the recipe\'s own at every '
-        "level, also in the levels that are divided. Ours begins twice and goes on from the lower loss; without "
-        "features nothing is left of that first training, while the teacher still speaks through its clean prediction. "
-        "Only ours, its ablations and its stages are nested: each level divides the parts of the one before.\n",
-        '"Eq. 4 as written" has the paper\'s losses and its way of training (flat, fresh noise at every step, dropout, '
-        "the epoch of highest confidence, 3e-4) at the small size: 1,200 steps for each level, one start.\n",
+        "Written by `python -m benchmarks.paper.tables FOLDER` from `benchmarks/results/tables.json`. 20 test volumes "
+        "of each variant. All rows are unsupervised. ±: sample standard deviation over seeds. The scores in brackets "
+        "use one matching of parts for all volumes; they put k-means at a disadvantage, since its clusters have no "
+        "order.\n",
+        '"Ours" is the recipe `small`. λ = 0 removes one term of the loss. "Stage" rows replace the decoder stages of '
+        "the recipe at every level, including the levels that are divided. Ours starts twice and continues from the "
+        "start with the lower loss. With λf = 0 that first training, which uses features only, does not take place, "
+        "while the teacher's clean prediction is still used. Only ours, its ablations and its stage rows are nested: "
+        "each level divides the parts of the level before.\n",
+        '"Eq. 4 as written" uses the losses and the training of the paper (flat, fresh noise at every step, dropout, '
+        "the epoch of highest confidence, learning rate 3e-4) at the small size: 1,200 steps per level, one start.\n",
     ]
     (docs / "tables").mkdir(parents=True, exist_ok=True)
     for number, summary in result["tables"].items():
@@ -183,14 +184,14 @@ def main() -> None:
     parser.add_argument("--reuse", action="store_true", help="keep rows of results/tables.json with these settings")
     parser.add_argument("--have", action="store_true", help="compute nothing, write what is there")
     options = parser.parse_args()
-    target, docs = FOLDER / "results" / "tables.json", FOLDER.parent / "docs"
-    table = Benchmark(options.folder, teacher=options.teacher)
+    target, docs = RESULTS / "tables.json", DOCS
+    table = PaperTable(options.folder, teacher=options.teacher)
     if options.reuse and target.exists():
         take_over(table, read_json(target)["rows"])
     rows = collect(table, fill=not options.have)
-    summaries = {number: summarize(found) for number, found in rows.items()}
+    summaries = {number: mean_over_seeds(found) for number, found in rows.items()}
     result = {
-        "command": "python benchmarks/tables.py FOLDER" + f" --teacher {options.teacher}" * bool(options.teacher),
+        "command": "python -m benchmarks.paper.tables FOLDER" + f" --teacher {options.teacher}" * bool(options.teacher),
         "settings": table.settings,
         "tables": summaries,
         "leads": leads(summaries.get(1, [])),

@@ -1,4 +1,4 @@
-"""Time and peak memory of `diffdiscover3d segment` on a scan beyond memory: python benchmarks/large_volume.py."""
+"""Time and peak memory of `diffdiscover3d segment` on a scan beyond memory: python -m benchmarks.speed.large_volume."""
 
 import argparse
 import json
@@ -12,11 +12,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from benchmarks import RESULTS
 from diffdiscover3d.data.datasets.synthetic import synthesize
 from diffdiscover3d.utils.files import write_json
 from diffdiscover3d.utils.provenance import describe_environment
 
-RESULT = Path(__file__).parent / "results" / "large-volume.json"
+RESULT = RESULTS / "large-volume.json"
 
 
 def write_scan(path: Path, shape: tuple[int, ...]) -> None:

@@ -1,6 +1,6 @@
 """What `diffdiscover3d segment` costs: a brain scan from the command line, and the cost of a voxel by volume size.
 
-    python benchmarks/segment_cost.py
+    python -m benchmarks.speed.segment_cost
 
 Each run is a process of its own, as a user starts it: imports, loading the model, reading, dividing, writing. The scan
 is 240x240x155, int16, compressed, made here; the runs of all shapes take turns. What a voxel costs is the seconds
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from timing import Benchmark, absolute
+
+from benchmarks.speed.timing import Benchmark, absolute
 
 BRAIN = (240, 240, 155)
 SHAPES = [(16, 16, 16), (48, 48, 48), (64, 96, 80), (96, 96, 96), (160, 128, 96), (192, 192, 40), (160, 160, 160)]
@@ -56,7 +57,7 @@ def run_segment(scan: Path, output: Path, device: str) -> dict:
 
 def main() -> None:
     """All shapes in turns; the brain scan's medians against their targets."""
-    benchmark = Benchmark("segment-cost", __file__, __doc__)
+    benchmark = Benchmark("segment-cost", __doc__)
     options = benchmark.parse()
     shapes = QUICK if options.quick else SHAPES
     rounds = options.rounds or (1 if options.quick else 3)

@@ -1,25 +1,25 @@
 """Features of a stage with the pipeline, which stops there, against the whole network with forward hooks.
 
-    python benchmarks/features.py
+    python -m benchmarks.speed.features
 
-Same weights, same noise, same outputs (asserted), float32. The rival is the network in torch's own layers, as the
-authors' is written. A second one also brings all channels to the voxels, as one does who hooks features in order to
-compare them with masks; a third hooks the package's network. The networks: the paper's (width 64, attention on every
-level) on its 64^3 and the `small` one on its 48^3.
+Same weights, same noise, same outputs (asserted), float32. The first baseline is the network in torch's own layers, as
+in the authors' code. The second also upsamples all channels to the voxels, which is needed to compare features with
+masks. The third hooks the package's network. The networks are the paper's (width 64, attention at every level) at 64^3
+and the `small` preset at 48^3.
 
-How much stopping early can give is known beforehand: it is the share of operations behind the stage, `flop_ratio` in
-the details, and the third rival shows what it gives. The rest comes from the package's convolutions, which do not leave
-a single small volume to torch's slow loop (`models.blocks.Conv3d`). Rows without a target show what else there is: the
-same pipeline with weights in channels-last, whose features are the same but for the order of sums, and in bfloat16,
-whose features differ by its rounding (`difference`).
+The gain of stopping early is bounded by the share of operations after the stage (`flop_ratio` in the details); the
+third baseline measures it. The remaining gain comes from the package's convolutions, which avoid torch's slow path for
+a single small volume (`models.blocks.Conv3d`). Rows without a target show variants: the same pipeline with weights in
+channels-last, whose features are equal up to the order of sums, and in bfloat16, whose features differ by rounding
+(`difference`).
 """
 
 import torch
-from meter import count_flops
-from rivals import add_noise, hooked_features, upsample
-from timing import Benchmark, compare, interleave, summarize
 
-from diffdiscover3d.models.blocks import Conv3d
+from benchmarks.speed.baselines import add_noise, hooked_features, upsample
+from benchmarks.speed.meter import count_flops
+from benchmarks.speed.timing import Benchmark, compare, interleave, summarize
+from diffdiscover3d.models.cpu_kernels import Conv3d
 from diffdiscover3d.models.unet_3d import UNET_PRESETS, UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
 
@@ -38,16 +38,16 @@ def make_pipeline(preset: str, seed: int, device: str) -> DiffusionFeaturePipeli
 
 
 def make_ways(preset: str, stage: int, volume: torch.Tensor, noise: torch.Tensor, seed: int) -> dict:
-    """The package's pipeline, the two rivals with a copy of its weights, and the pipeline's variants."""
+    """The package's pipeline, the two baselines with a copy of its weights, and the pipeline's variants."""
     device, grid = volume.device, tuple(volume.shape[2:])
-    pipe, rival = (make_pipeline(preset, seed, device) for _ in range(2))
-    Conv3d.release(rival.unet)
+    pipe, baseline = (make_pipeline(preset, seed, device) for _ in range(2))
+    Conv3d.release(baseline.unet)
     last, low = (make_pipeline(preset, seed, device) for _ in range(2))
     last.unet.to(memory_format=torch.channels_last_3d)
     torch.nn.Module.to(low.unet, torch.bfloat16, memory_format=torch.channels_last_3d)
 
-    def hooked(unet: UNet3DModel = rival.unet) -> torch.Tensor:
-        noisy, steps = add_noise(rival.scheduler, unet, volume, noise[0], TIMESTEP)
+    def hooked(unet: UNet3DModel = baseline.unet) -> torch.Tensor:
+        noisy, steps = add_noise(baseline.scheduler, unet, volume, noise[0], TIMESTEP)
         return hooked_features(unet, noisy, steps, (stage,))[0][0]
 
     return {
@@ -67,7 +67,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def main() -> None:
     """Every preset and stage; the outputs are compared before anything is timed."""
-    benchmark = Benchmark("features", __file__, __doc__)
+    benchmark = Benchmark("features", __doc__)
     options = benchmark.parse()
     rounds = options.rounds or (2 if options.quick else 9)
     rows, details = [], {}
