@@ -1,7 +1,6 @@
 """The names of a scan's result files, and checks before they are written."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from diffdiscover3d.data.formats.nifti.header import SUFFIXES
 from diffdiscover3d.errors import ModelError, OutputError
 from diffdiscover3d.utils.files import check_targets
+from diffdiscover3d.utils.processes import rank_and_world_size
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,10 @@ def is_finished(case: CaseFiles, provenance: dict[int | None, dict], sha256: str
 
 
 def shard(cases: Sequence[CaseFiles]) -> list[CaseFiles]:
-    """The cases of this process, if `accelerate launch` or torchrun started several; otherwise all."""
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    """The cases of this process, if `accelerate launch` or torchrun started several; otherwise all.
+
+    Raises:
+        ValueError: as [`rank_and_world_size`].
+    """
+    rank, world = rank_and_world_size()
     return list(cases[rank::world])
