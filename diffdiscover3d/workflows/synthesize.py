@@ -5,7 +5,8 @@ from pathlib import Path
 from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS, SPLITS
 from diffdiscover3d.data.datasets.synthetic import synthesize as make_cells
 from diffdiscover3d.data.formats.nifti.reading import write_volume
-from diffdiscover3d.utils.files import check_targets, staged_folder
+from diffdiscover3d.utils.files import check_targets
+from diffdiscover3d.utils.staging import staged_folder
 
 
 def write_synthetic(
@@ -27,7 +28,7 @@ def write_synthetic(
     targets = [Path(output) / f"{name}.nii.gz" for name in names]
     level_targets = [{x: Path(output) / f"{name}_level-{x}_dseg.nii.gz" for x in LEVEL_PARTS} for name in names]
     check_targets([*targets, *(path for paths in level_targets for path in paths.values())], overwrite)
-    with staged_folder(output) as folder:
+    with staged_folder(output, overwrite) as folder:
         for index, (target, paths) in enumerate(zip(targets, level_targets, strict=True)):
             sample = make_cells(variant, split, index)
             write_volume(folder / target.name, sample.volume)
