@@ -95,7 +95,7 @@ def options(scans, folder, **more) -> BrainConfig:
     defaults = {
         "preset": "tiny", "dataset": str(scans), "output_dir": str(folder), "frame": FRAME, "phantoms": 0,
         "max_steps": 4, "diffusion_steps": 2, "batch_size": 2, "reassign_every": 2, "checkpoint_every": 2,
-        "preview_every": 0, "log_every": 1, "mixed_precision": "no", "memory_format": "contiguous",
+        "preview_every": 0, "log_every": 3, "mixed_precision": "no", "memory_format": "contiguous",
         "save_dtype": "float16",
     }  # fmt: skip
     return BrainConfig(**(defaults | more))
@@ -110,7 +110,8 @@ def test_both_models_are_trained_and_resumed(scans, tmp_path, monkeypatch):
     assert network.part_order.tolist() == [0, 1, 2] and network.parents == (0, 1, 1)
     assert load_teacher(str(folder)).unet.noise_grid == (16, 16, 16)
     log = [json.loads(line) for line in (folder / "discovery" / "log.jsonl").read_text().splitlines()]
-    assert set(log[0]) >= {"loss", "level1", "entropy", "dice", "visual", "invariance"} and "agreement" in log[1]
+    assert set(log[0]) >= {"loss", "level1", "entropy", "dice", "visual", "invariance"}
+    assert any("agreement" in line for line in log)
     assert sum(p.stat().st_size for p in folder.rglob("diffusion_pytorch_model.safetensors")) < 2**21
 
 
