@@ -34,7 +34,7 @@ from diffdiscover3d.evaluation.metrics import binary_dice, hausdorff_95
 from diffdiscover3d.evaluation.postprocessing import clean_mask
 from diffdiscover3d.hub.registry import load_discovery
 from diffdiscover3d.hub.resolve import resolve_model
-from diffdiscover3d.training.assignments import bright_outliers, smooth_away
+from diffdiscover3d.training.brain_assignments import bright_outliers, smooth_away
 from diffdiscover3d.utils.files import read_json, write_json
 from diffdiscover3d.utils.provenance import describe_environment
 

@@ -15,6 +15,7 @@ from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.parts import PartStatistics, count_pairs, measure_parts, number_by_size
 from diffdiscover3d.reporting.pictures import middle_slices
 from diffdiscover3d.segmentation.job import ScanJob
+from diffdiscover3d.segmentation.outputs import label_map
 
 FAST_MIN_SIZE = 32  # voxels; an axis shorter than this would keep too few at half the resolution
 
@@ -38,7 +39,10 @@ class PartsInMemory:
     recorded: dict = field(default_factory=dict)
 
     def write(self, labels: Path, probabilities: Path | None) -> None:
-        write_like(labels, self.labels, self.scan, labels=True)
+        planes = self.scan.to_input_grid(self.labels).T
+        with label_map(labels, self.scan, self.labels.dtype, self.num_parts) as write:
+            for plane in planes:
+                write(plane[None])
         if probabilities:
             write_like(probabilities, np.moveaxis(self.soft.cpu().numpy(), 0, -1), self.scan)
         self.soft = None  # the largest array of all

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
 from diffdiscover3d.data.formats.nifti.slabs import SlabScan
+from diffdiscover3d.data.formats.registry import display_name
 from diffdiscover3d.reporting.page import ShownLevel, ShownScan, shown_grid, shown_voxels, write_page
 from diffdiscover3d.reporting.parts import PartStatistics, nest_counts
 from diffdiscover3d.reporting.pictures import save_cuts
@@ -23,8 +24,9 @@ from diffdiscover3d.segmentation.in_memory import InMemoryFinder
 from diffdiscover3d.segmentation.job import FoundParts, PartFinder, ScanJob, SegmentedFile
 from diffdiscover3d.segmentation.out_of_core import OutOfCoreFinder
 from diffdiscover3d.segmentation.outputs import LevelFiles
-from diffdiscover3d.utils.files import staged_folder, write_json
+from diffdiscover3d.utils.files import write_json
 from diffdiscover3d.utils.provenance import peak_memory_mib
+from diffdiscover3d.utils.staging import staged_folder
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def segment_scan(job: ScanJob, scan: NiftiVolume | SlabScan) -> SegmentedFile:
         OutputError: if a file cannot be written, or the disk cannot hold the temporary files.
     """
     case = job.case
-    with staged_folder(case.folder) as folder, ExitStack() as scratch:
+    with staged_folder(case.folder, job.overwrite) as folder, ExitStack() as scratch:
 
         def staged(path: Path) -> Path:
             return folder / path.name
@@ -83,14 +85,14 @@ def segment_scan(job: ScanJob, scan: NiftiVolume | SlabScan) -> SegmentedFile:
         job.stages.show("writing the results")
         results = ScanResults(scan, finder, found, parts, _nest(found))
         if case.tree:
-            write_json(staged(case.tree), {"input": case.input.name, "tree": results.links})
+            write_json(staged(case.tree), {"input": display_name(case.input), "tree": results.links})
         if case.preview:
             _save_preview(staged(case.preview), results)
         finder.check_unchanged()
         seconds = job.read_seconds + time.perf_counter() - clock
         sidecars = _write_sidecars(job, staged, results, recorded, seconds)
         if case.report:
-            _write_report(staged(case.report), case.input.name, results, sidecars)
+            _write_report(staged(case.report), display_name(case.input), results, sidecars)
         job.stages.done()
     first = next(iter(case.levels))
     return SegmentedFile(
@@ -159,7 +161,7 @@ def _write_sidecars(
         recorded: by level, the entries about its parts and its table.
     """
     scan = results.scan
-    source = {"name": job.case.input.name, "sha256": scan.sha256, "shape": list(scan.header.get_data_shape())}
+    source = {"name": display_name(job.case.input), "sha256": scan.sha256, "shape": list(scan.header.get_data_shape())}
     sidecars = {}
     for level, files in job.case.levels.items():
         sidecars[level] = {

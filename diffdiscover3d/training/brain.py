@@ -20,7 +20,7 @@ from diffdiscover3d.losses import photometric_invariance, region_consistency
 from diffdiscover3d.models.loading import cast_weights
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.pictures import save_slices
-from diffdiscover3d.training.assignments import (
+from diffdiscover3d.training.brain_assignments import (
     bright_outliers,
     brightness_evidence,
     conspicuous_outliers,

@@ -11,7 +11,8 @@ from diffdiscover3d.hub.registry import DEFAULT_MODEL, load_teacher
 from diffdiscover3d.reporting.pictures import save_slices
 from diffdiscover3d.reporting.plots import components_as_rgb
 from diffdiscover3d.segmentation.driver import choose_device, stem
-from diffdiscover3d.utils.files import check_targets, staged_folder
+from diffdiscover3d.utils.files import check_targets
+from diffdiscover3d.utils.staging import staged_folder
 
 
 def extract_features(
@@ -60,7 +61,7 @@ def extract_features(
     pipeline = load_teacher(model).to(place)
     generator = torch.Generator().manual_seed(seed)
     found = pipeline(scan.data, timestep, stages, generator, num_noise, upsample)
-    with staged_folder(output) as folder:
+    with staged_folder(output, overwrite) as folder:
         for target, features in zip(targets, found.features, strict=True):
             array = np.moveaxis(features[0].cpu().numpy(), 0, -1)
             write_like(folder / target.name, array, _on_grid(scan, array.shape[:3], found.extent))

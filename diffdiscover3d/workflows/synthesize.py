@@ -8,7 +8,8 @@ from diffdiscover3d.data.datasets.brain_phantom import PHANTOM_LEVELS, PHANTOM_V
 from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS, SPLITS
 from diffdiscover3d.data.datasets.synthetic import synthesize as make_cells
 from diffdiscover3d.data.formats.nifti.reading import write_volume
-from diffdiscover3d.utils.files import check_targets, staged_folder
+from diffdiscover3d.utils.files import check_targets
+from diffdiscover3d.utils.staging import staged_folder
 
 
 def write_synthetic(
@@ -22,8 +23,8 @@ def write_synthetic(
     """Write synthetic volumes: `<name>.nii.gz` and its true labels `<name>_level-<L>_dseg.nii.gz`.
 
     Args:
-        variant: "regular" or "irregular" cells (levels 1 to 3), or "brain-phantom" (level 1 background and brain, level 2
-            background, brain and lesion).
+        variant: "regular" or "irregular" cells (levels 1 to 3), or "brain-phantom" (level 1: background, brain; level 2:
+            background, brain, lesion).
 
     Returns:
         The paths of the volumes.
@@ -38,7 +39,7 @@ def write_synthetic(
     targets = [Path(output) / f"{name}.nii.gz" for name in names]
     level_targets = [{x: Path(output) / f"{name}_level-{x}_dseg.nii.gz" for x in levels} for name in names]
     check_targets([*targets, *(path for paths in level_targets for path in paths.values())], overwrite)
-    with staged_folder(output) as folder:
+    with staged_folder(output, overwrite) as folder:
         for index, (target, paths) in enumerate(zip(targets, level_targets, strict=True)):
             sample = brain_phantom(split, index) if phantoms else make_cells(variant, split, index)
             write_volume(folder / target.name, sample.volume, affine)

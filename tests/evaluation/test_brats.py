@@ -1,4 +1,4 @@
-"""Scores on BraTS, and the whole recipe on small folders."""
+"""Evaluation on BraTS, and the complete recipe on small folders."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def oracle(volumes, order):
-    """A method that knows the answer, its part numbers permuted."""
+    """A method that returns the reference parts with permuted labels."""
     answers = iter([volumes.crop(volumes.true_parts(i)) for i in range(len(volumes))])
     return lambda _: np.asarray(order)[next(answers)]
 
@@ -55,7 +55,7 @@ def test_misses_are_counted_and_cost_the_diagonal(tmp_path):
     volumes = BraTSVolumes(make_brats(tmp_path / "data", "2021"), "train", OPTIONS)
     save(volumes.cases[0].mask, np.zeros(SHAPE, np.uint8))  # a case without tumour
     rows, cases = score_brats(oracle(volumes, (0, 1, 2)), volumes)
-    # the method marks nothing either
+    # the predicted mask is empty too
     assert cases[0]["raw"] == {"dice": 1.0, "hd95_mm": 0.0, "empty": False} and rows[0]["empty"] == 0
     rows, _ = score_brats(lambda v: np.zeros(v.shape[1:], np.uint8), volumes)
     diagonal = float(np.linalg.norm(SHAPE))
@@ -103,7 +103,7 @@ def test_the_split_is_that_of_the_models_training(tmp_path, tiny_discovery):
     other = BraTSOptions(crop=CROP, grade="all")
     wrong = BraTSVolumes(root, "train", other).split_ids["test"]
     seen = sorted(set(wrong) - set(trained["test"]))
-    with pytest.raises(InputError, match=r"split\.json: the test cases are not those .*--grade") as caught:
+    with pytest.raises(InputError, match=r"split\.json: the test cases differ from those .*--grade") as caught:
         evaluate_brats(root, {"ours": str(model)}, options=other, kmeans=False)
     assert f"{len(seen)} more ({', '.join(seen[:3])})" in str(caught.value)
     shutil.rmtree(BraTSVolumes(root, "test", OPTIONS).cases[0].mask.parent)

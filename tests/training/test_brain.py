@@ -11,8 +11,8 @@ import torch
 from diffdiscover3d.data.datasets.brain_phantom import brain_phantom
 from diffdiscover3d.data.datasets.brain_scans import BrainScans
 from diffdiscover3d.hub.registry import load_discovery, load_teacher
-from diffdiscover3d.training.assignments import conspicuous_outliers
 from diffdiscover3d.training.brain import BrainTraining, SceneBank
+from diffdiscover3d.training.brain_assignments import conspicuous_outliers
 from diffdiscover3d.training.brain_config import BrainConfig
 from diffdiscover3d.training.brain_run import train_brain
 from diffdiscover3d.training.brain_scenes import SceneOptions, acquire_again, draw_scene

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from diffdiscover3d.training.assignments import (
+from diffdiscover3d.training.brain_assignments import (
     bright_outliers,
     brightness_evidence,
     conspicuous_outliers,
