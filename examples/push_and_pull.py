@@ -10,9 +10,7 @@ from diffdiscover3d.hub import pull, push
 from diffdiscover3d.utils.provenance import weights_sha256
 
 folder, repo_id = sys.argv[1:]
-print(
-    push(folder, repo_id, private=True, commit_message="My parts")
-)  # as `diffdiscover3d push`
+print(push(folder, repo_id, private=True, commit_message="My parts"))  # as `diffdiscover3d push`
 
 network = StructureDiscoveryModel.from_pretrained(repo_id)  # by Hub id
 print(f"{network.config.num_parts} parts from {repo_id}")
