@@ -127,28 +127,27 @@ def test_missing_masks_stop_it_before_the_work(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_whole_recipe(tmp_path, layout):
-    """Both phases, three ablations and the table by the documented command, with a few steps each."""
+def test_the_whole_table(tmp_path, layout):
+    """Both trainings, three ablations and the table, by the one documented command, in a few steps each."""
     root = make_brats(tmp_path / "data", layout, count=7)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment |= {
-        "DIFFUSION_OPTIONS": "--width 8 --sample-size 16 --max-steps 2 --batch-size 2 --preview-every 0",
-        "DISCOVERY_OPTIONS": "--max-steps 2 --batch-size 2 --preview-every 0",
-        "DATA_OPTIONS": "--crop 20 22 19 --grade all",
-    }
-    done = subprocess.run(
-        ["bash", str(ROOT / "examples" / "brats_table3.sh"), str(root), str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    steps = {"max_steps": 2, "batch_size": 2, "preview_every": 0}
+    (tmp_path / "diffusion.json").write_text(json.dumps({**steps, "width": 8, "sample_size": 16}))
+    (tmp_path / "discovery.json").write_text(json.dumps(steps))
+    command = ["bash", str(ROOT / "examples" / "brats_table3.sh"), str(root), str(tmp_path / "out")]
+    command += ["--crop", "20", "22", "19", "--grade", "all", "--device", "cpu"]
+    command += ["--diffusion-options", str(tmp_path / "diffusion.json")]
+    command += ["--discovery-options", str(tmp_path / "discovery.json")]
+    rows = ("ours", "no-invariance", "no-feature", "no-visual", "k-means", "features-k-means-2")
+    command += [word for name in rows for word in ("--method", name)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "out" / "table3.json").read_text())
-    methods = ["ours", "no invariance", "no features", "no visual", "k-means", "features k-means, stage 2"]
-    assert [row["method"] for row in result["rows"][::2]] == methods
-    for name in ("diffusion", "ours", "no-invariance", "no-features", "no-visual"):
-        split = json.loads((tmp_path / "out" / name / "split.json").read_text())
-        assert split == result["split_ids"]
-    config = json.loads((tmp_path / "out" / "no-visual" / "train_config.json").read_text())
+    titles = ["ours", "ours, λinv = 0", "ours, λf = 0", "ours, λv = 0", "k-means", "features k-means, stage 2"]
+    assert [row["method"] for row in result["rows"][::2]] == titles
+    models = tmp_path / "out" / "models"
+    for name in ("diffusion", "ours", "no-invariance", "no-feature", "no-visual"):
+        assert json.loads((models / name / "split.json").read_text()) == result["split_ids"]
+    config = json.loads((models / "no-visual" / "train_config.json").read_text())
     assert config["lambda_visual"] == 0 and config["lambda_feature"] == 1 and config["num_parts"] == 3
     assert torch.tensor([row["hd95_mm"] for row in result["rows"]]).isfinite().all()

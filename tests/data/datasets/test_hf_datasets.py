@@ -171,7 +171,7 @@ def test_the_authors_archive_and_any_folder(tmp_path, make_nifti):
 
 
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"no \.nii"):
+    with pytest.raises(InputError, match=r"no volumes"):
         load_dataset(str(tmp_path / "absent"))
     with pytest.raises(ValueError, match="kind"):
         load_dataset(str(tmp_path), kind="kits")
@@ -234,3 +234,15 @@ def test_parquet_through_the_hub(tmp_path):
         assert done.stdout.strip() == "same"
         files = hub.repos["datasets", "user/cells"].files("main")
         assert sum(name.endswith(".parquet") for name in files) == 3
+
+
+def test_a_folder_of_other_formats_becomes_nifti(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    (tmp_path / "scans").mkdir()
+    stack = np.arange(5 * 6 * 7, dtype=np.uint16).reshape(5, 6, 7)
+    metadata = {"axes": "ZYX", "spacing": 3, "unit": "um"}
+    tifffile.imwrite(tmp_path / "scans" / "cells.tif", stack, imagej=True, resolution=(2, 4), metadata=metadata)
+    image = load_dataset(str(tmp_path / "scans"), split="train", cache_dir=str(tmp_path / "cache"))[0]["image"]
+    assert image.header.get_xyzt_units()[0] == "micron"
+    assert np.allclose(image.header.get_zooms(), (0.5, 0.25, 3))
+    assert np.array_equal(np.asarray(image.dataobj), stack.T[:, ::-1, ::-1])
