@@ -93,10 +93,22 @@ def test_another_acquisition_keeps_the_brain(bank):
 
 def options(scans, folder, **more) -> BrainConfig:
     defaults = {
-        "preset": "tiny", "dataset": str(scans), "output_dir": str(folder), "frame": FRAME, "phantoms": 0, "max_steps": 4,
-        "diffusion_steps": 2, "batch_size": 2, "reassign_every": 2, "checkpoint_every": 2, "preview_every": 0, "log_every": 1,
-        "mixed_precision": "no", "memory_format": "contiguous", "save_dtype": "float16",
-    }  # fmt: skip
+        "preset": "tiny",
+        "dataset": str(scans),
+        "output_dir": str(folder),
+        "frame": FRAME,
+        "phantoms": 0,
+        "max_steps": 4,
+        "diffusion_steps": 2,
+        "batch_size": 2,
+        "reassign_every": 2,
+        "checkpoint_every": 2,
+        "preview_every": 0,
+        "log_every": 1,
+        "mixed_precision": "no",
+        "memory_format": "contiguous",
+        "save_dtype": "float16",
+    }
     return BrainConfig(**(defaults | more))
 
 
