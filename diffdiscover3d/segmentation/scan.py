@@ -9,6 +9,7 @@ from pathlib import Path
 
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
 from diffdiscover3d.data.formats.nifti.slabs import SlabScan
+from diffdiscover3d.data.formats.registry import display_name
 from diffdiscover3d.reporting.page import ShownLevel, ShownScan, shown_grid, shown_voxels, write_page
 from diffdiscover3d.reporting.parts import PartStatistics, nest_counts
 from diffdiscover3d.reporting.pictures import save_cuts
@@ -83,14 +84,14 @@ def segment_scan(job: ScanJob, scan: NiftiVolume | SlabScan) -> SegmentedFile:
         job.stages.show("writing the results")
         results = ScanResults(scan, finder, found, parts, _nest(found))
         if case.tree:
-            write_json(staged(case.tree), {"input": case.input.name, "tree": results.links})
+            write_json(staged(case.tree), {"input": display_name(case.input), "tree": results.links})
         if case.preview:
             _save_preview(staged(case.preview), results)
         finder.check_unchanged()
         seconds = job.read_seconds + time.perf_counter() - clock
         sidecars = _write_sidecars(job, staged, results, recorded, seconds)
         if case.report:
-            _write_report(staged(case.report), case.input.name, results, sidecars)
+            _write_report(staged(case.report), display_name(case.input), results, sidecars)
         job.stages.done()
     first = next(iter(case.levels))
     return SegmentedFile(
@@ -159,7 +160,7 @@ def _write_sidecars(
         recorded: by level, the entries about its parts and its table.
     """
     scan = results.scan
-    source = {"name": job.case.input.name, "sha256": scan.sha256, "shape": list(scan.header.get_data_shape())}
+    source = {"name": display_name(job.case.input), "sha256": scan.sha256, "shape": list(scan.header.get_data_shape())}
     sidecars = {}
     for level, files in job.case.levels.items():
         sidecars[level] = {

@@ -163,20 +163,30 @@ def _move_all(source: Path, target: Path) -> None:
     def order(path: Path):
         return path.parent == source and path.name in _MARKERS, path.suffix == ".json", path
 
-    files = sorted((p for p in source.rglob("*") if p.is_file()), key=order)
-    moves = [(p, target / p.relative_to(source)) for p in files]
+    stores = [p for p in source.iterdir() if p.is_dir() and p.suffix == ".zarr"]  # replaced as a whole, or not at all
+    files = [p for p in source.rglob("*") if p.is_file()]
+    moves = [(p, target / p.relative_to(source)) for p in sorted(files, key=order) if not _within(p, stores)]
     for file, place in moves:
         if place.is_dir():
-            raise OutputError(f"{place}: is a folder, expected a file; choose another output folder.")
+            raise OutputError(f"{place}: is a folder where a file must be written; choose another output folder.")
         _sync(file)
     for marker in _MARKERS:
         if (source / marker).exists():
             (target / marker).unlink(missing_ok=True)
+    for store in stores:
+        place = target / store.name
+        if place.exists():
+            os.rename(place, source / f".{store.name}.replaced")  # removed with the staging folder
+        os.rename(store, place)
     for file, place in moves:
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, place)
-    for folder in {place.parent for _, place in moves}:
+    for folder in {target, *(place.parent for _, place in moves)}:
         _sync(folder)
+
+
+def _within(path: Path, folders: Iterable[Path]) -> bool:
+    return any(path.is_relative_to(folder) for folder in folders)
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from diffdiscover3d.data.datasets.folder import list_volumes
+from diffdiscover3d.data.datasets.listing import list_volumes
 from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
 from diffdiscover3d.data.formats.nifti.reading import read_nifti
 from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, OutputError

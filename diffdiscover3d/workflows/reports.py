@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffdiscover3d.data.datasets.folder import list_volumes
-from diffdiscover3d.data.formats.nifti.reading import NiftiVolume, read_nifti
+from diffdiscover3d.data.datasets.listing import list_volumes
+from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
+from diffdiscover3d.data.formats.reading import read_volume
 from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.reporting.index_page import write_index
@@ -60,7 +61,7 @@ def make_reports(
     index = [pages[0].parent / "index.html"] if len(pages) > 1 else []
     check_targets([*pages, *index], overwrite)
     for scan, found, page in jobs:
-        write_report(page, read_nifti(scan, **reading), scan.name, found)
+        write_report(page, read_volume(scan, **reading), scan.name, found)
     for path in index:
         write_index(path, pages)
     return [*pages, *index]
