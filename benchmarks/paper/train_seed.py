@@ -4,9 +4,9 @@
     python -m benchmarks.paper.train_seed FOLDER --variant irregular --diffusion     (only the variant's own teacher)
 
 Then `python -m benchmarks.paper.tables FOLDER` uses the results. Without --teacher the variant's own diffusion model
-is trained first, unless another call has done so; let that finish before starting several seeds. The trainings run in this
-process one after the other, which saves importing PyTorch for each; several calls can share one GPU. An interrupted call
-resumes.
+is trained first, unless another call has done so; let that finish before starting several seeds. The trainings run in
+this process one after the other, which saves importing PyTorch for each; several calls can share one GPU. An
+interrupted call resumes.
 """
 
 import argparse
