@@ -109,7 +109,7 @@ class Frame:
             counts = inside.sum(dim=[a for a in range(3) if a != axis])
             kept = torch.nonzero(counts >= max(1.0, _THIN * float(counts.max())))
             first, last = (int(kept[0]), int(kept[-1])) if len(kept) else (0, shape[axis] - 1)
-            margin = round(_MARGIN * (last - first + 1)) + 1
+            margin = max(1, round(_MARGIN * (last - first + 1)))
             start.append(first - margin)
             size.append(last - first + 1 + 2 * margin)
         return cls(tuple(start), tuple(size), shape, tuple(grid))
