@@ -1,7 +1,7 @@
 """Train and score one seed of one variant in this process: all levels of one method, into the folder of the tables.
 
-    python benchmarks/train_seed.py FOLDER --variant regular --seed 0 --teacher synthetic-regular
-    python benchmarks/train_seed.py FOLDER --variant irregular --diffusion     (only the variant's own teacher)
+    python -m benchmarks.paper.train_seed FOLDER --variant regular --seed 0 --teacher synthetic-regular
+    python -m benchmarks.paper.train_seed FOLDER --variant irregular --diffusion     (only the variant's own teacher)
 
 `tables.py FOLDER` then takes what is there. Without --teacher the variant's own diffusion model is trained first,
 unless another call has done so; let that finish before several seeds are started side by side. The trainings run in
