@@ -1,4 +1,4 @@
-"""The examples and the README's own lines, run as they stand."""
+"""The examples and the commands of the README."""
 
 import os
 import re
@@ -105,7 +105,7 @@ TINY = [
 
 @pytest.mark.slow
 def test_multi_gpu_launch_file(scans, tmp_path):
-    """Two processes on the CPU, by the file as it stands but for their number."""
+    """Two processes on the CPU with the launch file, except for the number of processes."""
     config = ROOT / "examples" / "launch" / "multi_gpu.yaml"
     launch = ["accelerate", "launch", "--config_file", config, "--num_processes", 2, "--mixed_precision", "no"]
     launch += ["--main_process_port", 0]
@@ -122,7 +122,7 @@ def test_multi_gpu_launch_file(scans, tmp_path):
 
 @pytest.mark.slow
 def test_slurm_script_with_stand_ins(scans, tmp_path):
-    """`srun` runs its command here, `scontrol` names this machine: one node of two processes."""
+    """Replacements: `srun` runs its command locally, `scontrol` returns this host; one node, two processes."""
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "srun").write_text('#!/bin/bash\nshift\nSLURM_NODEID=0 exec "$@"\n')

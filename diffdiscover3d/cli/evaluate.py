@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from diffdiscover3d.cli.options import Model, OutputFolder, Overwrite
+from diffdiscover3d.cli.options import Device, Model, OutputFolder, Overwrite
 
 
 def synthesize(
@@ -55,21 +55,51 @@ def evaluate(
 
 
 def benchmark(
+    dataset: Annotated[
+        str | None, typer.Argument(metavar="[FOLDER]", help="Of table 3: the unpacked folder of a BraTS edition.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for models, scores and tables.")] = Path(
         "benchmark"
     ),
-    table: Annotated[int, typer.Option(min=1, max=2, help="1: methods and ablations; 2: decoder stages.")] = 1,
+    table: Annotated[
+        int, typer.Option(min=1, max=3, help="1: methods and ablations; 2: decoder stages; 3: BraTS.")
+    ] = 1,
     method: Annotated[list[str] | None, typer.Option(help="Only this row; repeatable.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="regular or irregular; repeatable (default: both).")] = None,
     level: Annotated[list[int] | None, typer.Option(min=1, max=3, help="Only this level; repeatable.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(min=0, help="Repeatable (default: 0).")] = None,
-    recipe: Annotated[str, typer.Option(help="Training recipe: small (CPU) or paper (GPU).")] = "small",
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Repeatable (default: 0); one for table 3.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Training recipe: small (CPU) or paper (GPU); default: small, of table 3 paper.")
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Diffusion model to use (default: train one for each variant).")
     ] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    split: Annotated[str, typer.Option(help="train, validation or test; table 3 also all.")] = "test",
+    modality: Annotated[str, typer.Option(help="Of table 3: flair, t1, t1ce or t2.")] = "flair",
+    grade: Annotated[
+        str, typer.Option(help="Of table 3: HGG, LGG or all, where the edition tells them apart.")
+    ] = "HGG",
+    crop: Annotated[tuple[int, int, int], typer.Option(help="Of table 3: central box in voxels.")] = (200, 200, 155),
+    diffusion_options: Annotated[
+        Path | None, typer.Option(help="Of table 3: JSON or YAML file of options for the diffusion training.")
+    ] = None,
+    discovery_options: Annotated[
+        Path | None, typer.Option(help="Of table 3: the same for the discovery trainings.")
+    ] = None,
+    launcher: Annotated[
+        str, typer.Option(help="Of table 3: starts a training, as 'accelerate launch --num_processes 8 -m'.")
+    ] = "",
+    device: Device = "auto",
 ) -> None:
     """Reproduce a table of the paper: train, score, write JSON, Markdown and PNG. Can be interrupted and resumed."""
+    if table == 3:
+        _benchmark_brats(
+            dataset, output, method, seed, recipe, split, (modality, grade, crop), diffusion_options, discovery_options,
+            launcher, device,
+        )  # fmt: skip
+        return
+    if dataset is not None:
+        raise ValueError("a FOLDER goes with --table 3 only.")
     from diffdiscover3d.evaluation.paper_tables import TABLES
     from diffdiscover3d.evaluation.paper_tables import benchmark as run
     from diffdiscover3d.reporting.score_tables import format_table
@@ -88,8 +118,38 @@ def benchmark(
         level or (1, 2, 3),
         seed or (0,),
         progress_callback=show,
-        recipe=recipe,
+        recipe=recipe or "small",
         teacher=teacher,
         split=split,
     )
     print("\n" + format_table(result["summary"]))
+
+
+def _benchmark_brats(
+    dataset, output, method, seed, recipe, split, prepared, diffusion_options, discovery_options, launcher, device
+) -> None:
+    if dataset is None:
+        raise ValueError("table 3 needs the FOLDER of a BraTS edition.")
+    if seed and len(seed) > 1:
+        raise ValueError("table 3 takes one --seed.")
+    from diffdiscover3d.data.datasets.brats import BraTSOptions
+    from diffdiscover3d.evaluation.brats import format_brats_rows
+    from diffdiscover3d.evaluation.brats_table import fill_table3
+    from diffdiscover3d.segmentation.driver import choose_device
+    from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, read_options
+
+    result = fill_table3(
+        dataset,
+        output,
+        method,
+        on_row=lambda row: print("\n".join(format_brats_rows(row["rows"]).splitlines()[2:]), flush=True),
+        options=BraTSOptions(*prepared),
+        split=split,
+        recipe=recipe or "paper",
+        seed=(seed or [0])[0],
+        device=choose_device(device),
+        launcher=launcher,
+        diffusion_options=diffusion_options and read_options(DiffusionConfig, diffusion_options),
+        discovery_options=discovery_options and read_options(DiscoveryConfig, discovery_options),
+    )
+    print("\n" + format_brats_rows(result["rows"]))

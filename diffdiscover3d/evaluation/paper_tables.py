@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 from diffdiscover3d.data.datasets.synthetic import GENERATOR_VERSION, LEVEL_PARTS
 from diffdiscover3d.data.loading import load_volumes
 from diffdiscover3d.errors import InputError, ModelError
+from diffdiscover3d.evaluation.methods import METHODS, Method
 from diffdiscover3d.evaluation.synthetic import score
 from diffdiscover3d.reporting.score_tables import plot_table, write_table
 from diffdiscover3d.training.fingerprints import weights_fingerprint
@@ -20,68 +21,8 @@ from diffdiscover3d.training.recipes import RECIPES, Recipe, Training, diffusion
 from diffdiscover3d.utils.files import read_json, write_json
 from diffdiscover3d.utils.provenance import describe_environment, weights_sha256
 
-
-@dataclass(frozen=True)
-class Method:
-    """A row of a table.
-
-    Attributes:
-        title: name of the method in the table.
-        baseline: factory `(num_parts, teacher, seed) -> Baseline`; `None` for a trained network.
-        options: options that override the recipe, for a trained network.
-        needs_teacher: whether the method requires a diffusion model.
-        as_written: use the variant of the recipe with the equations of the paper, if it exists.
-    """
-
-    title: str
-    baseline: Callable | None = None
-    options: dict = field(default_factory=dict)
-    needs_teacher: bool = True
-    as_written: bool = False
-
-
-def _kmeans(num_parts, teacher, seed):
-    from diffdiscover3d.baselines.kmeans import IntensityKMeans
-
-    return IntensityKMeans(num_parts, seed)
-
-
-def _bm4d(num_parts, teacher, seed):
-    from diffdiscover3d.baselines.bm4d_kmeans import BM4DKMeans
-
-    return BM4DKMeans(num_parts, seed)
-
-
-def _features(*stages: int) -> Callable:
-    def make(num_parts, teacher, seed):
-        from diffdiscover3d.baselines.features_kmeans import FeaturesKMeans
-
-        return FeaturesKMeans(num_parts, teacher, stages, seed=seed)
-
-    return make
-
-
-def _denoised(num_parts, teacher, seed):
-    from diffdiscover3d.baselines.denoised_kmeans import DenoisedKMeans
-
-    return DenoisedKMeans(num_parts, teacher, seed=seed)
-
-
-METHODS: dict[str, Method] = {
-    "k-means": Method("k-means", _kmeans, needs_teacher=False),
-    "bm4d-k-means": Method("BM4D + k-means", _bm4d, needs_teacher=False),
-    **{f"features-k-means-{s}": Method(f"features k-means, stage {s}", _features(s)) for s in (1, 2, 3)},
-    "features-k-means-all": Method("features k-means, all stages", _features(1, 2, 3)),
-    "denoised-k-means": Method("k-means on the clean prediction", _denoised),
-    "as-written": Method("Eq. 4 as written", as_written=True),
-    "ours": Method("ours"),
-    "no-visual": Method("ours, λv = 0", options={"lambda_visual": 0.0}),
-    "no-feature": Method("ours, λf = 0", options={"lambda_feature": 0.0}),
-    "no-invariance": Method("ours, λinv = 0", options={"lambda_invariance": 0.0}),
-    **{f"stage-{s}": Method(f"ours, stage {s}", options={"stages": (s,)}) for s in (1, 2, 3)},
-}
 TABLES: dict[int, tuple[str, ...]] = {
-    1: tuple(name for name in METHODS if not name.startswith("stage-")),
+    1: tuple(name for name in METHODS if not name.startswith("stage-") and name != "supervised"),
     2: ("stage-1", "stage-2", "stage-3"),
 }
 
@@ -157,7 +98,7 @@ class PaperTable:
             folder, commands, seconds = self._train(cell, method)
             predict, sources = _predictor(folder), {"network": weights_sha256(folder)}
         else:
-            teacher = self._teacher(cell.variant) if method.needs_teacher else None
+            teacher = self.teacher_of(cell.variant) if method.needs_teacher else None
             baseline = method.baseline(LEVEL_PARTS[cell.level], teacher and _load_teacher(teacher), cell.seed)
             baseline.fit(load_volumes(f"synthetic-{cell.variant}", "train"))
             predict, sources = baseline.predict, {}
@@ -192,10 +133,14 @@ class PaperTable:
         return {"teacher_sha256": weights_fingerprint(_load_teacher(self.teacher).unet)}
 
     def _recipe(self, method: Method) -> Recipe:
-        name = f"{self.recipe}-as-written" if method.as_written else self.recipe
-        return RECIPES.get(name, RECIPES[self.recipe]).changed(**method.options, **self.overrides)
+        name = f"{self.recipe}-{method.recipe}" if method.recipe else self.recipe
+        if method.recipe == "as-written":
+            name = name if name in RECIPES else self.recipe  # that of the paper is as written
+        if name not in RECIPES:
+            raise ModelError(f"{method.title}: there is no recipe {name!r}; choose another --recipe or row.")
+        return RECIPES[name].changed(**method.options, **self.overrides)
 
-    def _teacher(self, variant: str) -> str:
+    def teacher_of(self, variant: str) -> str:
         """The diffusion model of a variant, trained if necessary, with seed 0."""
         if self.teacher is not None:
             return self.teacher
@@ -217,7 +162,7 @@ class PaperTable:
             cell.level,
             f"synthetic-{cell.variant}",
             cell.seed,
-            self._teacher(cell.variant),
+            self.teacher_of(cell.variant),
             parent,
             base / f"level{cell.level}",
             lambda training: seconds.append(self._run(training)),

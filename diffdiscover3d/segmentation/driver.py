@@ -136,7 +136,7 @@ def segment(
                 own = reading | options_in(case.input)
                 with ExitStack() as opened:
                     file = opened.enter_context(open_source(case.input, **own))
-                    plan = MemoryPlan(False, None)  # not a discovery network: loading it will raise
+                    plan = MemoryPlan(False, None)  # without a complete configuration nothing is estimated
                     if config is not None:
                         plan = plan_memory(file, config, place.type == "cpu", fast=fast, working=found.working_grid)
                     if plan.line and on_estimate:

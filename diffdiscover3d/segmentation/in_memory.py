@@ -110,7 +110,8 @@ class InMemoryFinder:
             parents["parent_labels"] = self._coarser[1]
         try:
             size = job.working_grid or grid
-            if job.fast and min(size) >= FAST_MIN_SIZE:
+            framed = network.config.get("frame") is not None  # such a network has a working grid of its own
+            if job.fast and not framed and min(size) >= FAST_MIN_SIZE:
                 size = tuple((n + 1) // 2 for n in size)
             if size != grid:
                 found = network.segment(resize_volume(volume[None, None].to(network.device), size), **parents)
@@ -119,7 +120,7 @@ class InMemoryFinder:
             note = (
                 f"too small to be halved ({FAST_MIN_SIZE} voxels are needed along each axis); done at full resolution"
             )
-            if job.fast and not job.working_grid and note not in self.notes:
+            if job.fast and not job.working_grid and not framed and note not in self.notes:
                 self.notes.append(note)
             found = network.segment(volume, **parents)
             return found.probabilities[0], found.labels

@@ -73,7 +73,9 @@ def plan_memory(
         MemoryLimitError: if `on_cpu` and the machine has less memory than needed.
     """
     path, shape = file.path, file.shape
-    by_slabs = not fast and working is None and needs_sliding_window(shape, network)
+    working = working or network.get("frame")
+    in_memory = working is not None or network.get("scaling", "min_max") != "min_max"  # percentiles need all voxels
+    by_slabs = not fast and not in_memory and needs_sliding_window(shape, network)
     remedy = {}
     if by_slabs:
         needed = streaming_bytes(shape, network)

@@ -19,9 +19,9 @@ def folder(tmp_path, make_nifti):
     make_nifti(tmp_path / "scans" / "b.nii.gz", ramp(seed=1))
     make_nifti(tmp_path / "scans" / "a.nii", ramp(seed=2))
     make_nifti(tmp_path / "scans" / "deep" / "c.nii.gz", ramp(seed=3), np.diag([-2.0, 2.0, 3.0, 1.0]))
-    make_nifti(tmp_path / "scans" / "a_dseg.nii.gz", ramp().astype(np.uint8))  # a result of ours
-    make_nifti(tmp_path / "scans" / "._b.nii.gz", ramp())  # what some file systems leave beside a file
-    make_nifti(tmp_path / "scans" / ".diffdiscover3d.x1" / "half_stage1.nii.gz", ramp())  # of a killed process
+    make_nifti(tmp_path / "scans" / "a_dseg.nii.gz", ramp().astype(np.uint8))  # a result of this package
+    make_nifti(tmp_path / "scans" / "._b.nii.gz", ramp())  # AppleDouble file of macOS
+    make_nifti(tmp_path / "scans" / ".diffdiscover3d.x1" / "half_stage1.nii.gz", ramp())  # killed process
     (tmp_path / "scans" / "notes.txt").write_text("no scan")
     (tmp_path / "scans" / "named.nii.gz").mkdir()
     return tmp_path / "scans"
@@ -42,7 +42,7 @@ def test_glob(folder):
 
 def test_single_file(folder):
     assert list_volumes(folder / "a.nii") == [folder / "a.nii"]
-    assert list_volumes(str(folder / "a_dseg.nii.gz")) == [folder / "a_dseg.nii.gz"]  # asked for by name
+    assert list_volumes(str(folder / "a_dseg.nii.gz")) == [folder / "a_dseg.nii.gz"]  # explicitly given
 
 
 def test_text_list(folder):

@@ -79,11 +79,11 @@ def test_training_volumes_are_mapped(tmp_path, few):
         assert torch.equal(volumes[i]["volume"], expected[i]["volume"])
         assert torch.equal(volumes[i]["labels"], expected[i]["labels"])
         assert volumes[i]["name"] == expected[i]["name"]
-    sent = pickle.loads(pickle.dumps(as_training_volumes(cells, tmp_path / "elsewhere")))  # to a loading process
+    sent = pickle.loads(pickle.dumps(as_training_volumes(cells, tmp_path / "elsewhere")))  # as for a worker
     assert torch.equal(sent[1]["volume"], expected[1]["volume"])
-    volumes.make = None  # from here on only files can answer
+    volumes.make = None  # items can now only come from cache files
     assert torch.equal(volumes[1]["volume"], expected[1]["volume"])
-    # one 50³ volume takes 0.2 ms; the median keeps a busy machine out of it
+    # one 50³ volume takes 0.2 ms; the median is robust to a busy machine
     times = []
     for i in range(40):
         clock = time.perf_counter()
@@ -145,7 +145,7 @@ def test_brats_says_what_is_missing(tmp_path):
     root, cache = make_brats(tmp_path / "data", "2021", count=3), str(tmp_path / "cache")
     for path in root.rglob("*00001_seg.nii.gz"):
         path.unlink()
-    with pytest.raises(InputError, match=r"BraTS2021_00001: has no mask .* With labels=False"):
+    with pytest.raises(InputError, match=r"BraTS2021_00001: has no mask .* Use labels=False"):
         load_dataset(str(root), cache_dir=cache)
     assert set(load_dataset(str(root), cache_dir=cache, labels=False)["train"].features) == {
         "id", "edition", "grade", "flair"

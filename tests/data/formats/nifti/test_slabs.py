@@ -1,4 +1,4 @@
-"""Scans read slab by slab, against the same files read whole."""
+"""Scans read slab by slab against the same files read into memory."""
 
 import gzip
 import os
