@@ -23,8 +23,8 @@ def write_synthetic(
     """Write synthetic volumes: `<name>.nii.gz` and its true labels `<name>_level-<L>_dseg.nii.gz`.
 
     Args:
-        variant: "regular" or "irregular" cells (levels 1 to 3), or "brain-phantom" (level 1: background, brain; level 2:
-            background, brain, lesion).
+        variant: "regular" or "irregular" cells (levels 1 to 3), or "brain-phantom" (level 1: background, brain; level
+            2: background, brain, lesion).
 
     Returns:
         The paths of the volumes.
