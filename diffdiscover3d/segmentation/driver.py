@@ -12,7 +12,7 @@ from diffdiscover3d import __version__
 from diffdiscover3d.data.datasets.listing import list_volumes
 from diffdiscover3d.data.formats.nifti.header import check_reachable
 from diffdiscover3d.data.formats.reading import open_source, read_source, stream_source
-from diffdiscover3d.data.formats.registry import format_by_name, is_nifti, is_volume, split, stem
+from diffdiscover3d.data.formats.registry import format_by_name, is_nifti, is_volume, options_in, split, stem
 from diffdiscover3d.data.formats.units import parse_voxel_size
 from diffdiscover3d.errors import DiffDiscoverError, ModelError, NetworkError
 from diffdiscover3d.hub.registry import DEFAULT_MODEL
@@ -56,6 +56,7 @@ def segment(
     missing_chunks: bool = False,
     voxel_size: str | None = None,
     include: Sequence[str] = (),
+    neurological: bool = False,
     progress: bool = False,
     on_done: Callable[[SegmentedFile], None] | None = None,
     on_error: Callable[[DiffDiscoverError], None] | None = None,
@@ -119,10 +120,10 @@ def segment(
     reading = {"volume": volume, "nan_to_zero": nan_to_zero, "ignore_affine": ignore_affine}
     arguments = {"device": str(place), **reading, "fast": fast, "order": order, "statistics": statistics}
     unusual = {"series": series, "resolution": resolution, "missing_chunks": missing_chunks}
-    reading |= unusual
     if voxel_size is not None:
-        reading["spacing"], reading["unit"] = parse_voxel_size(voxel_size)
-        unusual["voxel_size"] = voxel_size
+        parse_voxel_size(voxel_size)
+    unusual["voxel_size"] = voxel_size
+    reading |= unusual
     arguments |= {name: value for name, value in unusual.items() if value}
 
     config = found.level_config(levels[-1])
@@ -135,8 +136,9 @@ def segment(
             try:
                 stages.show("reading the scan")
                 clock = time.perf_counter()
+                own = reading | options_in(case.input)
                 with ExitStack() as opened:
-                    file = opened.enter_context(open_source(case.input, **reading))
+                    file = opened.enter_context(open_source(case.input, **own))
                     plan = MemoryPlan(False, None)  # without a complete configuration nothing is estimated
                     if config is not None:
                         plan = plan_memory(file, config, place.type == "cpu", fast=fast, working=found.working_grid)
@@ -144,9 +146,9 @@ def segment(
                         on_estimate(plan.line)
                     # all of the scan is checked before a model is loaded: a bad file is reported at once
                     if plan.by_slabs:
-                        scan = opened.enter_context(stream_source(file, case.folder, **reading))
+                        scan = opened.enter_context(stream_source(file, case.folder, **own))
                     else:
-                        scan = read_source(file, **reading)
+                        scan = read_source(file, **own)
                     read_seconds = time.perf_counter() - clock
                     if not networks:
                         stages.show("loading the model")
@@ -167,6 +169,7 @@ def segment(
                         found.working_grid,
                         read_seconds,
                         stages,
+                        neurological,
                         overwrite or resume,
                     )
                     result = segment_scan(job, scan)

@@ -122,7 +122,7 @@ class InMemoryFinder:
             parents["parent_labels"] = self._coarser[1]
         try:
             size = job.working_grid or grid
-            framed = network.config.get("frame") is not None  # such a network has a working grid of its own
+            framed = getattr(network.config, "frame", None) is not None  # such a network has a working grid of its own
             if job.fast and not framed and min(size) >= FAST_MIN_SIZE:
                 size = tuple((n + 1) // 2 for n in size)
             if size != grid:

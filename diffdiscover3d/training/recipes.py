@@ -235,7 +235,7 @@ RECIPES: dict[str, Recipe] = {
     "small": Recipe(
         {"preset": "small"},
         {
-            1: [*_FIRST, {**_OWN, "max_steps": 600}],
+            1: [*_FIRST, {**_OWN, "reliable_share": 0.5, "max_steps": 600}, {**_OWN, "max_steps": 600}],
             2: [_CLUSTERED, _OWN],
             3: [_CLUSTERED | _FREE, _OWN | _FREE],
         },
@@ -244,7 +244,11 @@ RECIPES: dict[str, Recipe] = {
     ),
     "small-first-round": Recipe(
         {"preset": "small"},
-        {1: [*_FIRST, {**_OWN, "max_steps": 600}], 2: [_CLUSTERED], 3: [_CLUSTERED | _FREE]},
+        {
+            1: [*_FIRST, {**_OWN, "reliable_share": 0.5, "max_steps": 600}, {**_OWN, "max_steps": 600}],
+            2: [_CLUSTERED],
+            3: [_CLUSTERED | _FREE],
+        },
         nested=True,
         starts=2,
     ),

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+import numpy as np
+
 from diffdiscover3d.data.formats import dicom, ome_zarr
-from diffdiscover3d.data.formats.nifti.header import check_reachable
+from diffdiscover3d.data.formats.nifti.header import check_reachable, read_affine
+from diffdiscover3d.data.formats.nifti.source import NiftiFile
+from diffdiscover3d.data.formats.reading import open_source
 from diffdiscover3d.data.formats.registry import (
     NAMES,
     SEPARATOR,
@@ -20,6 +24,7 @@ from diffdiscover3d.data.formats.registry import (
     split,
     stem,
 )
+from diffdiscover3d.data.formats.units import display_unit
 from diffdiscover3d.errors import InputError
 
 # words in the names of files that mark something in a scan rather than being one
@@ -93,6 +98,32 @@ def describe_left_out(contents: Contents) -> list[str]:
     for path, reason in contents.left_out:
         by_reason.setdefault(reason, []).append(path)
     return [f"left out: {paths[0].name}{_and(len(paths) - 1)}: {reason}" for reason, paths in by_reason.items()]
+
+
+def describe_volume(path: Path) -> dict:
+    """What a volume's header tells, as JSON values.
+
+    Returns:
+        `path`, and `format`, `shape`, `voxel_size` (along the axes of the file, in `unit`) and `dtype`; or `fault`, the
+        reason why it cannot be used.
+    """
+    described = {"path": str(path)}
+    try:
+        with open_source(path) as source:
+            nifti = isinstance(source, NiftiFile)
+            affine = read_affine(source.path, source.header, True, []) if nifti else source.affine
+            spacing = np.linalg.norm(affine[:3, :3], axis=0)
+            unit = display_unit(spacing, "mm" if nifti else source.unit)
+            return {
+                **described,
+                "format": "NIfTI" if nifti else recognise(path).NAME,
+                "shape": list(source.shape),
+                "voxel_size": [float(s * unit.per_mm) for s in spacing],
+                "unit": unit.length,
+                "dtype": str(source.header.get_data_dtype() if nifti else source.dtype),
+            }
+    except InputError as error:
+        return {**described, "fault": str(error).removeprefix(f"{path}: ")}
 
 
 def _and(count: int) -> str:

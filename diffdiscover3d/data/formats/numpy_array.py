@@ -76,7 +76,7 @@ def open_file(path: Path, name: str, options: ReadOptions, inner: str | None = N
             with np.load(path, allow_pickle=False) as file:
                 array = file[inner or names[0]]
         else:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = np.load(path, mmap_mode="r", allow_pickle=False)  # Python objects are never loaded
     if array.ndim < 3:
         raise InputError(f"{name}: not a 3D volume but of shape {array.shape}; give one of shape (H, W, D).")
     notes: list[str] = ["no voxel size is given: sizes are in voxels"]

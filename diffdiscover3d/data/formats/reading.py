@@ -13,7 +13,7 @@ from diffdiscover3d.data.formats.nifti.reading import NiftiVolume, read_voxels
 from diffdiscover3d.data.formats.nifti.slabs import SlabScan, ValueRange, stream_volume, write_all
 from diffdiscover3d.data.formats.nifti.source import NiftiFile, open_nifti
 from diffdiscover3d.data.formats.nifti.voxels import check_contrast, check_finite, to_float32
-from diffdiscover3d.data.formats.registry import open_volume, path_is_nifti, volume_sha256
+from diffdiscover3d.data.formats.registry import open_volume, options_in, path_is_nifti, split, volume_sha256
 from diffdiscover3d.data.formats.volume_file import ReadOptions, VolumeFile
 from diffdiscover3d.utils.files import scratch_file
 from diffdiscover3d.utils.memory import check_memory
@@ -37,7 +37,7 @@ def read_volume(path: str | Path, **reading) -> NiftiVolume:
         MemoryLimitError: if it is larger than this machine's memory.
     """
     with open_source(path, **reading) as source:
-        return read_source(source, **reading)
+        return read_source(source, **reading | options_in(path))
 
 
 @contextmanager
@@ -52,6 +52,7 @@ def open_scan(path: str | Path, scratch: str | Path, **reading) -> Iterator[Slab
         InputError: as [`read_volume`].
         OutputError: if the disk cannot take the voxels.
     """
+    reading |= options_in(path)
     with open_source(path, **reading) as source, stream_source(source, scratch, **reading) as scan:
         yield scan
 
@@ -67,7 +68,7 @@ def open_source(path: str | Path, **reading) -> Iterator[Source]:
         InputError: if it is missing, damaged, or no 3D volume of real numbers.
     """
     if path_is_nifti(path):
-        with open_nifti(path) as file:
+        with open_nifti(split(path)[0]) as file:
             yield file
     else:
         with open_volume(path, ReadOptions(**{k: v for k, v in reading.items() if k in _OPTIONS})) as volume:

@@ -1,13 +1,15 @@
 """Which format a file or folder has, by its name and its first bytes, and the functions that read any of them.
 
 A volume is named by a path. Where a path holds several, `::` and a name follow: `cells.h5::/raw`, `arrays.npz::image`,
-`store.zarr::plate/A/1`, and the Series Instance UID behind a DICOM folder.
+`store.zarr::plate/A/1`, and the Series Instance UID behind a DICOM folder. `@volume=1` and `@resolution=2` at the end
+of these choose a channel or time point and a level of a pyramid: `cells.ome.tif::@volume=1`.
 """
 
 import contextlib
 import glob
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +28,7 @@ from diffdiscover3d.data.formats import (
 )
 from diffdiscover3d.data.formats.nifti.header import SUFFIXES as NIFTI_SUFFIXES
 from diffdiscover3d.data.formats.nifti.header import check_reachable
+from diffdiscover3d.data.formats.units import parse_voxel_size
 from diffdiscover3d.data.formats.volume_file import ReadOptions, VolumeFile
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.utils.files import sha256
@@ -55,8 +58,37 @@ def split(path: str | Path) -> tuple[Path, str | None]:
     >>> split("cells.h5::/raw")[1], split("scan.nii.gz")[1]
     ('/raw', None)
     """
-    place, separator, inner = str(path).partition(SEPARATOR)
-    return Path(place), inner if separator else None
+    place, _, inner = str(path).partition(SEPARATOR)
+    return Path(place), inner.partition("@")[0] or None
+
+
+def options_in(path: str | Path) -> dict[str, int]:
+    """The options at the end of a path.
+
+    Raises:
+        InputError: if they are unknown, or no numbers.
+
+    >>> options_in("cells.ome.tif::@volume=1"), options_in("scan@home.nii.gz")
+    ({'volume': 1}, {})
+    """
+    text = str(path).partition(SEPARATOR)[2].partition("@")[2]
+    found = {}
+    for part in filter(None, text.split("@")):
+        name, _, value = part.partition("=")
+        if name not in ("volume", "resolution") or not value.isdigit():
+            raise InputError(f"{path}: behind @ stand volume=N and resolution=N, not {part}.")
+        found[name] = int(value)
+    return found
+
+
+def with_options(path: str | Path, **options: int | None) -> Path:
+    """A path with options at its end; those that are `None` are left out.
+
+    >>> str(with_options("cells.ome.tif", volume=1))
+    'cells.ome.tif::@volume=1'
+    """
+    text = "".join(f"@{name}={value}" for name, value in options.items() if value is not None)
+    return Path(f"{path}{'' if SEPARATOR in str(path) or not text else SEPARATOR}{text}")
 
 
 def is_nifti(path: str | Path) -> bool:
@@ -67,7 +99,7 @@ def is_nifti(path: str | Path) -> bool:
 def path_is_nifti(path: str | Path) -> bool:
     """Whether a path is to be read as NIfTI: by its name, also if nothing is there, or if it is a folder."""
     place, inner = split(path)
-    return inner is None and is_nifti(place) and not ome_zarr.is_store(place)
+    return inner is None and is_nifti(place)
 
 
 def format_by_name(path: str | Path) -> ModuleType | None:
@@ -108,16 +140,16 @@ def stem(path: str | Path) -> str:
         name = name[: -len(max(found, key=len))]
     elif place.suffix and not place.is_dir():
         name = place.stem
-    return "_".join([name, *(_inner_name(place, inner).replace("/", " ").split() if inner else [])])
+    inside = _inner_name(place, inner).replace("/", " ").split() if inner else []
+    return "_".join([name, *inside, *(f"{key}-{value}" for key, value in options_in(path).items())])
 
 
 def display_name(path: str | Path) -> str:
     """The name of a volume for people and sidecars: without its folder, and a DICOM series by its number."""
     place, inner = split(path)
     name = place.name or place.resolve().name
-    if inner is None:
-        return name
-    return f"{name}{SEPARATOR}{_inner_name(place, inner)}"
+    shown = name if inner is None else f"{name}{SEPARATOR}{_inner_name(place, inner)}"
+    return str(with_options(shown, **options_in(path)))
 
 
 def _inner_name(place: Path, inner: str) -> str:
@@ -181,7 +213,7 @@ def open_volume(path: str | Path, options: ReadOptions | None = None) -> Iterato
     Raises:
         InputError: if it is missing, damaged, no volume, or needs a library that is not installed.
     """
-    options = options or ReadOptions()
+    options = replace(options or ReadOptions(), **options_in(path))
     place, inner = split(path)
     name = str(path)
     check_reachable(place)
@@ -209,8 +241,8 @@ def open_volume(path: str | Path, options: ReadOptions | None = None) -> Iterato
             volume = stack.enter_context(found.open_file(place, name, options, inner))
         else:
             volume = stack.enter_context(found.open_file(place, name, options))
-        if options.spacing is not None:
-            volume = volume.with_spacing(options.spacing, options.unit)
+        if options.voxel_size is not None:
+            volume = volume.with_spacing(*parse_voxel_size(options.voxel_size))
         yield volume
 
 

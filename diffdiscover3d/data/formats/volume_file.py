@@ -35,17 +35,15 @@ class ReadOptions:
         series: of a DICOM folder: a Series Instance UID or series number.
         resolution: of a multi-resolution file: which level, 0 the finest.
         missing_chunks: take chunks that a Zarr array lacks as its fill value.
-        spacing: edge lengths of a voxel along the first, second and third axis of the grid, in `unit`, where the file
-            gives none or wrong ones.
-        unit: of `spacing`.
+        voxel_size: edge lengths of a voxel along the first, second and third axis of the grid and their unit, where
+            the file gives none or wrong ones; see [`parse_voxel_size`].
     """
 
     volume: int | None = None
     series: str | None = None
     resolution: int = 0
     missing_chunks: bool = False
-    spacing: tuple[float, float, float] | None = None
-    unit: str = "mm"
+    voxel_size: str | None = None
 
 
 class ResultGrid(ABC):

@@ -1,11 +1,13 @@
 """MRC, TIFF, OME-Zarr, HDF5 and NumPy: values, voxel sizes and units; labels that their own libraries open."""
 
 import mrcfile
+import nibabel as nib
 import numpy as np
 import pytest
 
 from diffdiscover3d.data.formats.reading import open_scan, read_volume
-from diffdiscover3d.data.formats.registry import stem
+from diffdiscover3d.data.formats.registry import stem, with_options
+from diffdiscover3d.errors import InputError
 from tests.helpers import volume_files as files
 
 h5py = pytest.importorskip("h5py")
@@ -161,7 +163,7 @@ def test_pages_written_one_by_one_are_a_stack(tmp_path):
         volume = read_volume(tmp_path / "pages.tif")
         assert np.array_equal(volume.data, data.T[:, ::-1, ::-1])
         assert volume.unit == "voxel" and any("no voxel size" in note for note in volume.notes)
-    with_size = read_volume(tmp_path / "pages.tif", spacing=(0.1, 0.1, 0.3), unit="um")
+    with_size = read_volume(tmp_path / "pages.tif", voxel_size="0.1,0.1,0.3um")
     assert np.allclose(with_size.spacing_mm, (1e-4, 1e-4, 3e-4)) and with_size.unit == "um"
     assert not any("voxel size" in note for note in with_size.notes)
 
@@ -420,3 +422,17 @@ def test_content_decides_where_the_name_tells_nothing(tmp_path):
     (tmp_path / "cells.tif").rename(tmp_path / "cells.mrc")
     with pytest.raises(ValueError, match=r"cells\.mrc: is no MRC file"):
         read_volume(tmp_path / "cells.mrc")
+
+
+def test_a_path_may_choose_a_channel(tmp_path):
+    full = np.stack([stack(), stack() + 5])
+    tifffile.imwrite(tmp_path / "a.ome.tif", full, photometric="minisblack", metadata={"axes": "CZYX"})
+    path = with_options(tmp_path / "a.ome.tif", volume=1, resolution=None)
+    assert read_volume(path).data.max() == 1005 and stem(path) == "a_volume-1"
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["x/raw"] = full
+    assert read_volume(f"{tmp_path}/a.h5::/x/raw@volume=1").data.max() == 1005
+    nib.save(nib.Nifti1Image(np.moveaxis(full, 0, -1), np.eye(4)), tmp_path / "a.nii")
+    assert read_volume(f"{tmp_path}/a.nii::@volume=1").data.max() == 1005
+    with pytest.raises(InputError, match="behind @ stand"):
+        read_volume(f"{tmp_path}/a.nii::@channel=1")

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
-from diffdiscover3d.data.formats.nifti.header import check_fits, read_affine
+from diffdiscover3d.data.formats.nifti.header import check_fits, length_unit, read_affine
 from diffdiscover3d.data.formats.nifti.output import nifti_stream, output_header
 from diffdiscover3d.data.formats.nifti.source import NiftiFile, open_nifti
 from diffdiscover3d.data.formats.nifti.voxels import check_contrast, check_finite, pick_volume, read_scaling, to_float32
@@ -129,7 +129,7 @@ def read_voxels(
     orientation = io_orientation(affine)
     canonical_affine = affine @ inv_ornt_aff(orientation, data.shape)
     data = np.ascontiguousarray(apply_orientation(data, orientation))
-    return NiftiVolume(data, canonical_affine, header, orientation, tuple(notes), sha256)
+    return NiftiVolume(data, canonical_affine, header, orientation, tuple(notes), sha256, length_unit(header))
 
 
 def write_like(path: str | Path, array: np.ndarray, like: NiftiVolume, *, labels: bool = False) -> None:

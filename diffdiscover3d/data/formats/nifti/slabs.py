@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import inv_ornt_aff, io_orientation
 
-from diffdiscover3d.data.formats.nifti.header import read_affine
+from diffdiscover3d.data.formats.nifti.header import length_unit, read_affine
 from diffdiscover3d.data.formats.nifti.raw_grid import SLAB_VOXELS, RawGrid, Region
 from diffdiscover3d.data.formats.nifti.source import NiftiFile, open_nifti
 from diffdiscover3d.data.formats.nifti.voxels import check_contrast, check_finite, pick_volume, read_scaling, to_float32
@@ -156,6 +156,7 @@ def stream_volume(
             file.payload.sha256(),
             unpacked is not None,
             NiftiGrid(header),
+            length_unit(header),
         )
 
 
