@@ -42,7 +42,7 @@ def make_network(config: BrainConfig) -> StructureDiscoveryModel:
     return StructureDiscoveryModel.from_parent(StructureDiscoveryModel(2, **shared, **coarse), (1, 2), **shared, **fine)
 
 
-class _BothLevels(torch.nn.Module):
+class BothLevels(torch.nn.Module):
     """Both levels in one forward pass, each trained on its own targets."""
 
     def __init__(self, network: StructureDiscoveryModel):
@@ -94,7 +94,7 @@ class BrainTraining:
         torch.manual_seed(config.seed)
         self.config, self.accelerator, self.scans = config, accelerator, scans
         self.network = make_network(config).to(accelerator.device)
-        self.model = _BothLevels(self.network)
+        self.model = BothLevels(self.network)
         self.ema = EMAModel(self.model.parameters(), decay=config.ema_decay, foreach=True)
         self.bank = SceneBank(scans, config.real_share, accelerator.device)
         self.volume_grid = None
