@@ -35,7 +35,7 @@ def test_parts_have_constant_numbers(model, index):
 
 
 def test_a_healthy_phantom_has_nearly_no_lesion(model):
-    phantom = brain_phantom("validation", 3)
+    phantom = brain_phantom("test", 3)
     labels = model.segment(phantom.volume).labels[0].numpy()
     assert (labels == LESION).sum() * SPACING_MM**3 / 1000 < 2
 
