@@ -9,10 +9,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
-from diffdiscover3d.data.foreground import Frame, find_foreground, robust_scale
+from diffdiscover3d.data.foreground import Frame, add_brightness, find_foreground, robust_scale
 from diffdiscover3d.data.formats.nifti.reading import as_volume_tensor
 from diffdiscover3d.data.transforms import min_max_normalize, pad_to_multiple
-from diffdiscover3d.models.config_schema import check_children, check_scaling
+from diffdiscover3d.models.config_schema import check_bright_part, check_children, check_scaling
 from diffdiscover3d.models.cpu_kernels import Conv3d, precise_if_small
 from diffdiscover3d.models.loading import StrictLoadingMixin
 from diffdiscover3d.models.window_layout import fits_window
@@ -63,6 +63,8 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         frame: grid to which [`segment`] resamples the box around the foreground, so that the network processes every
             subject at the same position and size regardless of the scan's resolution; voxels outside of the box get
             part 0. `None` processes volumes on their own grid. Requires robust scaling.
+        bright_part: the brighter one of the two parts into which a part of the parent is divided. In [`segment`] its
+            logit and the evidence of the intensities ([`add_brightness`]) are added. Requires a frame.
 
     Raises:
         ValueError: if `num_parts` is below 2, the lengths of `strides` and `channels` or the `children` and
@@ -88,12 +90,14 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         children: Sequence[int] | None = None,
         scaling: str = "min_max",
         frame: Sequence[int] | None = None,
+        bright_part: int | None = None,
     ):
         super().__init__()
         if num_parts < 2:
             raise ValueError(f"`num_parts` must be at least 2, got {num_parts}.")
         check_children(num_parts, parent, children)
         check_scaling(scaling, frame, parent)
+        check_bright_part(bright_part, frame, children)
         if len(strides) != len(channels) - 1:
             raise ValueError(f"`strides` must have {len(channels) - 1} entries, one less than `channels`.")
         from monai.networks.nets import UNet  # slow import
@@ -311,7 +315,16 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         """Soft parts (1, K, H, W, D) of one volume, computed in the frame around its foreground."""
         foreground = find_foreground(volume)
         frame = Frame.around(foreground, self.config.frame)
-        return frame.paste(self._probabilities(frame.crop(robust_scale(volume, foreground))))
+        scaled = frame.crop(robust_scale(volume, foreground))
+        soft, part = self._probabilities(scaled), self.config.bright_part
+        if part is not None:
+            (other,) = [k for k, parent in enumerate(self.parents) if parent == self.parents[part] and k != part]
+            both = soft[:, [part, other]].clamp(min=1e-9)
+            logit = (both[:, :1] / both[:, 1:]).log()
+            share = add_brightness(logit, scaled, frame.crop(foreground.to(scaled.dtype)) > 0.5).sigmoid()
+            total = soft[:, part] + soft[:, other]
+            soft[:, part], soft[:, other] = total * share[:, 0], total * (1 - share[:, 0])
+        return frame.paste(soft)
 
 
 @contextmanager
