@@ -19,7 +19,7 @@ _SHARE = 0.2  # one value in so many of the border voxels: the background was fi
 _NOISE_LIMIT = 5.0  # otherwise: background voxels lie within so many standard deviations of the border's median
 _SMALLEST = 0.01  # share of the voxels below which a foreground is not believed
 _SAMPLE = 1_000_000  # percentiles are taken from at most about so many voxels
-_PRIOR_LIMIT = 4.0  # of a network's logit where it is combined with the evidence of the intensities
+_PRIOR_LIMIT = 6.0  # of a network's logit: as large as the evidence, so that brightness alone marks nothing
 _MARGIN = 0.03  # of the foreground's box, added on each side
 _THIN = 0.01  # slices with less foreground than this share of the fullest slice do not extend the box
 
@@ -123,7 +123,7 @@ def brightness_evidence(scan: torch.Tensor, foreground: torch.Tensor) -> torch.T
 
 
 def add_brightness(logit: torch.Tensor, scan: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
-    """Posterior log-odds: a network's logit, limited to [-4, 4], and the evidence of the intensities.
+    """Posterior log-odds: a network's logit, limited to [-6, 6], and the evidence of the intensities.
 
     Args:
         logit, scan, foreground: (1, 1, H, W, D); log-odds of lesion against ordinary tissue, and as for

@@ -17,7 +17,7 @@ def test_the_evidence_is_added_to_the_limited_logit():
     volume = head()[None, None]
     inside = volume > 0
     logit = torch.linspace(-9, 9, volume.numel()).reshape(volume.shape)
-    expected = logit.clamp(-4, 4) + brightness_evidence(volume, inside)
+    expected = logit.clamp(-6, 6) + brightness_evidence(volume, inside)
     torch.testing.assert_close(add_brightness(logit, volume, inside), expected)
 
 
