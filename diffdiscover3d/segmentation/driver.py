@@ -167,6 +167,8 @@ def segment(
                         read_seconds,
                         stages,
                         neurological,
+                        found.domain,
+                        found.name,
                     )
                     result = segment_scan(job, scan)
             except DiffDiscoverError as error:

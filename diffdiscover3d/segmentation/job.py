@@ -28,6 +28,7 @@ class ScanJob:
         read_seconds: how long reading the scan took.
         stages: the progress bar.
         neurological: pictures have the patient's left on the left.
+        domain, model: what is known of the scans that the model was trained on, and its name.
     """
 
     case: CaseFiles
@@ -40,6 +41,8 @@ class ScanJob:
     read_seconds: float
     stages: ProgressBar
     neurological: bool = False
+    domain: dict | None = None
+    model: str = "the model"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from diffdiscover3d.data.domain import domain_note
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
 from diffdiscover3d.data.formats.nifti.slabs import SlabScan
 from diffdiscover3d.data.formats.registry import display_name
@@ -74,6 +75,8 @@ def segment_scan(job: ScanJob, scan: NiftiVolume | SlabScan) -> SegmentedFile:
             finder: PartFinder = InMemoryFinder(job, scan)
         else:
             finder = OutOfCoreFinder(job, scan, folder, scratch)
+        if note := domain_note(scan, job.domain, job.model):
+            finder.notes.append(note)
         found: dict[int | None, FoundParts] = {}
         parts: dict[int | None, list[PartStatistics]] = {}
         recorded: dict[int | None, dict] = {}

@@ -12,6 +12,7 @@ import torch
 
 from diffdiscover3d.data.datasets.listing import list_volumes
 from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
+from diffdiscover3d.data.domain import DOMAIN_FILE, signature, summarise
 from diffdiscover3d.data.formats.reading import read_volume
 from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, OutputError
 from diffdiscover3d.hub.resolve import WORKING_GRID_FILE
@@ -65,7 +66,7 @@ def discover(
     if plan_file.exists() and not resume:
         raise OutputError(f"{output}: holds an earlier run; --resume continues it, or choose another --output folder.")
     tell("Reading the scans")
-    scans, shapes, spacings = _read_all(source, on_error)
+    scans, shapes, spacings, domain = _read_all(source, on_error)
     if plan_file.exists():
         plan = read_plan(plan_file)
         if plan.scans != tuple(scans):
@@ -76,7 +77,7 @@ def discover(
         write_json(plan_file, asdict(plan))
     tell(describe_plan(plan))
 
-    _train_all(plan, output, place, verbose, tell)
+    _train_all(plan, domain, output, place, verbose, tell)
     model, total = output / "model", plan.levels + 2
     tell(f"Step {total} of {total}: drawing the parts of every scan")
     results = segment(
@@ -101,9 +102,9 @@ def discover(
     return results
 
 
-def _read_all(source, on_error) -> tuple[list[str], list, list]:
+def _read_all(source, on_error) -> tuple[list[str], list, list, dict]:
     """Read every scan once, so that a damaged one is reported before the trainings."""
-    scans, shapes, spacings = [], [], []
+    scans, shapes, spacings, signatures = [], [], [], []
     for path in list_volumes(source):
         try:
             volume = read_volume(path)
@@ -115,12 +116,15 @@ def _read_all(source, on_error) -> tuple[list[str], list, list]:
         scans.append(str(path.resolve()))
         shapes.append(volume.data.shape)
         spacings.append(volume.spacing_mm)
+        signatures.append(signature(volume))
     if not scans:
         raise InputError(f"{source}: none of its scans can be read.")
-    return scans, shapes, spacings
+    return scans, shapes, spacings, summarise(signatures)
 
 
-def _train_all(plan: Plan, output: Path, place: torch.device, verbose: bool, tell: Callable[[str], None]) -> None:
+def _train_all(
+    plan: Plan, domain: dict, output: Path, place: torch.device, verbose: bool, tell: Callable[[str], None]
+) -> None:
     """Run the trainings that are not finished, and copy the trained models to `model/`."""
     training, model, total = output / "training", output / "model", plan.levels + 2
     listed = output / "scans.txt"
@@ -144,7 +148,7 @@ def _train_all(plan: Plan, output: Path, place: torch.device, verbose: bool, tel
         parent = folder
     _take_over(teacher.folder, model / "diffusion")
     # beside the network, which needs it
-    _take_over(parent, model / "discovery", {WORKING_GRID_FILE: {"grid": plan.working_grid}})
+    _take_over(parent, model / "discovery", {WORKING_GRID_FILE: {"grid": plan.working_grid}, DOMAIN_FILE: domain})
 
 
 def _take_over(trained: Path, target: Path, also: dict[str, dict] | None = None) -> None:
