@@ -199,7 +199,7 @@ def _spread(masks: torch.Tensor, spacing: Sequence[float]) -> torch.Tensor:
         position = (torch.arange(n, dtype=masks.dtype, device=masks.device) - (n - 1) / 2) * step
         marginal = masks.sum(dim=[a for a in (2, 3, 4) if a != axis])
         first = marginal @ position
-        total = total + marginal @ position.square() - first.square() / size.clamp(min=torch.finfo(masks.dtype).tiny)
+        total = total + marginal @ position.square() - first.square() / size.clamp(min=torch.finfo(masks.dtype).eps)
     return total.clamp(min=0)
 
 

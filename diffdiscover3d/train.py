@@ -1,6 +1,7 @@
 """Training from the command line: `accelerate launch -m diffdiscover3d.train diffusion|discovery|brain [options]`."""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -16,6 +17,7 @@ from diffdiscover3d.training.config import (
     make_config,
 )
 from diffdiscover3d.utils.files import check_folder
+from diffdiscover3d.utils.locks import locked_folder
 from diffdiscover3d.utils.signals import end_children, interrupt_on_termination
 
 _PHASES = {"diffusion": DiffusionConfig, "discovery": DiscoveryConfig, "brain": BrainConfig}
@@ -84,7 +86,9 @@ def run(config: TrainingConfig) -> str:
         if task.model.config.children:
             identity["children"] = list(task.model.config.children)
         volumes = task.volumes
-    return str(train(task, config, volumes, accelerator, identity))
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    with locked_folder(config.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
+        return str(train(task, config, volumes, accelerator, identity))
 
 
 def _check_start(config: DiscoveryConfig, start) -> None:

@@ -10,14 +10,14 @@ from diffdiscover3d.cli.options import Device, Model, OutputFolder, Overwrite
 
 def synthesize(
     output: OutputFolder = Path("synthetic"),
-    variant: Annotated[str, typer.Option(help="regular or irregular.")] = "regular",
+    variant: Annotated[str, typer.Option(help="regular, irregular or brain-phantom.")] = "regular",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     count: Annotated[
         int | None, typer.Option("--count", "-n", min=1, help="Number of volumes (default: the whole split).")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write synthetic cells and their true labels at three levels as NIfTI."""
+    """Write synthetic cells or brain phantoms and their true labels as NIfTI."""
     from diffdiscover3d.workflows.synthesize import write_synthetic
 
     for path in write_synthetic(output, variant=variant, split=split, count=count, overwrite=overwrite):

@@ -15,7 +15,8 @@ from diffdiscover3d.data.datasets.brats_volumes import BraTSVolumes
 from diffdiscover3d.errors import InputError, ModelError, NetworkError
 from diffdiscover3d.evaluation.brats import NUM_PARTS, format_brats_rows, score_brats
 from diffdiscover3d.evaluation.paper_tables import METHODS
-from diffdiscover3d.hub.registry import discovery_folder, embedded_models, load_discovery, load_teacher
+from diffdiscover3d.hub.registry import embedded_models, load_discovery, load_teacher
+from diffdiscover3d.hub.resolve import resolve_model
 from diffdiscover3d.training.recipes import Training
 from diffdiscover3d.utils.files import read_json, write_json
 from diffdiscover3d.utils.provenance import describe_environment, weights_sha256
@@ -149,13 +150,13 @@ class BraTSTable:
         if name in TRAINED:
             found["discovery"] = _plain({**self.discovery_options, **TRAINED[name].options})
         if name in EMBEDDED:
-            found["weights_sha256"] = weights_sha256(discovery_folder(name))
+            found["weights_sha256"] = weights_sha256(resolve_model(name).folder)
         return found
 
     def _method(self, name: str) -> tuple[str, Callable, int, str | None]:
         """Title, prediction of a (1, h, w, d) volume, number of parts, and sha256 of the weights."""
         if name in TRAINED or name in EMBEDDED:
-            folder = self._train(name) if name in TRAINED else discovery_folder(name)
+            folder = self._train(name) if name in TRAINED else resolve_model(name).folder
             network = load_discovery(str(folder)).to(self.device)
             title = TRAINED[name].title if name in TRAINED else name
             predict = lambda v: network.segment(v[None]).labels[0].cpu().numpy()  # noqa: E731

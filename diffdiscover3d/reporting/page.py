@@ -2,10 +2,11 @@
 
 import base64
 import gzip
+import hashlib
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -96,10 +97,29 @@ def write_page(path: str | Path, scan: ShownScan, levels: Sequence[ShownLevel], 
         "NIIVUE": _niivue(),
         "SCRIPT": (_VIEWER / "report.js").read_text(encoding="utf-8"),
     }
+    colours = range(max((len(level.parts) for level in levels), default=0))
+    fields["STYLE"] = (_VIEWER / "report.css").read_text(encoding="utf-8") + swatch_styles(colours)
+    fields["STYLEHASH"] = csp_hash(fields["STYLE"])
+    fields["SCRIPTHASH"] = f"{csp_hash(fields['SCRIPT'])} {_niivue_hash()}"
     template = (_VIEWER / "report.html").read_text(encoding="utf-8")
     page = re.sub("@([A-Z]+)@", lambda match: fields[match.group(1)], template)
     with atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def csp_hash(text: str) -> str:
+    """The source expression that allows one inline script or style in a Content-Security-Policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def swatch_styles(parts: Iterable[int]) -> str:
+    """CSS classes `part-K` with the colours of the parts; style attributes would need a laxer policy."""
+    return "".join(f".part-{part} {{ background: {part_colour(part)}; }}\n" for part in parts)
+
+
+@lru_cache(maxsize=1)
+def _niivue_hash() -> str:
+    return csp_hash(gzip.decompress((_VIEWER / "niivue.js.gz").read_bytes()).decode())
 
 
 @lru_cache(maxsize=1)
@@ -187,7 +207,7 @@ def _table(key: int, level: ShownLevel, frame: Frame) -> str:
             f'<input type="checkbox" aria-label="show part {part.index}" data-part="{part.index}" '
             f'data-level="{key}"{"" if part.index == background else " checked"}>',
             f"part {part.index}",
-            f'<span class="swatch" style="background:{part_colour(part.index)}"></span>',
+            f'<span class="swatch part-{part.index}"></span>',
             *([] if unit == VOXELS else [_volume(part.volume_ml * 1000 * unit.volume_per_mm3)]),
             f"{100 * part.voxels / total:.1f} %",
             f"{part.voxels:,}",
@@ -216,7 +236,7 @@ def _tree(levels: Sequence[ShownLevel], links: Sequence[dict]) -> str:
     def branch(level: int, part: int, share: str) -> str:
         own = [x for x in links if x["parent_level"] == level and x["parent"] == part]
         inside = "".join(branch(x["level"], x["part"], f", {100 * x['overlap']:.0f} % of it in here") for x in own)
-        mark = f'<span class="swatch" style="background:{part_colour(part)}"></span>'
+        mark = f'<span class="swatch part-{part}"></span>'
         text = f'{mark} part {part} <span class="soft">of level {level}{share}</span>'
         return f"<li>{text}{f'<ul>{inside}</ul>' if inside else ''}</li>"
 

@@ -24,6 +24,7 @@ from diffdiscover3d.segmentation.preflight import MemoryPlan, plan_memory
 from diffdiscover3d.segmentation.scan import segment_scan
 from diffdiscover3d.utils.files import check_folder
 from diffdiscover3d.utils.progress import ProgressBar
+from diffdiscover3d.utils.staging import recover_folder
 
 __all__ = ["SegmentedFile", "choose_device", "segment", "stem"]
 
@@ -113,6 +114,8 @@ def segment(
     extras = Extras(preview, statistics, tables, probabilities, report)
     cases = [plan_case(path, output, levels, extras) for path in paths]
     mine = shard(cases)
+    for folder in {case.folder for case in cases}:
+        recover_folder(folder)
     check_cases(cases, mine, overwrite or resume)
     reading = {"volume": volume, "nan_to_zero": nan_to_zero, "ignore_affine": ignore_affine}
     arguments = {"device": str(place), **reading, "fast": fast, "order": order, "statistics": statistics}
@@ -167,8 +170,9 @@ def segment(
                         read_seconds,
                         stages,
                         neurological,
-                        found.domain,
-                        found.name,
+                        overwrite or resume,
+                        domain=found.domain,
+                        model=found.name,
                     )
                     result = segment_scan(job, scan)
             except DiffDiscoverError as error:

@@ -28,6 +28,7 @@ class ScanJob:
         read_seconds: how long reading the scan took.
         stages: the progress bar.
         neurological: pictures have the patient's left on the left.
+        overwrite: replace results that exist.
         domain, model: what is known of the scans that the model was trained on, and its name.
     """
 
@@ -41,6 +42,7 @@ class ScanJob:
     read_seconds: float
     stages: ProgressBar
     neurological: bool = False
+    overwrite: bool = False
     domain: dict | None = None
     model: str = "the model"
 

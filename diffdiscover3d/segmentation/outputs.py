@@ -1,7 +1,6 @@
 """The names of a scan's result files, and checks before they are written."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from diffdiscover3d.data.formats.registry import folder_of, label_suffix, split,
 from diffdiscover3d.errors import ModelError, OutputError
 from diffdiscover3d.reporting.colours import part_rgb
 from diffdiscover3d.utils.files import check_targets
+from diffdiscover3d.utils.processes import rank_and_world_size
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,10 @@ def is_finished(case: CaseFiles, provenance: dict[int | None, dict], sha256: str
 
 
 def shard(cases: Sequence[CaseFiles]) -> list[CaseFiles]:
-    """The cases of this process, if `accelerate launch` or torchrun started several; otherwise all."""
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    """The cases of this process, if `accelerate launch` or torchrun started several; otherwise all.
+
+    Raises:
+        ValueError: as [`rank_and_world_size`].
+    """
+    rank, world = rank_and_world_size()
     return list(cases[rank::world])

@@ -26,8 +26,9 @@ from diffdiscover3d.segmentation.in_memory import InMemoryFinder
 from diffdiscover3d.segmentation.job import FoundParts, PartFinder, ScanJob, SegmentedFile
 from diffdiscover3d.segmentation.out_of_core import OutOfCoreFinder
 from diffdiscover3d.segmentation.outputs import LevelFiles
-from diffdiscover3d.utils.files import staged_folder, write_json
+from diffdiscover3d.utils.files import write_json
 from diffdiscover3d.utils.provenance import peak_memory_mib
+from diffdiscover3d.utils.staging import staged_folder
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def segment_scan(job: ScanJob, scan: NiftiVolume | SlabScan) -> SegmentedFile:
         OutputError: if a file cannot be written, or the disk cannot hold the temporary files.
     """
     case = job.case
-    with staged_folder(case.folder) as folder, ExitStack() as scratch:
+    with staged_folder(case.folder, job.overwrite) as folder, ExitStack() as scratch:
 
         def staged(path: Path) -> Path:
             return folder / path.name

@@ -134,14 +134,14 @@ class BrainTraining:
     def compile(self) -> None:
         self.network.network.compile()
 
-    def reports_after(self, step: int) -> bool:
+    def has_metrics_after(self, step: int) -> bool:
         every = self.config.reassign_every
         return bool(every) and step % every == 0 and step < self.config.max_steps
 
     def after_step(self, step: int) -> dict[str, float]:
         self.ema.to(self.accelerator.device)
         self.ema.step(self.model.parameters())
-        if not self.reports_after(step):
+        if not self.has_metrics_after(step):
             return {}
         before = self.bank.lesions
         with self._averaged():

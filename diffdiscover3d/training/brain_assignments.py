@@ -6,31 +6,27 @@ No label enters: the thresholds are multiples of a brain's own spread.
 import torch
 import torch.nn.functional as F
 
-_CONSPICUOUS = 6.0  # robust standard deviations above the median: brighter than any tissue
+_CONSPICUOUS, _NEAR = 1.25, 0.15
 _SEED, _GROW = 2.5, 2.0  # of lesions in a real scan: where they begin, and how far they extend
 _SURFACE = 3  # voxels next to the brain's surface, where cortex and remnants are bright
 _SMALLEST = 8  # voxels
+_GRAIN = 0.3  # robust standard deviations
 
 
 def conspicuous_outliers(rendering: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
-    """What is far brighter than the tissue of a brain, (B, 1, H, W, D) bool.
+    """Voxels far brighter than any tissue, (B, 1, H, W, D) bool.
 
-    Voxels more than six robust standard deviations above the median of the foreground, after one sweep of a Potts
-    model: each takes the label that most of its 27 neighbours have if its own intensity is near the threshold.
+    Robust scaling keeps tissue in [0, 1]; outliers are above 1.25. After thresholding, one sweep of a Potts model gives
+    voxels within 0.15 of the threshold the label of most of their 27 neighbours.
 
     Args:
         rendering: (B, 1, H, W, D) intensities.
         foreground: (B, 1, H, W, D) bool.
     """
-    found = []
-    for x, inside in zip(rendering, foreground, strict=True):
-        median, spread = robust_moments(x[inside])
-        limit = median + _CONSPICUOUS * spread
-        bright = ((x > limit) & inside).float()
-        around = F.avg_pool3d(bright[None], 3, stride=1, padding=1)[0]
-        near = (x - limit).abs() < spread
-        found.append(torch.where(near, around > 0.5, bright > 0.5) & inside)
-    return torch.stack(found)
+    bright = ((rendering > _CONSPICUOUS) & foreground).float()
+    around = F.avg_pool3d(bright, 3, stride=1, padding=1)
+    near = (rendering - _CONSPICUOUS).abs() < _NEAR
+    return torch.where(near, around > 0.5, bright > 0.5) & foreground
 
 
 def bright_outliers(scan: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
@@ -90,9 +86,10 @@ def smooth_away(scan: torch.Tensor, foreground: torch.Tensor, outliers: torch.Te
     ordinary = (foreground[0, 0].cpu().numpy() & ~wide & (abs(x - median) < spread)).astype(float)
     weight = ndimage.gaussian_filter(ordinary, 4.0)
     mean = ndimage.gaussian_filter(ordinary * x, 4.0) / weight.clip(1e-6)
-    mean = mean + (x - ndimage.gaussian_filter(x, 1.0))  # the scan's own grain stays
+    grain = x - ndimage.gaussian_filter(x, 1.0)  # the scan's own grain stays, but not the edge of the outlier
+    mean = mean + grain.clip(-_GRAIN * spread, _GRAIN * spread)
     # only what is brighter than its surroundings changes: fluid next to a lesion stays dark
-    blend = ndimage.gaussian_filter((wide & (x > mean)).astype(float), 0.7)
+    blend = ndimage.gaussian_filter((wide & (ndimage.gaussian_filter(x, 1.0) > mean)).astype(float), 0.7)
     out = x + blend * (mean.clip(0.05, 1.0) - x)
     return torch.from_numpy(out).to(scan)[None, None] * foreground
 

@@ -251,7 +251,7 @@ class _Draw:
         near_fluid = _blur(((0.3 - t) / 0.15).clamp(0, 1) * deep.pow(4), 3.0)
         field = field + self.uniform(0, 5) * near_fluid - 6 * (1 - deep) - 3 * ((0.3 - t) / 0.15).clamp(0, 1)
         flat = field.flatten(1)[:, ::97]
-        share = self.uniform(0.003, 0.03, 1)
+        share = 0.0006 * 20 ** self.uniform(0, 1, 1)
         rank = ((1 - share) * flat.shape[1]).long().clamp(max=flat.shape[1] - 1)
         level = flat.sort(dim=1).values.gather(1, rank).view(-1, 1, 1, 1, 1)
         return torch.sigmoid((field - level) * 5) * inside * self.happens(self.options.spots)

@@ -170,7 +170,8 @@ class DiscoveryTraining:
         Conv3d.release(self.model.network).compile()
 
     def has_metrics_after(self, step: int) -> bool:
-        return step % self.epoch_steps == 0 or step == self.config.max_steps
+        ends_epoch = step % self.epoch_steps == 0 and self.config.selection == "confidence"
+        return ends_epoch or step == self.config.max_steps
 
     def after_step(self, step: int) -> dict[str, float]:
         """At the end of an epoch, compute the mean confidence and keep the weights if it is the highest so far."""

@@ -26,7 +26,8 @@ def divide_structure(
     """Divide a structure into what surrounds its inclusions and the inclusions.
 
     The intensities of the clean prediction are clustered; a Potts model smooths the clusters on the raw volume, whose
-    resolution is finer. The largest cluster surrounds the inclusions. Pieces of the others that hold at least 0.2 % of
+    resolution is finer. Of two and three clusters those are taken that explain the raw volume better, at the price of
+    their boundaries. The largest cluster surrounds the inclusions. Pieces of the others that hold at least 0.2 % of
     the structure are inclusions, which are divided by k-means on position and intensity.
 
     Args:
@@ -48,11 +49,7 @@ def divide_structure(
         return labels
     box = ndimage.find_objects(within.astype(np.uint8))[0]
     raw, clean, inside = raw[box], clean[box], within[box]
-    number = min(count, _CLUSTERS)
-    clusters = np.zeros(inside.shape, dtype=np.int64)
-    clusters[inside] = _kmeans(clean[inside][:, None], number, seed)
-    if strength > 0:
-        clusters = potts_clusters(raw, inside, clusters, number, strength, spacing)
+    number, clusters = _cluster(raw, clean, inside, count, spacing, strength, seed)
     around = np.bincount(clusters[inside], minlength=number).argmax()
     pieces = np.zeros(inside.shape, dtype=np.int64)
     for cluster in range(number):
@@ -93,8 +90,8 @@ def potts_clusters(
         (H, W, D) int64, the most probable cluster; 0 outside of the structure.
     """
     area = _face_weights(strength, spacing)
-    q = np.stack([(clusters == k) & within for k in range(count)]).astype(np.float64)
-    x = raw[within].astype(np.float64)
+    q = np.stack([(clusters == k) & within for k in range(count)]).astype(np.float32)
+    x = raw[within].astype(np.float32)
     for _ in range(_ITERATIONS):
         weights = q[:, within]
         means = weights @ x / np.maximum(weights.sum(axis=1), 1e-6)
@@ -220,7 +217,7 @@ def largest_first(labels: np.ndarray, count: int) -> np.ndarray:
 def _face_weights(strength: float, spacing: Sequence[float]) -> np.ndarray:
     """The attraction along each axis, in proportion to the area of the faces; their mean is `strength`."""
     area = np.prod(spacing) / np.asarray(spacing, dtype=np.float64)
-    return strength * area / area.mean()
+    return (strength * area / area.mean()).astype(np.float32)
 
 
 def _attraction(q: np.ndarray, area: np.ndarray) -> np.ndarray:
@@ -232,6 +229,30 @@ def _attraction(q: np.ndarray, area: np.ndarray) -> np.ndarray:
         field[tuple(there)] += area[axis] * q[tuple(back)]
         field[tuple(back)] += area[axis] * q[tuple(there)]
     return field
+
+
+def _cluster(raw, clean, inside, count, spacing, strength, seed) -> tuple[int, np.ndarray]:
+    """The number of clusters and the clusters, (H, W, D), with the lowest energy of those with two to `count`."""
+    found = []
+    for number in range(2, max(2, min(count, _CLUSTERS)) + 1):
+        clusters = np.zeros(inside.shape, dtype=np.int64)
+        clusters[inside] = _kmeans(clean[inside][:, None], number, seed)
+        if strength > 0:
+            clusters = potts_clusters(raw, inside, clusters, number, strength, spacing)
+        found.append((_energy(raw, inside, clusters, strength, spacing), number, clusters))
+    return min(found, key=lambda one: one[0])[1:]
+
+
+def _energy(raw, inside, clusters, strength, spacing) -> float:
+    """Negative log-likelihood of Gaussians of one variance, plus the boundaries at half the attraction."""
+    labels, values = clusters[inside], raw[inside]
+    sizes = np.maximum(np.bincount(labels), 1)
+    rest = values - (np.bincount(labels, weights=values) / sizes)[labels]
+    boundary = 0.0
+    for axis, area in enumerate(_face_weights(strength, spacing)):
+        moved, within = np.moveaxis(clusters, axis, 0), np.moveaxis(inside, axis, 0)
+        boundary += area * ((moved[1:] != moved[:-1]) & within[1:] & within[:-1]).sum()
+    return 0.5 * len(values) * np.log(max(rest.var(), 1e-12)) + 0.5 * boundary
 
 
 def _split_compact(raw, pieces, count, spacing, seed) -> np.ndarray:
@@ -258,4 +279,4 @@ def _split_alike(raw, pieces, count, spacing, seed) -> np.ndarray:
 
 def _kmeans(features: np.ndarray, count: int, seed: int, weights: np.ndarray | None = None) -> np.ndarray:
     count = min(count, len(np.unique(features, axis=0)))
-    return KMeans(count, n_init=5, random_state=seed).fit_predict(features, sample_weight=weights)
+    return KMeans(count, n_init=3, random_state=seed).fit_predict(features, sample_weight=weights)

@@ -16,7 +16,8 @@ from diffdiscover3d.reporting.frames import frame_of
 from diffdiscover3d.reporting.pictures import save_slices
 from diffdiscover3d.reporting.plots import components_as_rgb
 from diffdiscover3d.segmentation.driver import choose_device
-from diffdiscover3d.utils.files import check_targets, staged_folder
+from diffdiscover3d.utils.files import check_targets
+from diffdiscover3d.utils.staging import staged_folder
 
 
 def extract_features(
@@ -65,7 +66,7 @@ def extract_features(
     pipeline = load_teacher(model).to(place)
     generator = torch.Generator().manual_seed(seed)
     found = pipeline(scan.data, timestep, stages, generator, num_noise, upsample)
-    with staged_folder(output) as folder:
+    with staged_folder(output, overwrite) as folder:
         for target, features in zip(targets, found.features, strict=True):
             array = np.moveaxis(features[0].cpu().numpy(), 0, -1)
             write_like(folder / target.name, array, _on_grid(scan, array.shape[:3], found.extent))

@@ -45,7 +45,7 @@ def test_segment_is_in_eval_mode_and_restores_the_mode():
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_is_restored_after_an_error(training):
     coarse = make()
-    model = StructureDiscoveryModel.inside(coarse, (1, 2, 1), norm="instance").train(training)
+    model = StructureDiscoveryModel.from_parent(coarse, (1, 2, 1), norm="instance").train(training)
     for volume in (torch.ones(10, 12, 9), torch.full((10, 12, 9), torch.nan)):
         with pytest.raises(InputError):
             model.segment(volume)

@@ -57,8 +57,7 @@ def test_bright_outliers_are_found_deep_in_the_brain_only():
 
 
 def test_brightness_evidence_is_zero_between_tissue_and_lesion():
-    flat = torch.where(BRAIN, torch.tensor(0.5), torch.tensor(0.0))
-    flat[0, 0, ::2] += 0.01 * BRAIN[0, 0, ::2]
+    flat = scan(0.5)
     median, spread = robust_moments(flat[BRAIN])
     for deviations, expected in ((1.75, 0.0), (2.75, 3.0), (0.75, -3.0), (9.0, 6.0), (-9.0, -6.0)):
         level = torch.full_like(flat, float(median + deviations * spread))
@@ -70,7 +69,7 @@ def test_brightness_evidence_is_zero_between_tissue_and_lesion():
 def test_smoothing_away_leaves_ordinary_tissue_and_the_rest_alone():
     volume = scan(0.9)
     healthy = smooth_away(volume, BRAIN, LESION)
-    assert abs(float(healthy[LESION].mean()) - 0.5) < 0.02
+    assert abs(float(healthy[LESION].mean()) - 0.5) < 0.03
     far = BRAIN & ~ball((22, 24, 18), 9)
     torch.testing.assert_close(healthy[far], volume[far], atol=0.01, rtol=0)
     assert not healthy[~BRAIN].any()

@@ -72,7 +72,7 @@ def test_potts_model_removes_noise_and_keeps_the_box():
     raw = noisy(true, (0, 1), 0.5)
     start = (raw > 0.5).astype(np.int64)
     found = potts_clusters(raw, WHOLE, start, 2)
-    assert (start != true).mean() > 0.1 and (found != true).mean() < 0.01
+    assert (start != true).mean() > 0.1 and (found != true).mean() < 0.02
     # an oracle without attraction: the nearer of two means, estimated by the same updates
     np.testing.assert_array_equal(potts_clusters(raw, WHOLE, start, 2, strength=0.0) == 1, _gaussian_oracle(raw))
 

@@ -243,7 +243,7 @@ def test_scans_of_different_shapes_are_brought_to_one(scans, teacher, tmp_path):
 
 @pytest.mark.parametrize("error", [None, RuntimeError("out of memory")])
 def test_a_preview_leaves_the_weights_as_they_were(scans, tmp_path, monkeypatch, error):
-    """Its samples are of the averaged weights; the training goes on with its own, also after an error."""
+    """Previews use the averaged weights; the training weights are restored afterwards, also on errors."""
     from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline
 
     task = DiffusionTraining(diffusion(scans, tmp_path), GRID)

@@ -7,6 +7,7 @@ import pytest
 from diffdiscover3d.data.datasets.brain_phantom import SHAPE, SPACING_MM, brain_phantom
 from diffdiscover3d.data.datasets.brain_scans import BrainScans
 from diffdiscover3d.errors import InputError
+from diffdiscover3d.workflows.synthesize import write_synthetic
 
 
 def test_a_phantom_is_a_function_of_split_and_index():
@@ -52,3 +53,13 @@ def test_scans_lie_in_their_frames_and_masks_are_left_out(tmp_path):
     assert scans.fingerprint() != BrainScans(tmp_path, (32, 36, 32)).fingerprint()
     with pytest.raises(InputError):
         BrainScans(tmp_path / "nowhere", (32, 36, 32))
+
+
+def test_phantoms_are_written_with_their_truths_and_spacing(tmp_path):
+    (path,) = write_synthetic(tmp_path, variant="brain-phantom", split="validation", count=1)
+    phantom, image = brain_phantom("validation", 0), nib.load(path)
+    np.testing.assert_array_equal(np.asarray(image.dataobj), phantom.volume)
+    np.testing.assert_allclose(image.header.get_zooms(), [SPACING_MM] * 3)
+    for level in (1, 2):
+        truth = nib.load(tmp_path / f"brain-phantom-validation-000_level-{level}_dseg.nii.gz")
+        np.testing.assert_array_equal(np.asarray(truth.dataobj), phantom.labels[level - 1])

@@ -1,12 +1,12 @@
 """Train and score one seed of one variant in this process: all levels of one method, into the folder of the tables.
 
-    python benchmarks/train_seed.py FOLDER --variant regular --seed 0 --teacher synthetic-regular
-    python benchmarks/train_seed.py FOLDER --variant irregular --diffusion     (only the variant's own teacher)
+    python -m benchmarks.paper.train_seed FOLDER --variant regular --seed 0 --teacher synthetic-regular
+    python -m benchmarks.paper.train_seed FOLDER --variant irregular --diffusion     (only the variant's own teacher)
 
-`tables.py FOLDER` then takes what is there. Without --teacher the variant's own diffusion model is trained first,
-unless another call has done so; let that finish before several seeds are started side by side. The trainings run in
-this process one after the other, which saves importing PyTorch for each; on one GPU several calls share it.
-A call that was stopped goes on where it was.
+Then `python -m benchmarks.paper.tables FOLDER` uses the results. Without --teacher the variant's own diffusion model
+is trained first, unless another call has done so; let that finish before starting several seeds. The trainings run in
+this process one after the other, which saves importing PyTorch for each; several calls can share one GPU. An
+interrupted call resumes.
 """
 
 import argparse
