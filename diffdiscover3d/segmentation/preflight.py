@@ -59,7 +59,13 @@ class MemoryPlan:
 
 
 def plan_memory(
-    file: Source, network: Mapping, on_cpu: bool, *, fast: bool = False, working: Sequence[int] | None = None
+    file: Source,
+    network: Mapping,
+    on_cpu: bool,
+    *,
+    fast: bool = False,
+    working: Sequence[int] | None = None,
+    whole: bool = False,
 ) -> MemoryPlan:
     """Choose between memory and slabs from the header and the network, and check that the memory suffices.
 

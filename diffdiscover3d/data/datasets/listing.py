@@ -33,7 +33,7 @@ _MASK_WORDS = (
     "truth|aseg|aparc|wmparc|parcellation|annotation|annotations"
 )
 _MASK = re.compile(rf"(?:^|[^a-z0-9])(?:{_MASK_WORDS})(?:$|[^a-z])|brain_?mask", re.IGNORECASE)
-_OWN = re.compile(r"_(?:dseg|probseg)$|_stage\d+$")
+_OWN = re.compile(r"_(?:dseg|probseg)$|_stage\d+$|_level-\d+_truth$")
 _SECOND_HALVES = (".img", ".img.gz")
 
 
