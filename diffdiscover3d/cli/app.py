@@ -139,7 +139,9 @@ def segment(
     quiet: Quiet = False,
 ) -> None:
     """Segment volumes into parts: write label maps, .json and .tsv on each input's grid and in its format."""
-    from diffdiscover3d.segmentation.preflight import refuse_early
+    from diffdiscover3d.data.formats.registry import split
+    from diffdiscover3d.segmentation.outputs import Extras
+    from diffdiscover3d.segmentation.preflight import refuse_early, refuse_taken
 
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
@@ -152,6 +154,9 @@ def segment(
         "missing_chunks": missing_chunks,
         "voxel_size": voxel_size,
     }
+    if not overwrite and not resume and all(split(source)[0].exists() for source in inputs):
+        extras = Extras(preview, statistics, tables, probabilities, report)
+        refuse_taken(inputs, output, model, level is Level.ALL, extras, include or (), series)
     refuse_early(inputs, device, by_slabs=not fast, **reading)
     from diffdiscover3d.segmentation.driver import segment as run
 

@@ -1,5 +1,6 @@
 """Segment files: label maps, tables and reports on each input's own grid."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -9,15 +10,11 @@ from pathlib import Path
 import torch
 
 from diffdiscover3d import __version__
-from diffdiscover3d.data.datasets.listing import list_volumes
-from diffdiscover3d.data.formats.nifti.header import check_reachable
+from diffdiscover3d.data.datasets.listing import expand
+from diffdiscover3d.data.domain import domain_note
 from diffdiscover3d.data.formats.reading import open_source, read_source, stream_source
 from diffdiscover3d.data.formats.registry import (
-    format_by_name,
-    is_nifti,
-    is_volume,
     options_in,
-    split,
     stem,
     volume_sha256,
 )
@@ -26,9 +23,19 @@ from diffdiscover3d.errors import DiffDiscoverError, ModelError, NetworkError
 from diffdiscover3d.hub.registry import DEFAULT_MODEL
 from diffdiscover3d.hub.resolve import ResolvedModel, resolve_model
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+from diffdiscover3d.segmentation.arrays import NAME, as_scan, is_in_memory
 from diffdiscover3d.segmentation.finish import Finish
+from diffdiscover3d.segmentation.in_memory import InMemoryFinder
 from diffdiscover3d.segmentation.job import ScanJob, SegmentedFile
-from diffdiscover3d.segmentation.outputs import Extras, check_cases, is_finished, names_a_file, plan_case, shard
+from diffdiscover3d.segmentation.outputs import (
+    CaseFiles,
+    Extras,
+    check_cases,
+    is_finished,
+    names_a_file,
+    plan_case,
+    shard,
+)
 from diffdiscover3d.segmentation.preflight import MemoryPlan, plan_memory
 from diffdiscover3d.segmentation.scan import segment_scan
 from diffdiscover3d.utils.files import check_folder
@@ -38,10 +45,11 @@ from diffdiscover3d.utils.staging import recover_folder
 __all__ = ["SegmentedFile", "choose_device", "segment", "stem"]
 
 ORDERS = ("model", "size")
+logger = logging.getLogger("diffdiscover3d")
 
 
 def segment(
-    inputs: str | Path | Sequence[str | Path],
+    inputs,
     output: str | Path | None = None,
     *,
     model: str = DEFAULT_MODEL,
@@ -76,7 +84,7 @@ def segment(
     on_error: Callable[[DiffDiscoverError], None] | None = None,
     on_skip: Callable[[Path], None] | None = None,
     on_estimate: Callable[[str], None] | None = None,
-) -> list[SegmentedFile]:
+):
     """Segment volumes into parts and write `<stem>_dseg.nii.gz`, `.json` and `.tsv` for each.
 
     A scan too large for one pass of the network stays on disk and is segmented slab by slab, in memory bounded by its
@@ -84,8 +92,11 @@ def segment(
 
     If several processes were started by `accelerate launch` or torchrun, each works on its share of the inputs.
 
+    A volume in memory gets a label map in memory, of the same kind: nothing is written.
+
     Args:
-        inputs: volumes of any format (see `data/formats/registry.py`), folders of them, globs or text lists.
+        inputs: an (H, W, D) array or tensor, a nibabel or SimpleITK image; or volumes of any format (see
+            `data/formats/registry.py`), folders of them, globs or text lists.
         output: folder for the results (default: beside each input), or, for one input and level, the label map.
         model: an embedded model's name, a folder, or a Hub id.
         level: of a model with levels: its number, 1 the coarsest (default 2), or "all"; then the files are called
@@ -119,14 +130,23 @@ def segment(
         on_error: called with the error of an input that cannot be used, before the next one; default: raise it.
         on_skip: called with each input that `resume` skips.
 
+    Returns:
+        What was written for each input; of a volume in memory the label map, or with level "all" a dict of them.
+
     Raises:
         InputError, OutputError, ModelError, NetworkError, MemoryLimitError: see their descriptions.
         ValueError: for an unknown device or order.
     """
     if order not in ORDERS:
         raise ValueError(f"`order` must be one of {ORDERS}, got {order!r}.")
+    if is_in_memory(inputs):
+        if output is not None or report or preview or probabilities or statistics or tables:
+            raise ValueError("a volume in memory gets labels in memory: save it to a file for other results.")
+        finish = Finish(None if mask is None else Path(mask), smooth, min_size, background)
+        chosen = {"model": model, "level": level, "num_parts": num_parts, "revision": revision}
+        return _segment_in_memory(inputs, chosen, device, fast, order, finish, nan_to_zero)
     single = isinstance(inputs, str | Path)
-    paths = [p for source in ([inputs] if single else inputs) for p in _expand(source, include, series)]
+    paths = [p for source in ([inputs] if single else inputs) for p in expand(source, include, series)]
     place = choose_device(device)
     if output is not None:
         check_folder(Path(output).parent if names_a_file(output) else Path(output))
@@ -225,6 +245,27 @@ def segment(
     return results
 
 
+def _segment_in_memory(volume, chosen: dict, device: str, fast: bool, order: str, finish: Finish, nan_to_zero: bool):
+    """Label maps of a volume in memory, see [`segment`]."""
+    scan, back = as_scan(volume, nan_to_zero=nan_to_zero)
+    found = resolve_model(chosen["model"], chosen["revision"])
+    if chosen["num_parts"] is None:
+        levels = found.choose_levels(chosen["level"])
+    else:
+        levels = (_level_with(found, chosen["num_parts"], chosen["level"]),)
+    _check_options(finish, [NAME], None, levels, False)
+    networks = found.load(levels, choose_device(device))
+    case = CaseFiles(NAME, {}, None, None, None)
+    with ProgressBar(total=1, enabled=False) as stages:
+        job = ScanJob(case, networks, {}, Extras(), order, fast, found.working_grid, 0.0, stages, finish=finish)
+        finder = InMemoryFinder(job, scan)
+        labels = {level: back(finder.find(level).labels) for level in levels}
+    for note in [*finder.notes, domain_note(scan, found.domain, found.name)]:
+        if note:
+            logger.warning("%s: %s", NAME, note)
+    return labels if chosen["level"] == "all" else next(iter(labels.values()))
+
+
 def choose_device(name: str) -> torch.device:
     """The device of a name; "auto" is a CUDA device if there is one, otherwise the CPU.
 
@@ -270,20 +311,6 @@ def _check_options(finish: Finish, paths: Sequence[Path], output, levels: Sequen
         raise ValueError("`mask` goes with one input, and without `probabilities`.")
     if finish.background is not None and len(levels) != 1:
         raise ValueError("`background` goes with one level.")
-
-
-def _expand(source: str | Path, include: Sequence[str], series: str | None) -> list[Path]:
-    path, inner = split(source)
-    check_reachable(path)
-    # a single file is passed on as it is: reading it gives the most precise reason if it cannot be used
-    if (
-        not path.is_dir()
-        and (is_nifti(path) or format_by_name(path) or inner)
-        and not any(c in str(path) for c in "*?[")
-    ):
-        return [Path(source)]
-    named = path.suffix != "" or path.is_dir() or not path.exists()
-    return list_volumes(source, include, series) if named or is_volume(path) else [path]
 
 
 def _provenance(model: ResolvedModel, level: int | None, arguments: dict) -> dict:

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,9 +13,12 @@ import torch
 from diffdiscover3d.data.datasets.listing import list_volumes
 from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
 from diffdiscover3d.data.domain import DOMAIN_FILE, signature, summarise
+from diffdiscover3d.data.formats.nifti.reading import write_like
 from diffdiscover3d.data.formats.reading import read_volume
+from diffdiscover3d.data.formats.registry import SEPARATOR, with_options
 from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, OutputError
 from diffdiscover3d.hub.resolve import WORKING_GRID_FILE
+from diffdiscover3d.segmentation.arrays import as_scan
 from diffdiscover3d.segmentation.driver import SegmentedFile, choose_device, segment
 from diffdiscover3d.training.recipes import Training, diffusion_training, train_level
 from diffdiscover3d.utils.files import atomic_folder, check_folder, write_json
@@ -24,13 +27,17 @@ from diffdiscover3d.workflows.discover_plan import Plan, describe_plan, make_pla
 
 
 def discover(
-    source: str | Path,
+    source,
     output: str | Path,
     *,
     preset: str = "standard",
     levels: int = 3,
     device: str = "auto",
     seed: int = 0,
+    volume: int | None = None,
+    resolution: int | None = None,
+    series: str | None = None,
+    include: Sequence[str] = (),
     resume: bool = False,
     progress: bool = False,
     verbose: bool = False,
@@ -40,7 +47,8 @@ def discover(
     """Train on a folder of scans without labels, segment them, and write reports.
 
     Args:
-        source: a folder, glob or text list of NIfTI files.
+        source: a folder, glob or text list of volumes of any format; or a sequence of volumes in memory, as [`segment`]
+            takes them, which are kept in `scans/` of the output.
         output: folder for all files: `plan.json`, `training/` (checkpoints, logs, pictures), `model/` (what
             `segment --model` takes: the diffusion model and one network with all levels), `parts/` (label maps, tables
             and reports) and `index.html`.
@@ -48,6 +56,9 @@ def discover(
         levels: number of levels, 1 to 3 (2, 4, 8 parts); each divides the parts of the level before.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         seed: of everything random.
+        volume: of files with several channels or time points, which one.
+        resolution: of files with several resolutions, which one, 0 the finest.
+        series, include: as for [`segment`].
         resume: continue an earlier run with the same output; its plan is kept.
         progress: show progress bars.
         verbose: show the logs of the trainings.
@@ -66,7 +77,12 @@ def discover(
     if plan_file.exists() and not resume:
         raise OutputError(f"{output}: holds an earlier run; --resume continues it, or choose another --output folder.")
     tell("Reading the scans")
-    scans, shapes, spacings, domain = _read_all(source, on_error)
+    if isinstance(source, str | Path):
+        paths = list_volumes(source, include, series)
+    else:
+        paths = _keep_volumes(source, output / "scans")
+    paths = [with_options(path, volume=volume, resolution=resolution) for path in paths]
+    scans, shapes, spacings, domain = _read_all(paths, on_error)
     if plan_file.exists():
         plan = read_plan(plan_file)
         if plan.scans != tuple(scans):
@@ -102,10 +118,10 @@ def discover(
     return results
 
 
-def _read_all(source, on_error) -> tuple[list[str], list, list, dict]:
+def _read_all(paths: Sequence[Path], on_error) -> tuple[list[str], list, list, dict]:
     """Read every scan once, so that a damaged one is reported before the trainings."""
     scans, shapes, spacings, signatures = [], [], [], []
-    for path in list_volumes(source):
+    for path in paths:
         try:
             volume = read_volume(path)
         except DiffDiscoverError as error:
@@ -113,13 +129,28 @@ def _read_all(source, on_error) -> tuple[list[str], list, list, dict]:
                 raise
             on_error(error)
             continue
-        scans.append(str(path.resolve()))
+        place, inner = str(path).partition(SEPARATOR)[::2]
+        scans.append(str(Path(place).resolve()) + (f"{SEPARATOR}{inner}" if inner else ""))
         shapes.append(volume.data.shape)
         spacings.append(volume.spacing_mm)
         signatures.append(signature(volume))
     if not scans:
-        raise InputError(f"{source}: none of its scans can be read.")
+        raise InputError("none of the scans can be read.")
     return scans, shapes, spacings, summarise(signatures)
+
+
+def _keep_volumes(volumes: Sequence, folder: Path) -> list[Path]:
+    """Write volumes in memory as NIfTI files, so that a run can be continued; those that are there stay."""
+    paths = []
+    for number, one in enumerate(volumes):
+        path = folder / f"scan-{number:03d}.nii.gz"
+        if isinstance(one, str | Path):
+            path = Path(one)
+        elif not path.exists():
+            scan, _ = as_scan(one)
+            write_like(path, scan.data, scan)
+        paths.append(path)
+    return paths
 
 
 def _train_all(
