@@ -44,14 +44,14 @@ class Recipe:
         Trainings without a consistency term are dropped, because a single part minimises the invariance.
 
         Raises:
-            ValueError: if a level has no trainings left.
+            ValueError: if a level has no trainings left, or level 1 none that begins without a network.
         """
         levels = {
             level: [changed for step in steps if _has_consistency(changed := {**step, **options})]
             for level, steps in self.levels.items()
         }
         for level, steps in levels.items():
-            if not steps:
+            if not steps or (level == 1 and _needs_start(steps[0])):
                 raise ValueError(f"level {level} must keep a consistency term, got {options} for all its trainings.")
         return dataclasses.replace(self, levels=levels)
 
@@ -70,6 +70,12 @@ def _has_consistency(step: Mapping) -> bool:
     return (
         config.objective == "assignment" or max(config.lambda_feature, config.lambda_visual, config.lambda_denoised) > 0
     )
+
+
+def _needs_start(step: Mapping) -> bool:
+    """Whether a training of the first level can only continue from another."""
+    config = make_config(DiscoveryConfig, **step)
+    return config.objective == "assignment" and config.assign_from == "auto"
 
 
 @dataclass(frozen=True)
