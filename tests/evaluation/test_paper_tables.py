@@ -205,7 +205,7 @@ def test_recipes_are_command_lines(recipe, level, tmp_path):
     )
     for training in trainings:
         options = vars(make_parser().parse_args(training.arguments()))
-        for name in ("debug", "stage", "config", "quiet"):
+        for name in ("debug", "phase", "config", "quiet"):
             options.pop(name)
         config = make_config(DiscoveryConfig, **options)
         assert config.seed == 7 and config.num_parts == 2**level
