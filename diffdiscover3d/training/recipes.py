@@ -219,6 +219,7 @@ _ASSIGNED = {
 _CLUSTERED = {**_ASSIGNED, "reliable_share": 0.5}  # assignments from clusters in space
 _OWN = {**_ASSIGNED, "reliable_share": 0.75}  # assignments from the network of the training before
 _FREE = {"sibling_order": "free"}
+_FINEST = {**_CLUSTERED, **_FREE, "max_steps": 1_000}  # a second round adds .01
 _LABELLED = {**_ASSIGNED, "assign_from": "labels", "reliable_share": 1.0, "max_steps": 3_000}
 RECIPES: dict[str, Recipe] = {
     "paper": _as_written("paper"),
@@ -248,7 +249,7 @@ RECIPES: dict[str, Recipe] = {
                 {**_OWN, "max_steps": 800},
             ],
             2: [_CLUSTERED, _OWN],
-            3: [_CLUSTERED | _FREE, _OWN | _FREE],
+            3: [_FINEST],
         },
         nested=True,
         starts=2,
@@ -258,7 +259,7 @@ RECIPES: dict[str, Recipe] = {
         {
             1: [*_FIRST, {**_OWN, "reliable_share": 0.5, "max_steps": 600}, {**_OWN, "max_steps": 600}],
             2: [_CLUSTERED],
-            3: [_CLUSTERED | _FREE],
+            3: [_FINEST],
         },
         nested=True,
         starts=2,
