@@ -40,6 +40,8 @@ class TrainingConfig:
     )
     memory_format: str = option("auto", "layout of weights and volumes; auto: the faster as measured", MEMORY_FORMATS)
     compile: bool = option(False, "compile the networks with torch.compile: minutes at the start, faster steps")
+    cuda_graphs: bool = option(False, "replay each step as a CUDA graph: one GPU, one micro-batch a step")
+    tf32: bool = option(False, "let a GPU compute float32 matrix products in TF32, with 10 bits of mantissa")
     volume_size: tuple[int, ...] | None = option(None, "resample every volume to this grid (one or three integers)")
     modality: str | None = option(None, "of BraTS: flair (the default), t1, t1ce or t2")
     grade: str | None = option(None, "of BraTS 2019: HGG (the default), LGG or all", ("HGG", "LGG", "all"))

@@ -19,6 +19,7 @@ from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
 from diffdiscover3d.reporting.pictures import save_slices
 from diffdiscover3d.training.config import DiscoveryConfig
+from diffdiscover3d.training.data_order import draw_noise, draw_noise_seed
 from diffdiscover3d.training.nesting import choose_children, divided_parts, parent_masks, parent_matrix
 from diffdiscover3d.training.precision import FORMATS
 from diffdiscover3d.training.teacher_signals import TeacherSignals
@@ -56,7 +57,7 @@ class DiscoveryTraining:
         parent: StructureDiscoveryModel | None = None,
     ):
         torch.manual_seed(config.seed)
-        self.config, self.accelerator = config, accelerator
+        self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         _check_teacher(config, teacher)
         self.teacher = teacher.to(accelerator.device)
         self.teacher.unet.eval().requires_grad_(False).to(memory_format=FORMATS[config.memory_format])
@@ -106,16 +107,26 @@ class DiscoveryTraining:
             "gamma": low + (high - low) * torch.rand((), generator=generator),
             "inverted": torch.rand((), generator=generator) < self.config.invert_probability,
         }
-        return drawn if self.signals.fixed else {**drawn, "noise": self.signals.draw(self.noise_grid, generator)}
+        if self.signals.fixed:
+            return drawn
+        if self.device.type == "cuda":  # the noise itself is drawn there
+            return {**drawn, "noise_seed": draw_noise_seed(generator)}
+        return {**drawn, "noise": self.signals.draw(self.noise_grid, generator)}
 
-    def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        config, volume = self.config, batch["volume"]
-        gamma, inverted = (batch[name][:, None, None, None, None] for name in ("gamma", "inverted"))
+    def prepare(self, batch: dict[str, torch.Tensor]) -> dict:
+        volume = batch["volume"]
+        if "noise_seed" in batch:
+            shape = self.signals.noise_shape(self.noise_grid)
+            batch = {**batch, "noise": draw_noise(batch["noise_seed"].tolist(), shape, volume.device)}
         with self.accelerator.autocast():
             phi = self.signals(batch)
+        return {"volume": volume, "gamma": batch["gamma"], "inverted": batch["inverted"], **vars(phi)}
 
+    def losses(self, model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+        config, volume = self.config, batch["volume"]
+        gamma, inverted = (batch[name][:, None, None, None, None] for name in ("gamma", "inverted"))
         changed = torch.where(inverted, 1 - volume**gamma, volume**gamma)
-        inside = None if phi.parent_labels is None else phi.parent_labels.repeat(2, 1, 1, 1, 1)
+        inside = None if batch["parent_labels"] is None else batch["parent_labels"].repeat(2, 1, 1, 1, 1)
         both = model(torch.cat([volume, changed]), inside).logits.float().softmax(dim=1)  # one pass for both views
         masks, masks_changed = both.chunk(2)
         divided, parents = self._division
@@ -127,17 +138,20 @@ class DiscoveryTraining:
 
         terms = {}
         if config.lambda_feature > 0:
-            terms["feature"] = config.lambda_feature * consistency(phi.features, phi.extent)  # Eq. 6
+            terms["feature"] = config.lambda_feature * consistency(batch["features"], batch["extent"])  # Eq. 6
         if config.lambda_visual > 0:
             terms["visual"] = config.lambda_visual * consistency(volume)  # Eq. 7
         if config.lambda_invariance > 0:  # Eq. 8
             distance = photometric_invariance(masks[:, divided], masks_changed[:, divided])
             terms["invariance"] = config.lambda_invariance * distance
         if config.lambda_denoised > 0:  # not in the paper: Eq. 7 on the teacher's own idea of the clean volume
-            terms["denoised"] = config.lambda_denoised * consistency(phi.denoised)
+            terms["denoised"] = config.lambda_denoised * consistency(batch["denoised"])
         return {"loss": sum(terms.values()), **terms}  # Eq. 4
 
     def compile(self) -> None:
+        if self.device.type == "cuda":
+            self.teacher.unet.fuse_kernels()
+            return
         self.teacher.unet.compile()
         # dropout by slot breaks the graph, and each convolution of our own would be compiled for itself
         Conv3d.release(self.model.network).compile()

@@ -96,7 +96,7 @@ def test_direct_discovery_losses_are_the_packages(options, grid, tmp_path):
     drawn = [task.draw(v, draw_generator(3, 0, slot)) for slot, v in enumerate(volumes)]
     batch = {"volume": volumes, **{name: torch.stack([d[name] for d in drawn]) for name in drawn[0]}}
     model = task.model.train()
-    package = task.losses(model, dict(batch))
+    package = task.losses(model, task.prepare(batch))
     direct = direct_discovery_losses(task.teacher.unet, task.teacher.scheduler, model, batch, config)
     assert package.keys() == direct.keys()
     for name in package:
