@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from diffdiscover3d.models import cpu_kernels
+
 
 class _CastAll(torch.autograd.Function):
     """Copies of many tensors in another type, made by one operator, as are their gradients."""
@@ -39,7 +41,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def wants_cast_weights(x: torch.Tensor) -> bool:
     """Whether all weights should be cast at once for this input: under bfloat16 autocast on an accelerator."""
-    if x.device.type == "cpu" or torch.compiler.is_compiling():
+    if cpu_kernels.is_on_cpu(x) or torch.compiler.is_compiling():
         return False
     return autocast_dtype(x.device) == torch.bfloat16
 

@@ -13,6 +13,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from diffdiscover3d.data.transforms import pad_to_multiple
+from diffdiscover3d.models import cpu_kernels
 from diffdiscover3d.models.attention import ATTENTIONS, FullAttention
 from diffdiscover3d.models.blocks import ResidualBlock, TimeEmbedding, project_time
 from diffdiscover3d.models.cpu_kernels import Conv3d, precise_if_small
@@ -221,7 +222,7 @@ class UNet3DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
 
         One product for all blocks sums in another order, and on a CPU it is not faster.
         """
-        if time.device.type == "cpu" or torch.compiler.is_compiling():
+        if cpu_kernels.is_on_cpu(time) or torch.compiler.is_compiling():
             return {}
         owners = [*self.down_levels, self.mid_block1, self.mid_block2, *self.up_levels]
         blocks = [[m] if isinstance(m, ResidualBlock) else list(m.blocks) for m in owners]

@@ -93,7 +93,8 @@ class GraphedPass(EagerPass):
         self._static = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
+        # the thread that loads the next batch may allocate pinned memory in the meantime
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             losses = self._losses(tree_unflatten(self._static, layout))
             self._backward(losses["loss"])
             self._captured = {name: value.detach() for name, value in losses.items()}
