@@ -1,7 +1,7 @@
 """What a GPU is used for and how well: trainings, features, segmentation, all in one process.
 
-    python benchmarks/speed/gpu.py                           (on a machine with a CUDA GPU; 4 to 8 minutes)
-    python benchmarks/speed/gpu.py --device cpu --quick      (tiny sizes, to see that every section runs)
+    python -m benchmarks.speed.gpu                           (on a machine with a CUDA GPU; 4 to 8 minutes)
+    python -m benchmarks.speed.gpu --device cpu --quick      (tiny sizes, to see that every section runs)
 
 Every row is written as soon as it is measured, so that a run which is stopped keeps what it has. A section that fails
 leaves its error in the result, and the next one begins. Times of training steps are those of the package's own loop:
@@ -22,18 +22,15 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-# ruff: noqa: E402
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, PartialState
-from discovery_step import FIXED, PAPER, make_teacher
-from paced import Repeated, random_volumes, training_config
-from rivals import PlainStep, add_noise, hooked_features, monai_diffusion_unet, upsample
-from timing import synchronize
 
+from benchmarks.speed.baselines import PlainStep, add_noise, hooked_features, monai_diffusion_unet, upsample
+from benchmarks.speed.discovery_step import FIXED, PAPER, make_teacher
+from benchmarks.speed.paced import Repeated, random_volumes, training_config
+from benchmarks.speed.timing import synchronize
 from diffdiscover3d.models.cpu_kernels import Conv3d
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNET_PRESETS, UNet3DModel
@@ -129,7 +126,7 @@ class Run:
         self.started = time.perf_counter()
         self.result = {
             "name": "gpu",
-            "command": " ".join(["python", "benchmarks/speed/gpu.py", *sys.argv[1:]]),
+            "command": " ".join(["python", "-m", "benchmarks.speed.gpu", *sys.argv[1:]]),
             "device": options.device,
             "quick": options.quick,
             "environment": describe_environment(),
@@ -318,11 +315,11 @@ def discovery_step(run: Run, case: dict, name: str, target=None, profiled=False,
 
     def make_task(config, accelerator) -> DiscoveryTraining:
         task = DiscoveryTraining(config, make_teacher("small", 0), volumes, [volumes[0]], accelerator)
-        if task.signals.fixed:  # as after the first epoch
+        if task.teacher_signals.fixed:  # as after the first epoch
             known = {"index": torch.arange(BATCH), "flips": torch.zeros(BATCH, 3, dtype=torch.bool)}
             with accelerator.autocast():
-                task.signals({"volume": volumes.volumes.to(accelerator.device), **known})
-            kept = task.signals._kept
+                task.teacher_signals({"volume": volumes.volumes.to(accelerator.device), **known})
+            kept = task.teacher_signals._cache
             kept.update({index: kept[index % BATCH] for index in range(len(volumes))})
         return task
 

@@ -1,4 +1,4 @@
-"""What every rival method looks like."""
+"""Interface of the baseline methods."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -8,13 +8,13 @@ import torch
 
 
 class Baseline(Protocol):
-    """Fit on a training set (or nothing), predict a label map for a volume."""
+    """A method that is optionally fitted on a training set and predicts a label map for a volume."""
 
     name: str
     num_parts: int
 
     def fit(self, volumes: Sequence[dict]) -> None:
-        """Learn from volumes as [`load_volumes`] gives them; methods that work on one volume do nothing."""
+        """Fit on volumes from [`load_volumes`]. Methods that process each volume independently do nothing."""
 
     def predict(self, volume: torch.Tensor) -> np.ndarray:
-        """Label a (1, H, W, D) volume in [0, 1]: (H, W, D) uint8 in [0, num_parts)."""
+        """Segment a (1, H, W, D) volume in [0, 1]; returns (H, W, D) uint8 labels in [0, num_parts)."""

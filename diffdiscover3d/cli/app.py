@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, print. Heavy imports wait inside the commands."""
+"""The command line: parse, call one function, print. Heavy imports are inside the commands."""
 
 import os
 import sys
@@ -14,16 +14,31 @@ from diffdiscover3d.cli.discover import discover
 from diffdiscover3d.cli.doctor import doctor
 from diffdiscover3d.cli.features import features, generate
 from diffdiscover3d.cli.hub import pull, push
+from diffdiscover3d.cli.listing import list_contents
 from diffdiscover3d.cli.models import convert_authors_checkpoint, list_models
-from diffdiscover3d.cli.options import Device, IgnoreAffine, Model, NanToZero, Overwrite, Quiet, VolumeNumber
+from diffdiscover3d.cli.options import (
+    Device,
+    IgnoreAffine,
+    Include,
+    MissingChunks,
+    Model,
+    NanToZero,
+    Neurological,
+    Overwrite,
+    Quiet,
+    Resolution,
+    Series,
+    VolumeNumber,
+    VoxelSize,
+)
 from diffdiscover3d.cli.report import report
 from diffdiscover3d.errors import (
     OUT_OF_MEMORY,
     DiffDiscoverError,
     MemoryLimitError,
     exit_code,
+    expected_errors,
     is_out_of_memory,
-    reportable_errors,
 )
 from diffdiscover3d.utils.signals import interrupt_on_termination
 
@@ -33,12 +48,12 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-models_app = typer.Typer(help="The pretrained models that come with the package.", no_args_is_help=True)
+models_app = typer.Typer(help="The pretrained models of the package.", no_args_is_help=True)
 app.add_typer(models_app, name="models", rich_help_panel="Models")
 
 
 class Level(StrEnum):
-    """Levels of the hierarchy, as the command line offers them."""
+    """Levels of the hierarchy, as choices of an option."""
 
     ONE = "1"
     TWO = "2"
@@ -70,20 +85,20 @@ def _options(
 
 @app.command(rich_help_panel="Use", epilog="Example: diffdiscover3d segment scan.nii.gz --preview")
 def segment(
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="NIfTI files, folders, globs or lists.")],
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Volumes, folders, globs or lists.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the results (default: beside each input).")
     ] = None,
     model: Model = "synthetic-regular",
     level: Annotated[
-        Level | None, typer.Option(help="Coarse to fine, of a model with levels; all writes each (default: 2).")
+        Level | None, typer.Option(help="Level of a nested model, 1 the coarsest; all writes each (default: 2).")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     device: Device = "auto",
-    fast: Annotated[bool, typer.Option("--fast", help="At half the resolution: several times faster.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Segment at half the resolution: several times faster.")] = False,
     preview: Annotated[bool, typer.Option("--preview", help="Also write a picture of three slices.")] = False,
     report: Annotated[
-        bool, typer.Option("--report", help="Also write a page with a 3D viewer; opens without a network.")
+        bool, typer.Option("--report", help="Also write an HTML report with a 3D viewer; it needs no network.")
     ] = False,
     statistics: Annotated[
         bool, typer.Option("--statistics", help="Also measure spread, centroid, components and neighbours.")
@@ -98,19 +113,34 @@ def segment(
         str, typer.Option(help="Number parts as the model does (the same in every scan), or by size in each scan.")
     ] = "model",
     overwrite: Overwrite = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Skip scans whose results are there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip scans whose results exist.")] = False,
     volume: VolumeNumber = None,
     nan_to_zero: NanToZero = False,
     ignore_affine: IgnoreAffine = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Take a Hub model from the cache only.")] = False,
+    series: Series = None,
+    resolution: Resolution = 0,
+    missing_chunks: MissingChunks = False,
+    voxel_size: VoxelSize = None,
+    include: Include = None,
+    neurological: Neurological = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Load a Hub model from the cache only.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Divide volumes into parts: writes STEM_dseg.nii.gz, .json and .tsv, on each input's own grid."""
+    """Segment volumes into parts: write label maps, .json and .tsv on each input's grid and in its format."""
     from diffdiscover3d.segmentation.preflight import refuse_early
 
     if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported, which is still to come
-    refuse_early(inputs, device, by_slabs=not fast, volume=volume, nan_to_zero=nan_to_zero, ignore_affine=ignore_affine)
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+    reading = {
+        "volume": volume,
+        "nan_to_zero": nan_to_zero,
+        "ignore_affine": ignore_affine,
+        "series": series,
+        "resolution": resolution,
+        "missing_chunks": missing_chunks,
+        "voxel_size": voxel_size,
+    }
+    refuse_early(inputs, device, by_slabs=not fast, **reading)
     from diffdiscover3d.segmentation.driver import segment as run
 
     errors: list[DiffDiscoverError] = []
@@ -151,9 +181,9 @@ def segment(
         report=report,
         overwrite=overwrite,
         resume=resume,
-        volume=volume,
-        nan_to_zero=nan_to_zero,
-        ignore_affine=ignore_affine,
+        **reading,
+        include=include or (),
+        neurological=neurological,
         progress=not quiet,
         on_done=done,
         on_error=failed,
@@ -165,7 +195,7 @@ def segment(
 
 
 def _register() -> None:
-    """Name the commands that live in `commands`, in the order in which the help lists them."""
+    """Register the commands, in the order of the help."""
     use, scores_panel, models_panel = "Use", "Data and scores", "Models"
     for command, panel, example in (
         (features, use, "features scan.nii.gz --stage 2 -o features"),
@@ -183,6 +213,8 @@ def _register() -> None:
         (doctor, "Help", "doctor --json"),
     ):
         app.command(rich_help_panel=panel, epilog=f"Example: diffdiscover3d {example}")(command)
+    listing = app.command("list", rich_help_panel=use, epilog="Example: diffdiscover3d list patient/")
+    listing(list_contents)
     models_app.command("list", epilog="Example: diffdiscover3d models list")(list_models)
 
 
@@ -194,11 +226,11 @@ def _print_error(error: BaseException | str) -> None:
 
 
 def main() -> None:
-    """Run a command; errors end in one line on stderr and their exit code, see `errors`."""
+    """Run a command; an error is printed as one line on stderr and sets the exit code, see `errors`."""
     try:
         with interrupt_on_termination():
             app()
-    except reportable_errors() as error:
+    except expected_errors() as error:
         if _debug:
             raise
         _print_error(error if str(error) else OUT_OF_MEMORY)

@@ -5,19 +5,19 @@ from typing import Annotated
 
 import typer
 
-from diffdiscover3d.cli.options import Model, OutputFolder, Overwrite
+from diffdiscover3d.cli.options import Device, Model, OutputFolder, Overwrite
 
 
 def synthesize(
     output: OutputFolder = Path("synthetic"),
-    variant: Annotated[str, typer.Option(help="regular or irregular.")] = "regular",
+    variant: Annotated[str, typer.Option(help="regular, irregular or brain-phantom.")] = "regular",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     count: Annotated[
-        int | None, typer.Option("--count", "-n", min=1, help="How many (default: the whole split).")
+        int | None, typer.Option("--count", "-n", min=1, help="Number of volumes (default: the whole split).")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write synthetic cells and their three levels of true labels as NIfTI."""
+    """Write synthetic cells or brain phantoms and their true labels as NIfTI."""
     from diffdiscover3d.workflows.synthesize import write_synthetic
 
     for path in write_synthetic(output, variant=variant, split=split, count=count, overwrite=overwrite):
@@ -30,12 +30,12 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     level: Annotated[list[int] | None, typer.Option(min=1, max=3, help="Level to score; repeatable.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON, and bars as PNG beside it.")
+        Path | None, typer.Option("--output", "-o", help="Also write the scores as JSON, and a bar chart as PNG.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of k-means.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Dice of a model on synthetic cells at each level, beside k-means run in the same command."""
+    """Score a model and k-means on synthetic cells: Dice at each level."""
     from diffdiscover3d.utils.files import check_targets, write_json
 
     if output is not None:
@@ -43,7 +43,9 @@ def evaluate(
     from diffdiscover3d.evaluation.synthetic import evaluate as run
     from diffdiscover3d.evaluation.synthetic import format_rows
 
-    result = run(model, dataset, split, level, seed, report=lambda row: print(format_rows([row]).splitlines()[-1]))
+    result = run(
+        model, dataset, split, level, seed, progress_callback=lambda row: print(format_rows([row]).splitlines()[-1])
+    )
     print("\n" + format_rows(result["rows"]))
     if output is not None:
         from diffdiscover3d.reporting.plots import save_dice_bars
@@ -53,21 +55,51 @@ def evaluate(
 
 
 def benchmark(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for models, figures and tables.")] = Path(
+    dataset: Annotated[
+        str | None, typer.Argument(metavar="[FOLDER]", help="Of table 3: the unpacked folder of a BraTS edition.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for models, scores and tables.")] = Path(
         "benchmark"
     ),
-    table: Annotated[int, typer.Option(min=1, max=2, help="1: methods and ablations; 2: stages.")] = 1,
+    table: Annotated[
+        int, typer.Option(min=1, max=3, help="1: methods and ablations; 2: decoder stages; 3: BraTS.")
+    ] = 1,
     method: Annotated[list[str] | None, typer.Option(help="Only this row; repeatable.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="regular or irregular; repeatable (default: both).")] = None,
     level: Annotated[list[int] | None, typer.Option(min=1, max=3, help="Only this level; repeatable.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(min=0, help="Repeatable (default: 0).")] = None,
-    recipe: Annotated[str, typer.Option(help="How networks are trained: small (CPU) or paper (GPU).")] = "small",
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Repeatable (default: 0); one for table 3.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Training recipe: small (CPU) or paper (GPU); default: small, of table 3 paper.")
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Diffusion model to use (default: train one for each variant).")
     ] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    split: Annotated[str, typer.Option(help="train, validation or test; table 3 also all.")] = "test",
+    modality: Annotated[str, typer.Option(help="Of table 3: flair, t1, t1ce or t2.")] = "flair",
+    grade: Annotated[
+        str, typer.Option(help="Of table 3: HGG, LGG or all, where the edition tells them apart.")
+    ] = "HGG",
+    crop: Annotated[tuple[int, int, int], typer.Option(help="Of table 3: central box in voxels.")] = (200, 200, 155),
+    diffusion_options: Annotated[
+        Path | None, typer.Option(help="Of table 3: JSON or YAML file of options for the diffusion training.")
+    ] = None,
+    discovery_options: Annotated[
+        Path | None, typer.Option(help="Of table 3: the same for the discovery trainings.")
+    ] = None,
+    launcher: Annotated[
+        str, typer.Option(help="Of table 3: starts a training, as 'accelerate launch --num_processes 8 -m'.")
+    ] = "",
+    device: Device = "auto",
 ) -> None:
-    """Fill a table of the paper from nothing: train, score, write JSON, Markdown and PNG. Interrupted, it goes on."""
+    """Reproduce a table of the paper: train, score, write JSON, Markdown and PNG. Can be interrupted and resumed."""
+    if table == 3:
+        _benchmark_brats(
+            dataset, output, method, seed, recipe, split, (modality, grade, crop), diffusion_options, discovery_options,
+            launcher, device,
+        )  # fmt: skip
+        return
+    if dataset is not None:
+        raise ValueError("a FOLDER goes with --table 3 only.")
     from diffdiscover3d.evaluation.paper_tables import TABLES
     from diffdiscover3d.evaluation.paper_tables import benchmark as run
     from diffdiscover3d.reporting.score_tables import format_table
@@ -85,9 +117,39 @@ def benchmark(
         variant or ("regular", "irregular"),
         level or (1, 2, 3),
         seed or (0,),
-        report=show,
-        recipe=recipe,
+        progress_callback=show,
+        recipe=recipe or "small",
         teacher=teacher,
         split=split,
     )
     print("\n" + format_table(result["summary"]))
+
+
+def _benchmark_brats(
+    dataset, output, method, seed, recipe, split, prepared, diffusion_options, discovery_options, launcher, device
+) -> None:
+    if dataset is None:
+        raise ValueError("table 3 needs the FOLDER of a BraTS edition.")
+    if seed and len(seed) > 1:
+        raise ValueError("table 3 takes one --seed.")
+    from diffdiscover3d.data.datasets.brats import BraTSOptions
+    from diffdiscover3d.evaluation.brats import format_brats_rows
+    from diffdiscover3d.evaluation.brats_table import fill_table3
+    from diffdiscover3d.segmentation.driver import choose_device
+    from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, read_options
+
+    result = fill_table3(
+        dataset,
+        output,
+        method,
+        on_row=lambda row: print("\n".join(format_brats_rows(row["rows"]).splitlines()[2:]), flush=True),
+        options=BraTSOptions(*prepared),
+        split=split,
+        recipe=recipe or "paper",
+        seed=(seed or [0])[0],
+        device=choose_device(device),
+        launcher=launcher,
+        diffusion_options=diffusion_options and read_options(DiffusionConfig, diffusion_options),
+        discovery_options=discovery_options and read_options(DiscoveryConfig, discovery_options),
+    )
+    print("\n" + format_brats_rows(result["rows"]))

@@ -25,8 +25,9 @@ def convert_authors_checkpoint(
     num_train_timesteps: Annotated[int, typer.Option(help="Steps T of its noise schedule.")] = 250,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn a checkpoint released by the paper's authors into a pipeline folder. Nothing in it is executed."""
-    from diffdiscover3d.utils.files import check_folder, staged_folder
+    """Convert a checkpoint released by the paper's authors to a pipeline folder. Nothing in it is executed."""
+    from diffdiscover3d.utils.files import check_folder
+    from diffdiscover3d.utils.staging import staged_folder
 
     check_folder(output)
     if output.exists() and any(output.iterdir()) and not overwrite:

@@ -1,10 +1,10 @@
-"""Tables of methods x levels x variants x seeds on synthetic cells, made by one command and resumable."""
+"""Resumable benchmark tables of methods x levels x variants x seeds on synthetic cells."""
 
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 from diffdiscover3d.data.datasets.synthetic import GENERATOR_VERSION, LEVEL_PARTS
 from diffdiscover3d.data.loading import load_volumes
 from diffdiscover3d.errors import InputError, ModelError
+from diffdiscover3d.evaluation.methods import METHODS, Method
 from diffdiscover3d.evaluation.synthetic import score
 from diffdiscover3d.reporting.score_tables import plot_table, write_table
 from diffdiscover3d.training.fingerprints import weights_fingerprint
@@ -20,75 +21,15 @@ from diffdiscover3d.training.recipes import RECIPES, Recipe, Training, diffusion
 from diffdiscover3d.utils.files import read_json, write_json
 from diffdiscover3d.utils.provenance import describe_environment, weights_sha256
 
-
-@dataclass(frozen=True)
-class Method:
-    """A row of a table.
-
-    Attributes:
-        title: what the table calls it.
-        baseline: makes a rival, `(num_parts, teacher, seed) -> Baseline`; `None` for a trained network.
-        options: what a trained network changes in the recipe.
-        as_written: take the recipe with the paper's equations instead; where there is none of this size, the recipe
-            has them itself.
-    """
-
-    title: str
-    baseline: Callable | None = None
-    options: dict = field(default_factory=dict)
-    needs_teacher: bool = True
-    as_written: bool = False
-
-
-def _kmeans(num_parts, teacher, seed):
-    from diffdiscover3d.baselines.kmeans import IntensityKMeans
-
-    return IntensityKMeans(num_parts, seed)
-
-
-def _bm4d(num_parts, teacher, seed):
-    from diffdiscover3d.baselines.bm4d_kmeans import BM4DKMeans
-
-    return BM4DKMeans(num_parts, seed)
-
-
-def _features(*stages: int) -> Callable:
-    def make(num_parts, teacher, seed):
-        from diffdiscover3d.baselines.features_kmeans import FeaturesKMeans
-
-        return FeaturesKMeans(num_parts, teacher, stages, seed=seed)
-
-    return make
-
-
-def _denoised(num_parts, teacher, seed):
-    from diffdiscover3d.baselines.denoised_kmeans import DenoisedKMeans
-
-    return DenoisedKMeans(num_parts, teacher, seed=seed)
-
-
-METHODS: dict[str, Method] = {
-    "k-means": Method("k-means", _kmeans, needs_teacher=False),
-    "bm4d-k-means": Method("BM4D + k-means", _bm4d, needs_teacher=False),
-    **{f"features-k-means-{s}": Method(f"features k-means, stage {s}", _features(s)) for s in (1, 2, 3)},
-    "features-k-means-all": Method("features k-means, all stages", _features(1, 2, 3)),
-    "denoised-k-means": Method("k-means on the clean prediction", _denoised),
-    "as-written": Method("Eq. 4 as written", as_written=True),
-    "ours": Method("ours"),
-    "no-visual": Method("ours, λv = 0", options={"lambda_visual": 0.0}),
-    "no-feature": Method("ours, λf = 0", options={"lambda_feature": 0.0}),
-    "no-invariance": Method("ours, λinv = 0", options={"lambda_invariance": 0.0}),
-    **{f"stage-{s}": Method(f"ours, stage {s}", options={"stages": (s,)}) for s in (1, 2, 3)},
-}
 TABLES: dict[int, tuple[str, ...]] = {
-    1: tuple(name for name in METHODS if not name.startswith("stage-")),
+    1: tuple(name for name in METHODS if not name.startswith("stage-") and name != "supervised"),
     2: ("stage-1", "stage-2", "stage-3"),
 }
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of a table."""
+    """One cell of a table."""
 
     variant: str
     method: str
@@ -100,17 +41,17 @@ class Cell:
         return f"{self.variant}-{self.method}-level{self.level}-seed{self.seed}"
 
 
-class Benchmark:
-    """Fills the cells of a table one by one, each from what is already in the output folder.
+class PaperTable:
+    """Computes the cells of a table, reusing earlier results in the output folder.
 
     Args:
-        output: folder for everything: `models/`, a JSON file for each cell in `cells/`, and the tables.
-        recipe: name of a recipe.
-        split: which volumes are scored.
-        teacher: folder or name of a diffusion model to use in place of training one for each variant.
-        overrides: options that replace the recipe's in every discovery training.
-        diffusion_overrides: likewise in the diffusion training.
-        run_training: called with the arguments of a training; default: run it in a process of its own.
+        output: output folder for `models/`, a JSON file for each cell in `cells/`, and the tables.
+        recipe: name of the recipe.
+        split: split to evaluate.
+        teacher: folder or name of a diffusion model; default: train one for each variant.
+        overrides: options that override the recipe in every discovery training.
+        diffusion_overrides: options that override the recipe in diffusion pretraining.
+        run_training: called with the arguments of a training; default: run it in a separate process.
     """
 
     def __init__(
@@ -138,27 +79,29 @@ class Benchmark:
         }
 
     def fill(self, cell: Cell) -> dict:
-        """The row of a cell, computed or read from an earlier run with the same settings.
+        """Compute the row of a cell, or read it from an earlier run with the same settings.
 
         Raises:
-            ModelError: if the folder holds results of other settings, or a training fails.
+            ModelError: if the folder contains results of different settings, or a training fails.
         """
         path, method = self.output / "cells" / f"{cell.name}.json", METHODS[cell.method]
         settings = self.settings_of(method)
         if path.exists():
             row = read_json(path)
             if row["settings"] != settings:
-                raise ModelError(f"{path}: made with other settings ({row['settings']}); choose another --output.")
+                raise ModelError(
+                    f"{path}: created with different settings ({row['settings']}); choose another --output."
+                )
             return row
         commands, seconds = [], 0.0
         if method.baseline is None:
             folder, commands, seconds = self._train(cell, method)
             predict, sources = _predictor(folder), {"network": weights_sha256(folder)}
         else:
-            teacher = self._teacher(cell.variant) if method.needs_teacher else None
-            rival = method.baseline(LEVEL_PARTS[cell.level], teacher and _load_teacher(teacher), cell.seed)
-            rival.fit(load_volumes(f"synthetic-{cell.variant}", "train"))
-            predict, sources = rival.predict, {}
+            teacher = self.teacher_of(cell.variant) if method.needs_teacher else None
+            baseline = method.baseline(LEVEL_PARTS[cell.level], teacher and _load_teacher(teacher), cell.seed)
+            baseline.fit(load_volumes(f"synthetic-{cell.variant}", "train"))
+            predict, sources = baseline.predict, {}
         row = {
             "method": cell.method,
             "title": method.title,
@@ -178,23 +121,27 @@ class Benchmark:
         return row
 
     def settings_of(self, method: Method) -> dict:
-        """What a row must have been made with, so that figures of two recipes never stand in one table."""
+        """The settings of a row, which must match for results to be reused."""
         trained = {} if method.baseline else {"recipe_sha256": self._recipe(method).digest()}
         return {**self.settings, **trained, **(self._teacher_settings if method.needs_teacher else {})}
 
     @cached_property
     def _teacher_settings(self) -> dict:
-        """Which diffusion model is asked: by its weights, or by the options it is trained with."""
+        """Identifies the diffusion model by its weights, or by the options of its training."""
         if self.teacher is None:
             return {"diffusion": {**RECIPES[self.recipe].diffusion, **self.diffusion_overrides}}
         return {"teacher_sha256": weights_fingerprint(_load_teacher(self.teacher).unet)}
 
     def _recipe(self, method: Method) -> Recipe:
-        name = f"{self.recipe}-as-written" if method.as_written else self.recipe
-        return RECIPES.get(name, RECIPES[self.recipe]).changed(**method.options, **self.overrides)
+        name = f"{self.recipe}-{method.recipe}" if method.recipe else self.recipe
+        if method.recipe == "as-written":
+            name = name if name in RECIPES else self.recipe  # that of the paper is as written
+        if name not in RECIPES:
+            raise ModelError(f"{method.title}: there is no recipe {name!r}; choose another --recipe or row.")
+        return RECIPES[name].changed(**method.options, **self.overrides)
 
-    def _teacher(self, variant: str) -> str:
-        """The diffusion model of a variant, trained if need be; its seed is always 0."""
+    def teacher_of(self, variant: str) -> str:
+        """The diffusion model of a variant, trained if necessary, with seed 0."""
         if self.teacher is not None:
             return self.teacher
         folder = self.output / "models" / variant / "diffusion"
@@ -204,7 +151,7 @@ class Benchmark:
         return str(folder)
 
     def _train(self, cell: Cell, method: Method) -> tuple[Path, list[str], float]:
-        """Train the network of a cell; return its folder, the commands of this level and the seconds they took."""
+        """Train the network of a cell; return its folder, and the commands and training seconds of its level."""
         recipe, base = self._recipe(method), self.output / "models" / cell.variant / f"{cell.method}-seed{cell.seed}"
         parent = None
         if recipe.nested and cell.level > 1:
@@ -215,23 +162,25 @@ class Benchmark:
             cell.level,
             f"synthetic-{cell.variant}",
             cell.seed,
-            self._teacher(cell.variant),
+            self.teacher_of(cell.variant),
             parent,
             base / f"level{cell.level}",
             lambda training: seconds.append(self._run(training)),
         )
-        commands = [self._public(t.arguments()) for t in trainings]
+        commands = [self._strip_output_folder(t.arguments()) for t in trainings]
         return trainings[-1].folder, commands, sum(seconds)
 
     def _run(self, training: Training) -> float:
-        """Train, unless that is done; return the seconds it took, in this run or the one that finished it."""
+        """Run a training unless it has finished before; return its duration in seconds."""
         record, clock = training.folder / "benchmark.json", time.perf_counter()
         arguments = training.arguments()
-        command = self._public(arguments)
+        command = self._strip_output_folder(arguments)
         if record.exists():
             done = read_json(record)
             if done["command"] != command:
-                raise ModelError(f"{record}: trained by other options ({done['command']}); choose another --output.")
+                raise ModelError(
+                    f"{record}: trained with different options ({done['command']}); choose another --output."
+                )
             return done["seconds"]
         if (training.folder / "checkpoints").exists():
             arguments += ["--resume", "latest"]
@@ -240,14 +189,14 @@ class Benchmark:
         write_json(record, {"seconds": seconds, "resumed": "--resume" in arguments, "command": command})
         return seconds
 
-    def _public(self, arguments: Sequence[str]) -> str:
-        """A command line without the folder of the tables: where the models lie is nobody else's business."""
-        inside = f"{self.output}/"
-        return " ".join(word.removeprefix(inside) for word in map(str, arguments))
+    def _strip_output_folder(self, arguments: Sequence[str]) -> str:
+        """A command line without the output folder: local paths are stripped."""
+        prefix = f"{self.output}/"
+        return " ".join(word.removeprefix(prefix) for word in map(str, arguments))
 
 
 def run_in_process(arguments: Sequence[str]) -> None:
-    """Run a training in a process of its own, so that nothing of one can reach the next."""
+    """Run a training in a separate process, isolated from other trainings."""
     command = [sys.executable, "-m", "diffdiscover3d.train", *arguments]
     code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
     if code:
@@ -260,30 +209,33 @@ def benchmark(
     variants: Sequence[str] = ("regular", "irregular"),
     levels: Sequence[int] = (1, 2, 3),
     seeds: Sequence[int] = (0,),
-    report: Callable[[dict, int, int], None] | None = None,
+    progress_callback: Callable[[dict, int, int], None] | None = None,
     **options,
 ) -> dict:
-    """Run methods over variants, levels and seeds; write `table.json`, `table.md` and `table.png`.
+    """Evaluate methods over variants, levels and seeds; write `table.json`, `table.md` and `table.png`.
 
-    Interrupted, the same call goes on where it was.
+    After an interruption, call again with the same arguments to resume.
 
     Args:
-        output: folder for models, figures and tables.
-        methods: names out of `METHODS`.
-        report: called with each row, its number and how many there are.
-        **options: of [`Benchmark`].
+        output: folder for models, metrics and tables.
+        methods: names from `METHODS`.
+        variants: variants of the synthetic cells.
+        levels: levels of the hierarchy.
+        seeds: random seeds.
+        progress_callback: called with each row, its number and the number of rows.
+        **options: options of [`PaperTable`].
 
     Returns:
-        `rows`, one for each method, variant, level and seed, and `summary` with the mean and the spread over seeds.
+        `rows`, one for each method, variant, level and seed, and `summary` with mean and standard deviation over seeds.
 
     Raises:
-        InputError: for a method or variant that does not exist.
-        ModelError: as [`Benchmark.fill`].
+        InputError: if a method or variant is unknown.
+        ModelError: as for [`PaperTable.fill`].
     """
     unknown = sorted(set(methods) - set(METHODS)) + sorted(set(variants) - {"regular", "irregular"})
     if unknown:
         raise InputError(f"unknown: {', '.join(unknown)}; methods are {', '.join(METHODS)}.")
-    table = Benchmark(output, **options)
+    table = PaperTable(output, **options)
     cells = [
         Cell(variant, method, level, seed)
         for seed in seeds
@@ -294,20 +246,17 @@ def benchmark(
     rows = []
     for number, cell in enumerate(cells, start=1):
         rows.append(table.fill(cell))
-        if report:
-            report(rows[-1], number, len(cells))
-    result = {"settings": table.settings, "summary": summarize(rows), "rows": rows}
+        if progress_callback:
+            progress_callback(rows[-1], number, len(cells))
+    result = {"settings": table.settings, "summary": mean_over_seeds(rows), "rows": rows}
     write_json(table.output / "table.json", result)
     write_table(table.output / "table.md", result["summary"])
     plot_table(table.output / "table.png", result["summary"])
     return result
 
 
-def summarize(rows: Iterable[dict]) -> list[dict]:
-    """Mean and standard deviation over seeds of each method, variant and level, in the order of the rows.
-
-    The deviation is the sample's (divided by one less than the seeds): three seeds are not all there are.
-    """
+def mean_over_seeds(rows: Iterable[dict]) -> list[dict]:
+    """Mean and sample standard deviation over seeds of each method, variant and level, in the order of the rows."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["variant"], row["method"], row["level"]), []).append(row)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffdiscover3d.reporting.markdown import markdown_table
 from diffdiscover3d.utils.files import atomic_file
 
 _NOTE = "Mean Dice, parts matched in each volume; ±: spread over seeds; in brackets: one matching for all volumes."
@@ -18,16 +19,10 @@ def format_table(summary: Sequence[dict]) -> str:
     blocks = []
     for variant in dict.fromkeys(row["variant"] for row in summary):
         found = [row for row in summary if row["variant"] == variant]
-        lines = [
-            f"**{variant}**",
-            "",
-            "| method | " + " | ".join(f"level {level}" for level in levels) + " |",
-            "| --- |" + " --- |" * len(levels),
-        ]
-        for title in dict.fromkeys(row["title"] for row in found):
-            cells = {row["level"]: row for row in found if row["title"] == title}
-            lines.append(f"| {title} | " + " | ".join(_cell(cells.get(level)) for level in levels) + " |")
-        blocks.append("\n".join(lines))
+        cells = {(row["title"], row["level"]): row for row in found}
+        titles = dict.fromkeys(row["title"] for row in found)
+        table = [(title, *(_cell(cells.get((title, level))) for level in levels)) for title in titles]
+        blocks.append(f"**{variant}**\n\n{markdown_table(['method', *(f'level {n}' for n in levels)], table)}")
     return "\n\n".join([*blocks, _NOTE]) + "\n"
 
 
@@ -38,7 +33,7 @@ def write_table(target: Path, summary: Sequence[dict]) -> None:
 
 
 def plot_table(target: Path, summary: Sequence[dict]) -> None:
-    """Bars of the Dice of each method at each level, a panel for each variant, whiskers for the spread over seeds."""
+    """Bars of the Dice of each method at each level, a panel per variant, error bars for the spread over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -57,7 +52,7 @@ def plot_table(target: Path, summary: Sequence[dict]) -> None:
         for i, title in enumerate(here):
             found = {r["level"]: r for r in summary if r["variant"] == variant and r["title"] == title}
             heights = [found[n]["dice"] if n in found else np.nan for n in levels]
-            # nan: one seed has no spread, and no whisker
+            # NaN draws no error bar: one seed has no spread
             spreads = [found[n]["dice_spread"] if n in found and len(found[n]["seeds"]) > 1 else np.nan for n in levels]
             places = np.arange(len(levels)) + (i - (len(here) - 1) / 2) * width
             handles[title] = axis.bar(places, heights, width, yerr=spreads, color=colours[title], capsize=1.5)

@@ -1,57 +1,75 @@
-"""Tables of parts that other tools read: BIDS TSV, ITK-SNAP labels, a colour table of 3D Slicer."""
+"""Tables of parts for other tools: BIDS TSV, ITK-SNAP labels, a colour table of 3D Slicer."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffdiscover3d.data.formats.units import VOXELS
 from diffdiscover3d.reporting.colours import part_colour, part_rgb
+from diffdiscover3d.reporting.frames import Frame
 from diffdiscover3d.reporting.parts import PartStatistics
 from diffdiscover3d.utils.files import atomic_file
 
-# the columns beyond those BIDS itself defines, described as a BIDS sidecar describes them
-COLUMNS = {
-    "volume_ml": {"Description": "Volume of the part", "Units": "mL"},
-    "voxels": {"Description": "Number of voxels"},
-    "mean_intensity": {"Description": "Mean of the scan's values in the part"},
-}
-STATISTICS_COLUMNS = {
-    "std_intensity": {"Description": "Standard deviation of the scan's values in the part"},
-    "centroid_x": {"Description": "Mean position of the voxels, towards the right", "Units": "mm"},
-    "centroid_y": {"Description": "Mean position of the voxels, towards the front", "Units": "mm"},
-    "centroid_z": {"Description": "Mean position of the voxels, upwards", "Units": "mm"},
-    "components": {"Description": "Number of pieces connected through voxel faces"},
-    "neighbours": {"Description": "Indices of the parts sharing a voxel face, separated by commas"},
-}
+_DEFAULT = Frame()
+
+
+def part_columns(frame: Frame = _DEFAULT) -> dict[str, dict]:
+    """The columns beyond those of BIDS, with their descriptions for the sidecar."""
+    unit = frame.unit
+    volume = {f"volume_{unit.volume_key}": {"Description": "Volume of the part", "Units": unit.volume}}
+    return {
+        **(volume if unit != VOXELS else {}),
+        "voxels": {"Description": "Number of voxels"},
+        "mean_intensity": {"Description": "Mean of the scan's values in the part"},
+    }
+
+
+def statistics_columns(frame: Frame = _DEFAULT) -> dict[str, dict]:
+    """Further columns, if components and neighbours were measured."""
+    towards = ("towards the right", "towards the front", "upwards") if frame.anatomical else ("in x", "in y", "in z")
+    return {
+        "std_intensity": {"Description": "Standard deviation of the scan's values in the part"},
+        **{
+            f"centroid_{axis}": {"Description": f"Mean position of the voxels, {way}", "Units": frame.unit.length}
+            for axis, way in zip("xyz", towards, strict=True)
+        },
+        "components": {"Description": "Number of pieces connected through voxel faces"},
+        "neighbours": {"Description": "Indices of the parts sharing a voxel face, separated by commas"},
+    }
 
 
 def part_name(part: int) -> str:
-    """What a part is called: nothing was labelled, so it is its number."""
+    """The name of a part, which is its number: parts are found without labels."""
     return f"part {part}"
 
 
-def write_part_table(path: str | Path, parts: Sequence[PartStatistics]) -> None:
-    """Write the lookup table of BIDS for a `_dseg.nii.gz`: index, name, abbreviation, color and the figures.
+def write_part_table(path: str | Path, parts: Sequence[PartStatistics], frame: Frame = _DEFAULT) -> None:
+    """Write the lookup table of BIDS for a `_dseg.nii.gz`: index, name, abbreviation, color and statistics.
 
-    Components and neighbours are columns where they were measured, and with them all of `STATISTICS_COLUMNS`.
+    The columns of [`statistics_columns`] are added if components and neighbours were measured.
     See https://bids-specification.readthedocs.io, "Common image-derived labels".
     """
     topology = all(p.components is not None for p in parts)
-    columns = ["index", "name", "abbreviation", "color", *COLUMNS, *(STATISTICS_COLUMNS if topology else ())]
+    columns = ["index", "name", "abbreviation", "color", *part_columns(frame)]
+    columns += statistics_columns(frame) if topology else []
     lines = ["\t".join(columns)]
     for part in parts:
         row = [part.index, part_name(part.index), f"P{part.index}", part_colour(part.index)]
-        row += [_number(part.volume_ml), part.voxels, _number(part.mean_intensity)]
+        if frame.unit != VOXELS:
+            row += [_number(part.volume_ml * 1000 * frame.unit.volume_per_mm3)]
+        row += [part.voxels, _number(part.mean_intensity)]
         if topology:
-            row += [_number(part.std_intensity), *map(_number, part.centroid_mm), part.components]
+            centroid = [_number(c * frame.unit.per_mm) for c in part.centroid_mm]
+            row += [_number(part.std_intensity), *centroid, part.components]
             row += [",".join(map(str, part.neighbours)) or "n/a"]
         lines.append("\t".join(map(str, row)))
     _write(path, lines)
 
 
-def write_itksnap_labels(path: str | Path, num_parts: int) -> None:
+def write_itksnap_labels(path: str | Path, num_parts: int, background: bool = False) -> None:
     """Write a label description file of ITK-SNAP: index, red, green, blue, opacity, visible, mesh, name.
 
-    Label 0 is ITK-SNAP's clear label, so part 0 is neither opaque nor visible there.
+    Part 0 is a part like the others and visible, unless it is the background that was asked for.
     """
     lines = [
         "################################################",
@@ -61,19 +79,19 @@ def write_itksnap_labels(path: str | Path, num_parts: int) -> None:
         "################################################",
     ]
     for part in range(num_parts):
-        shown = int(part > 0)
+        shown = int(part > 0 or not background)
         red, green, blue = _rgb255(part)
         lines.append(f'{part:5d} {red:5d} {green:4d} {blue:4d} {shown:8d} {shown:2d} {shown:2d}    "{part_name(part)}"')
     _write(path, lines)
 
 
-def write_slicer_colours(path: str | Path, num_parts: int) -> None:
-    """Write a colour table of 3D Slicer: index, name without spaces, red, green, blue, opacity; part 0 is clear."""
+def write_slicer_colours(path: str | Path, num_parts: int, background: bool = False) -> None:
+    """Write a colour table of 3D Slicer: index, name without spaces, red, green, blue, opacity (0 of a background)."""
     lines = [f"# Color table file {Path(path).name}", f"# {num_parts} values"]
     for part in range(num_parts):
         red, green, blue = _rgb255(part)
         name = part_name(part).replace(" ", "_")
-        lines.append(f"{part} {name} {red} {green} {blue} {255 if part else 0}")
+        lines.append(f"{part} {name} {red} {green} {blue} {255 if part or not background else 0}")
     _write(path, lines)
 
 
@@ -82,7 +100,7 @@ def _rgb255(part: int) -> tuple[int, int, int]:
 
 
 def _number(value: float) -> str:
-    """BIDS writes n/a for what is not there."""
+    """A number as text; BIDS writes n/a for missing values."""
     return "n/a" if math.isnan(value) else f"{value:.6g}"
 
 

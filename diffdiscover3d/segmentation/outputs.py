@@ -1,19 +1,25 @@
-"""Which files a segmented scan gets, and whether they may be or have been written."""
+"""The names of a scan's result files, and checks before they are written."""
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffdiscover3d.data.formats.nifti.header import SUFFIXES
+import numpy as np
+
+from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
+from diffdiscover3d.data.formats.nifti.slabs import SlabScan
+from diffdiscover3d.data.formats.registry import folder_of, label_suffix, split, stem
 from diffdiscover3d.errors import ModelError, OutputError
-from diffdiscover3d.utils.files import check_targets, sha256
+from diffdiscover3d.reporting.colours import part_rgb
+from diffdiscover3d.utils.files import check_targets
+from diffdiscover3d.utils.processes import rank_and_world_size
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What is written on request: see the options of the same names of [`segment`]."""
+    """The files written on request; see the options of the same names of [`segment`]."""
 
     preview: bool = False
     statistics: bool = False
@@ -24,7 +30,7 @@ class Extras:
 
 @dataclass(frozen=True)
 class LevelFiles:
-    """The files of one level of one scan; `None` for those not asked for."""
+    """The files of one level of one scan; `None` for those not requested."""
 
     labels: Path
     sidecar: Path
@@ -36,7 +42,7 @@ class LevelFiles:
 
 @dataclass(frozen=True)
 class CaseFiles:
-    """One scan and the files it gets."""
+    """One scan and its result files."""
 
     input: Path
     levels: dict[int | None, LevelFiles]
@@ -44,29 +50,26 @@ class CaseFiles:
     tree: Path | None
     report: Path | None
 
+    @property
+    def folder(self) -> Path:
+        """The folder of all these files."""
+        return next(iter(self)).parent
+
     def __iter__(self) -> Iterator[Path]:
         for level in self.levels.values():
             yield from filter(None, vars(level).values())
         yield from filter(None, (self.preview, self.tree, self.report))
 
 
-def stem(path: Path) -> str:
-    """A NIfTI file's name without its ending."""
-    for suffix in SUFFIXES:
-        if path.name.endswith(suffix):
-            return path.name.removesuffix(suffix)
-    return path.stem
-
-
 def plan_case(path: Path, output: str | Path | None, levels: Sequence[int | None], extras: Extras) -> CaseFiles:
     """Name the files of a scan: `<stem>_dseg.*`, or `<stem>_level-<L>_dseg.*` where there are several levels."""
-    folder = Path(output) if output is not None else path.parent
-    name = stem(path)
+    folder = Path(output) if output is not None else folder_of(path)
+    name, suffix = stem(path), label_suffix(path)
 
     def level_files(level: int | None) -> LevelFiles:
         base = name if len(levels) == 1 else f"{name}_level-{level}"
         return LevelFiles(
-            folder / f"{base}_dseg.nii.gz",
+            folder / f"{base}_dseg{suffix}",
             folder / f"{base}_dseg.json",
             folder / f"{base}_dseg.tsv",
             folder / f"{base}_dseg.label" if extras.tables else None,
@@ -83,46 +86,59 @@ def plan_case(path: Path, output: str | Path | None, levels: Sequence[int | None
     )
 
 
+@contextmanager
+def label_map(
+    path: Path, scan: NiftiVolume | SlabScan, dtype: np.dtype, num_parts: int
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Write a label map in the family of the scan's format: yields a function that takes planes, see [`ResultGrid`]."""
+    shape = scan.grid.shape if isinstance(scan, SlabScan) else scan.to_input_grid(scan.data).shape
+    colours = [tuple(round(255 * c) for c in part_rgb(part)) for part in range(num_parts)]
+    with scan.results.stream(path, dtype, shape, colours) as write:
+        yield write
+
+
 def check_cases(cases: Sequence[CaseFiles], mine: Sequence[CaseFiles], overwrite: bool) -> None:
-    """Find what would stop the writing before the work starts.
+    """Check that all files can be written, before the work starts.
 
     Args:
-        cases: all scans; no two may write one file, and none may write over a scan.
-        mine: those this process works on, whose files must not exist yet unless `overwrite`.
+        cases: all scans; no two may write the same file, and none may overwrite a scan.
+        mine: those of this process, whose files must not exist unless `overwrite`.
 
     Raises:
-        OutputError: if something would.
+        OutputError: if one cannot be written.
     """
     seen: dict[Path, Path] = {}
-    inputs = {case.input.resolve() for case in cases}
+    inputs = {split(case.input)[0].resolve() for case in cases}
     for case in cases:
+        place = split(case.input)[0]
         for target in case:
             if target in seen:
                 raise OutputError(f"{case.input} and {seen[target]} would both write {target}; use two output folders.")
             seen[target] = case.input
             if len(target.name.encode()) > 255:
                 raise OutputError(f"{target}: the name is too long for a file; rename the input.")
-            if target.exists() and case.input.exists() and target.samefile(case.input):
+            if target.exists() and place.exists() and target.samefile(place):
                 raise OutputError(f"{target}: is the input itself; choose another --output folder.")
             if target.resolve() in inputs:
                 raise OutputError(f"{target}: is one of the inputs; choose another --output folder.")
     check_targets((target for case in mine for target in case), overwrite)
 
 
-def is_finished(case: CaseFiles, provenance: dict[int | None, dict]) -> bool:
-    """Whether all files of a scan are there, made from this very input.
+def is_finished(case: CaseFiles, provenance: dict[int | None, dict], sha256: str) -> bool:
+    """Whether all files of a scan exist and were made from this very input.
 
-    A sidecar is the last file of its level that is written, so a level without one is not finished.
+    The sidecar of a level is written last, so a level without one is not finished.
 
     Args:
-        provenance: of each level, what would be written into its sidecar about model and arguments.
+        case: the scan and its files.
+        provenance: by level, what its sidecar would record about model and arguments.
+        sha256: of the scan's file.
 
     Raises:
         ModelError: if a result is of another model or other arguments.
     """
     if not all(target.exists() for target in case):
         return False
-    digest = None
     for level, files in case.levels.items():
         try:
             written = json.loads(files.sidecar.read_text(encoding="utf-8"))
@@ -136,13 +152,16 @@ def is_finished(case: CaseFiles, provenance: dict[int | None, dict]) -> bool:
                     f"{files.sidecar}: was made with another {key.rstrip('s')}; "
                     "use --overwrite instead of --resume, or choose another --output folder."
                 )
-        digest = digest or sha256(case.input)
-        if written.get("input", {}).get("sha256") != digest:
+        if written.get("input", {}).get("sha256") != sha256:
             return False
     return True
 
 
 def shard(cases: Sequence[CaseFiles]) -> list[CaseFiles]:
-    """The share of this process where `accelerate launch` or torchrun started several; otherwise all."""
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    """The cases of this process, if `accelerate launch` or torchrun started several; otherwise all.
+
+    Raises:
+        ValueError: as [`rank_and_world_size`].
+    """
+    rank, world = rank_and_world_size()
     return list(cases[rank::world])

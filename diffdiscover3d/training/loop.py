@@ -23,10 +23,11 @@ from diffdiscover3d.training.data_order import StepBatches, TrainingVolumes, dra
 from diffdiscover3d.training.dropout import sees_its_own_batch_only, set_slots, use_slot_dropout
 from diffdiscover3d.training.precision import FORMATS
 from diffdiscover3d.training.resume import CONFIG_FILE, resume_training, save_training
-from diffdiscover3d.training.step_metrics import StepFigures
-from diffdiscover3d.utils.files import atomic_file, staged_folder, write_json
-from diffdiscover3d.utils.progress import Stages
+from diffdiscover3d.training.step_metrics import StepMetrics
+from diffdiscover3d.utils.files import atomic_file, write_json
+from diffdiscover3d.utils.progress import ProgressBar
 from diffdiscover3d.utils.signals import StopRequest, TrainingInterrupted, ignore_signals
+from diffdiscover3d.utils.staging import staged_folder
 
 logger = logging.getLogger("diffdiscover3d")
 _SKIPS_ON_DEVICE = ("cpu", "cuda", "xpu")  # where the fused optimiser heeds `found_inf`; on mps it does not
@@ -40,21 +41,21 @@ class Task(Protocol):
     model: torch.nn.Module
     volume_grid: tuple[int, int, int] | None  # volumes are resampled to it; None leaves them
 
-    device: torch.device  # on which batches are prepared
+    device: torch.device  # of the training
 
     def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Everything random about one volume, drawn on the CPU; must not depend on any other state."""
 
     def prepare(self, batch: dict[str, torch.Tensor]) -> dict:
-        """What `losses` needs of a batch: everything that depends on values on the host, or needs no gradient."""
+        """The input of `losses` for a batch: everything that reads values on the host or needs no gradient."""
 
     def losses(self, model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
-        """Scalar losses of a prepared batch; the one called "loss" is minimised. Must not wait for the device."""
+        """Scalar losses of a prepared batch; the one called "loss" is minimised. Must not synchronise."""
 
     def compile(self) -> None:
         """Let torch.compile make the networks faster, in place."""
 
-    def reports_after(self, step: int) -> bool:
+    def has_metrics_after(self, step: int) -> bool:
         """Whether `after_step` has figures to log after this step; the same on every process."""
 
     def after_step(self, step: int) -> dict[str, float]:
@@ -175,26 +176,25 @@ def train(
     model.train()
     backward = make_pass(functools.partial(task.losses, model), trained, optimizer.zero_grad, config, accelerator)
     batches = _read_ahead(_make_loader(task, config, volumes, accelerator, start))
-    figures, clock, timed = StepFigures(accelerator.device, output), time.perf_counter(), start
+    metrics, clock, timed = StepMetrics(accelerator.device, output), time.perf_counter(), start
     alone = accelerator.num_processes == 1
     with (
         StopRequest(accelerator.num_processes) as stop,
-        Stages(config.max_steps, accelerator.is_main_process, start) as bar,
+        ProgressBar(config.max_steps, accelerator.is_main_process, start) as bar,
     ):
         bar.show(f"training, {task.name}")
         for step in range(start, config.max_steps):
             done = step + 1
-            figures.add(
-                done, *_take_step(task, model, optimizer, backward, batches, config, accelerator, step, dropouts, stop)
-            )
+            taken = _take_step(task, model, optimizer, backward, batches, config, accelerator, step, dropouts, stop)
+            metrics.add(done, *taken)
             saving = done % config.checkpoint_every == 0 or done == config.max_steps
-            logging_now = done % config.log_every == 0 or task.reports_after(done) or done == config.max_steps
+            logging_now = done % config.log_every == 0 or task.has_metrics_after(done) or done == config.max_steps
             # one process decides for itself, and at once; several have to agree, by what all of them read
-            figures.catch_up(everything=saving or logging_now or (alone and stop.requested))
-            stopping = stop.requested if alone else figures.stop_asked
+            metrics.catch_up(everything=saving or logging_now or (alone and stop.requested))
+            stopping = stop.requested if alone else metrics.stop_requested
             if stopping:
-                figures.catch_up(everything=True)
-            shown = figures.latest | task.after_step(done)
+                metrics.catch_up(everything=True)
+            shown = metrics.latest | task.after_step(done)
             bar.done()
             bar.show(f"training, {task.name}", "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
             if logging_now:
@@ -203,12 +203,12 @@ def train(
                 accelerator.log(shown, step=done)
                 clock, timed = time.perf_counter(), done
             # a step that was not finite is no state to go on from
-            if not figures.bad_steps and (saving or stopping):
+            if not metrics.bad_steps and (saving or stopping):
                 save_training(task, config, optimizer.optimizer, accelerator, output, done, identity)
             if stopping and done < config.max_steps:
                 accelerator.wait_for_everyone()  # a launcher that sees one process end may kill the one that saves
                 accelerator.end_training()
-                saved = "its last good step" if figures.bad_steps else "it"
+                saved = "its last good step" if metrics.bad_steps else "it"
                 raise TrainingInterrupted(f"interrupted after step {done}; --resume latest goes on from {saved}.")
             wants_preview = config.preview_every and (done % config.preview_every == 0 or done == config.max_steps)
             if wants_preview and accelerator.is_main_process:
@@ -225,7 +225,7 @@ def train(
 def _take_step(
     task, model, optimizer, backward, batches, config, accelerator, step, dropouts, stop
 ) -> tuple[tuple[str, ...], torch.Tensor]:
-    """Take one optimiser step over all micro-batches without waiting for the device; returns what it reports."""
+    """One optimiser step over all micro-batches, without synchronising; returns names and values for [`StepMetrics`]."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(config, step)
     # whatever else draws from the global generator; one seed per step and process makes a resumed step the same step
@@ -258,7 +258,11 @@ def _take_step(
 
 
 def _read_ahead(batches: Iterable) -> Iterator:
-    """The batches, each put together in a thread of its own while the step before it runs."""
+    """The batches, each assembled in a thread while the step before it runs.
+
+    A worker of the DataLoader would be a process: it would pickle the volumes or load them anew, and its start takes
+    seconds. `num_workers` gives processes to those whose loading is the bottleneck.
+    """
     iterator = iter(batches)
     with ThreadPoolExecutor(max_workers=1) as pool:
         following = pool.submit(next, iterator, None)

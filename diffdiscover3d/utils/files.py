@@ -1,6 +1,7 @@
-"""Files that are whole or absent: written under a temporary name beside the target, synced, renamed."""
+"""Atomic writing of files and folders: written under a temporary name next to the target, synced and renamed."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -14,20 +15,20 @@ from typing import BinaryIO
 
 from diffdiscover3d.errors import DiffDiscoverError, ModelError, OutputError
 
-_DISK_MARGIN = 2**20  # bytes left free for the small files beside a large one
-_MARKERS = ("model_index.json", "config.json")  # a folder holding one of these is taken for a model
+_DISK_MARGIN = 2**20  # bytes to leave free for small files next to a large one
+MODEL_MARKERS = ("model_index.json", "config.json")  # files that identify a model folder
 
 
 @contextlib.contextmanager
 def atomic_file(target: str | Path, suffix: str = "") -> Iterator[Path]:
-    """Yield a temporary path in the target's folder; on success it becomes the target, on an error it vanishes.
+    """Yield a temporary path in the folder of the target. It is renamed to the target on success, or deleted on error.
 
     Args:
-        target: the file to write.
-        suffix: ending of the temporary name, where a writer decides by it (such as ".nii.gz").
+        target: path of the file to write.
+        suffix: suffix of the temporary path, for writers that depend on it (such as ".nii.gz").
 
     Raises:
-        OutputError: if the folder cannot be made or written to, or the disk is full.
+        OutputError: if the folder cannot be created or written to, or the disk is full.
     """
     target = Path(target)
     try:
@@ -35,45 +36,45 @@ def atomic_file(target: str | Path, suffix: str = "") -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{target.name[:40]}.", suffix=suffix or ".tmp", dir=target.parent)
         os.close(handle)
     except OSError as error:
-        raise _output_error(target, error) from error
+        raise output_error(target, error) from error
     temporary = Path(name)
     try:
-        with _output_errors(target):
+        with output_errors(target):
             yield temporary
-            _sync(temporary)
-            # mkstemp makes private files; the result gets the permissions any new file would get
-            temporary.chmod(0o666 & ~_umask())
+            sync(temporary)
+            # mkstemp creates private files; set the default permissions
+            _set_permissions(temporary, 0o666)
             os.replace(temporary, target)
-            _sync(target.parent)
+            sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(target: str | Path) -> Iterator[Path]:
-    """The same for a whole folder, which must not exist yet."""
+    """As [`atomic_file`], for a folder that must not exist."""
     target = Path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise _output_error(target, error) from error
+        raise output_error(target, error) from error
     try:
-        with _output_errors(target):
+        with output_errors(target):
             yield temporary
             for path in temporary.rglob("*"):
-                _sync(path)
-            _sync(temporary)
-            temporary.chmod(0o777 & ~_umask())
+                sync(path)
+            sync(temporary)
+            _set_permissions(temporary, 0o777)
             os.rename(temporary, target)
-            _sync(target.parent)
+            sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def replaced_folder(target: str | Path) -> Iterator[Path]:
-    """As `atomic_folder`, in the place of a folder that may exist; that one stays until the new one is there."""
+    """As [`atomic_folder`], but replaces an existing folder once the new one is complete."""
     target = Path(target)
     aside = target.with_name(f".{target.name}.{os.getpid()}.replaced")
     try:
@@ -88,40 +89,13 @@ def replaced_folder(target: str | Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def staged_folder(target: str | Path) -> Iterator[Path]:
-    """Yield an empty folder whose files, on success, all move into `target`; on an error none does.
-
-    For results of several files. What `target` already holds under other names stays. The file by which a model is
-    recognised goes last, and its older version first, so that no mixture of an old and a new model ever loads.
-
-    Raises:
-        OutputError: if the folder cannot be made or written to, or the disk is full.
-    """
-    target = Path(target)
-    missing = [p for p in (target, *target.parents) if not p.exists()]
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".diffdiscover3d.", dir=target))
-    except OSError as error:
-        _remove_empty(missing)
-        raise _output_error(target, error) from error
-    try:
-        with _output_errors(target):
-            yield temporary
-            _move_all(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        _remove_empty(missing)
-
-
 @dataclass(frozen=True)
 class Scratch:
-    """A file without a name, to be written and read again.
+    """An anonymous temporary file for writing and reading.
 
     Attributes:
-        raw: the open file, without a buffer.
-        folder: where its bytes lie.
+        raw: the open, unbuffered file.
+        folder: folder on whose disk the file is stored.
     """
 
     raw: BinaryIO
@@ -129,68 +103,48 @@ class Scratch:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Within the context an OSError is one of this file's disk: it becomes an OutputError."""
-        with _output_errors(self.folder):
+        """Context in which an OSError is converted to an OutputError for this file."""
+        with output_errors(self.folder):
             yield
 
 
 @contextlib.contextmanager
 def scratch_file(folder: str | Path, size: int) -> Iterator[Scratch]:
-    """Yield a file for what is too large for memory; it has no name, so it is gone however the process ends.
+    """Yield an anonymous temporary file for data larger than memory. It is deleted even if the process is killed.
 
     Args:
-        folder: where there is room for it, or one that is to be made there; unlike the folder for temporary files, a
-            folder for results is seldom kept in memory.
-        size: bytes it will take.
+        folder: folder on the disk to use; it need not exist. Use the output folder, because the system folder for
+            temporary files is often in memory.
+        size: required space in bytes.
 
     Raises:
-        OutputError: if the folder cannot be written to, or has less free.
+        OutputError: if the folder cannot be written to, or has too little free space.
     """
     folder = _existing(Path(folder))
     free = shutil.disk_usage(folder).free
     if free < size + _DISK_MARGIN:
         raise OutputError(
             f"{folder}: {size / 2**30:.1f} GiB of temporary space are needed and {free / 2**30:.1f} GiB are free; "
-            "free some or choose another --output folder."
+            "free some space or choose another --output folder."
         )
     with contextlib.ExitStack() as stack:
-        with _output_errors(folder):
+        with output_errors(folder):
             raw = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
         yield Scratch(raw, folder)
 
 
-def _move_all(source: Path, target: Path) -> None:
-    def order(path: Path):
-        return path.parent == source and path.name in _MARKERS, path.suffix == ".json", path
-
-    files = sorted((p for p in source.rglob("*") if p.is_file()), key=order)
-    moves = [(p, target / p.relative_to(source)) for p in files]
-    for file, place in moves:
-        if place.is_dir():
-            raise OutputError(f"{place}: is a folder where a file must be written; choose another output folder.")
-        _sync(file)
-    for marker in _MARKERS:
-        if (source / marker).exists():
-            (target / marker).unlink(missing_ok=True)
-    for file, place in moves:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, place)
-    for folder in {place.parent for _, place in moves}:
-        _sync(folder)
-
-
-def _remove_empty(folders: Iterable[Path]) -> None:
-    """Remove folders that were made for nothing, deepest first."""
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove empty folders, deepest first."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def check_folder(folder: Path) -> None:
-    """Make sure a file could be made in the folder, without making the folder yet."""
+    """Check that files can be created in a folder, without creating the folder."""
     existing = _existing(folder)
     if not existing.is_dir():
-        raise OutputError(f"{folder}: {existing} is no folder; choose another --output folder.")
+        raise OutputError(f"{folder}: {existing} is not a folder; choose another --output folder.")
     probe = existing / f".diffdiscover3d-{os.getpid()}-{time.time_ns()}"
     try:
         probe.touch()
@@ -204,20 +158,24 @@ def check_folder(folder: Path) -> None:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
+    """The folder, or its nearest existing ancestor."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder
 
 
 def check_targets(targets: Iterable[Path], overwrite: bool) -> None:
-    """Find what would stop the writing before the work starts."""
+    """Check that all targets can be written.
+
+    Raises:
+        OutputError: if a folder is not writable, or a target exists and `overwrite` is not set.
+    """
     targets = list(targets)
     for folder in {target.parent for target in targets}:
         check_folder(folder)
     for target in targets:
         if target.exists() and not overwrite:
-            raise OutputError(f"{target}: exists already; --overwrite replaces it.")
+            raise OutputError(f"{target}: already exists; use --overwrite to replace it.")
 
 
 def write_json(target: str | Path, value) -> None:
@@ -232,17 +190,17 @@ def read_json(path: str | Path):
 
 
 def read_model_json(path: Path) -> dict:
-    """A JSON object from a model folder.
+    """Read a JSON object from a model folder.
 
     Raises:
-        ModelError: if the file is missing or holds something else.
+        ModelError: if the file is missing or is not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as JSON ({error}).") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: must hold a JSON object, got {type(value).__name__}.")
+        raise ModelError(f"{path}: must be a JSON object, got {type(value).__name__}.")
     return value
 
 
@@ -253,33 +211,45 @@ def sha256(path: str | Path) -> str:
 
 
 def _umask() -> int:
-    umask = os.umask(0)  # there is no way to read it without setting it
+    umask = os.umask(0)  # it cannot be read without setting it
     os.umask(umask)
     return umask
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk. Some network drives refuse this for folders, which is not an error."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EPERM, errno.EACCES):
+            raise
     finally:
         os.close(descriptor)
 
 
+def _set_permissions(path: Path, mode: int) -> None:
+    """Set the default permissions of a new file or folder where the file system has permissions."""
+    with contextlib.suppress(PermissionError, NotImplementedError):
+        path.chmod(mode & ~_umask())
+
+
 @contextlib.contextmanager
-def _output_errors(target: Path) -> Iterator[None]:
+def output_errors(target: Path) -> Iterator[None]:
+    """Context in which an OSError, or the error of safetensors for a full disk, becomes an OutputError."""
     try:
         yield
-    except DiffDiscoverError:  # some are OSErrors and say already what went wrong
+    except DiffDiscoverError:  # some are OSErrors with a complete message
         raise
     except OSError as error:
-        raise _output_error(target, error) from error
+        raise output_error(target, error) from error
     except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # what safetensors makes of a full disk
+        if type(error).__name__ != "SafetensorError":  # raised by safetensors for a full disk
             raise
-        raise _output_error(target, error) from error
+        raise output_error(target, error) from error
 
 
-def _output_error(target: Path, error: Exception) -> OutputError:
+def output_error(target: Path, error: Exception) -> OutputError:
+    """The OutputError for an OSError while writing to `target`."""
     reason = getattr(error, "strerror", None) or str(error)
     return OutputError(f"{target}: cannot be written ({reason}); choose another folder or free some space.")

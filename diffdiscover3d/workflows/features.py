@@ -1,4 +1,4 @@
-"""What the commands beside `segment` write: features of a scan, sampled volumes, synthetic cells."""
+"""Write the diffusion features of a scan as NIfTI files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,12 +6,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffdiscover3d.data.formats.nifti.reading import NiftiVolume, read_nifti, write_like
+from diffdiscover3d.data.formats.nifti.header import length_unit
+from diffdiscover3d.data.formats.nifti.reading import NiftiVolume, write_like
+from diffdiscover3d.data.formats.reading import read_volume
+from diffdiscover3d.data.formats.registry import stem
+from diffdiscover3d.data.formats.units import IN_MM
 from diffdiscover3d.hub.registry import DEFAULT_MODEL, load_teacher
+from diffdiscover3d.reporting.frames import frame_of
 from diffdiscover3d.reporting.pictures import save_slices
 from diffdiscover3d.reporting.plots import components_as_rgb
-from diffdiscover3d.segmentation.driver import choose_device, stem
-from diffdiscover3d.utils.files import check_targets, staged_folder
+from diffdiscover3d.segmentation.driver import choose_device
+from diffdiscover3d.utils.files import check_targets
+from diffdiscover3d.utils.staging import staged_folder
 
 
 def extract_features(
@@ -29,14 +35,23 @@ def extract_features(
     overwrite: bool = False,
     **reading,
 ) -> list[Path]:
-    """Write `<stem>_stage<N>.nii.gz` for each stage: (h, w, d, channels) float32, its affine laying it on the scan.
+    """Write `<stem>_stage<N>.nii.gz` for each decoder stage: (h, w, d, channels) float32, aligned with the scan.
 
-    Without `upsample` the features keep their own coarse grid, whose affine has the larger voxels.
+    Without `upsample` the features keep their own coarse grid, with larger voxels.
 
     Args:
+        path: of the scan.
+        output: folder for the files.
+        model: an embedded model's name, a folder, or a Hub id.
+        stages: decoder stages, 1 the coarsest.
+        timestep: noise step t at which the features are extracted.
+        num_noise: draws of noise to average over.
+        upsample: resample the features to the scan's grid.
+        seed: of the noise.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         preview: also write `<stem>_features.png`: the scan, and the first three principal components of every stage
             as red, green and blue.
-        reading: `volume`, `nan_to_zero`, `ignore_affine` of [`read_nifti`].
+        reading: see [`read_volume`].
 
     Raises:
         InputError, OutputError, ModelError, NetworkError: see their descriptions.
@@ -47,11 +62,11 @@ def extract_features(
     picture = [output / f"{stem(path)}_features.png"] if preview else []
     check_targets([*targets, *picture], overwrite)
     place = choose_device(device)
-    scan = read_nifti(path, **reading)
+    scan = read_volume(path, **reading)
     pipeline = load_teacher(model).to(place)
     generator = torch.Generator().manual_seed(seed)
     found = pipeline(scan.data, timestep, stages, generator, num_noise, upsample)
-    with staged_folder(output) as folder:
+    with staged_folder(output, overwrite) as folder:
         for target, features in zip(targets, found.features, strict=True):
             array = np.moveaxis(features[0].cpu().numpy(), 0, -1)
             write_like(folder / target.name, array, _on_grid(scan, array.shape[:3], found.extent))
@@ -61,26 +76,28 @@ def extract_features(
                 [scan.data, *(_rgb_on_scan(f, found.extent, scan.data.shape) for f in found.features)],
                 spacing_mm=scan.spacing_mm,
                 titles=["scan", *(f"stage {stage}" for stage in stages)],
+                frame=frame_of(scan.spacing_mm, scan.unit, scan.anatomical),
             )
     return [*targets, *picture]
 
 
 def _rgb_on_scan(features: torch.Tensor, extent: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
-    """(3, H, W, D) principal components of (1, C, h, w, d) features, laid over the scan with blocky voxels."""
+    """(3, H, W, D) principal components of (1, C, h, w, d) features, by the nearest voxel."""
     rgb = components_as_rgb(features[0].cpu().numpy())
     for axis, (size, span, count) in enumerate(zip(rgb.shape[1:], extent, shape, strict=True), start=1):
-        # corners aligned: voxel i of the scan lies at i * (size - 1) / (span - 1) of the features
+        # with aligned corners, voxel i of the scan is at i * (size - 1) / (span - 1) of the features
         places = np.round(np.arange(count) * (size - 1) / max(span - 1, 1)).astype(int)
         rgb = np.take(rgb, np.clip(places, 0, size - 1), axis=axis)
     return rgb
 
 
 def _on_grid(scan: NiftiVolume, grid: tuple[int, ...], extent: Sequence[int]) -> NiftiVolume:
-    """A description of `grid` laid over the scan so that the corner voxels' centres coincide with the extent's."""
+    """A volume whose affine puts `grid` over the scan, the centres of corner voxels on those of the extent."""
     scale = [(e - 1) / (n - 1) if n > 1 else float(e) for e, n in zip(extent, grid, strict=True)]
     affine = scan.affine @ np.diag([*scale, 1.0])
     template = NiftiVolume(scan.data, affine, scan.header.copy(), np.array([[0, 1], [1, 1], [2, 1]], dtype=float))
-    template.header.set_sform(affine, int(scan.header["sform_code"]) or 1)
+    per_mm = 1 / IN_MM[length_unit(scan.header)]
+    template.header.set_sform(np.diag([per_mm] * 3 + [1]) @ affine, int(scan.header["sform_code"]) or 1)
     template.header.set_qform(None, 0)
-    template.header["pixdim"][1:4] = template.spacing_mm
+    template.header["pixdim"][1:4] = np.array(template.spacing_mm) * per_mm
     return template

@@ -14,7 +14,7 @@ from diffdiscover3d.training.nesting import divided_parts, parent_masks, parent_
         ([0.1, 0.9], 4, (1, 3)),
         ([0.9, 0.1], 4, (3, 1)),
         ([0.4, 0.1, 0.3, 0.2], 8, (3, 1, 3, 1)),
-        ([0.4, 0.1, 0.3, 0.2], 7, (3, 1, 2, 1)),  # what is left over goes to the part that varies most
+        ([0.4, 0.1, 0.3, 0.2], 7, (3, 1, 2, 1)),  # the remainder goes to the part with the highest score
         ([0.3, 0.1, 0.2], 6, (3, 1, 2)),
     ],
 )
@@ -35,7 +35,7 @@ def test_nothing_left_to_divide():
 def test_parent_masks_are_the_parents_parts():
     torch.manual_seed(0)
     parent = StructureDiscoveryModel(2)
-    model = StructureDiscoveryModel.inside(parent, (3, 1)).eval()
+    model = StructureDiscoveryModel.from_parent(parent, (3, 1)).eval()
     model.order_parts(torch.tensor([0.1, 0.2, 0.3, 0.4]))
     volume = torch.rand(2, 1, 8, 12, 10)
     masks = model(volume).logits.softmax(dim=1)

@@ -1,4 +1,4 @@
-"""What a resume accepts and what it refuses, and stopping on request."""
+"""Accepted and rejected resumes, and stopping on signals."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from tests.helpers.training_runs import DIFFUSION, DISCOVERY, command, finish, h
 
 @pytest.fixture(autouse=True, scope="module")
 def fresh_accelerate():
-    """accelerate keeps one state a process, which another file's trainings may have left at another precision."""
+    """Reset accelerate's process-wide state, which may have another precision from earlier tests."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -57,7 +57,7 @@ def discovery(scans, teacher, output, **options):
     return make_config(DiscoveryConfig, **{**options, "output_dir": str(output)})
 
 
-# who it is made of
+# identity of data and models
 
 
 def test_data_may_move_but_not_change(scans, tmp_path):
@@ -67,9 +67,9 @@ def test_data_may_move_but_not_change(scans, tmp_path):
     run(diffusion(moved, output, max_steps=2, resume="latest"))
     image = nib.load(moved / "scan2.nii.gz")
     nib.save(nib.Nifti1Image(image.get_fdata(dtype=np.float32) + 1, image.affine), moved / "scan2.nii.gz")
-    with pytest.raises(ModelError, match=r"another dataset.*--dataset"):
+    with pytest.raises(ModelError, match=r"different dataset.*--dataset"):
         run(diffusion(moved, output, max_steps=2, resume="latest"))
-    with pytest.raises(ModelError, match="another dataset"):
+    with pytest.raises(ModelError, match="different dataset"):
         run(diffusion("synthetic-regular", output, max_steps=2, resume="latest"))
 
 
@@ -79,7 +79,7 @@ def test_the_teacher_may_move_but_not_change(scans, teacher, tmp_path):
     shutil.copytree(teacher, moved)
     run(discovery(scans, moved, output, max_steps=2, resume="latest"))
     run(diffusion(scans, tmp_path / "other", max_steps=2, seed=1))
-    with pytest.raises(ModelError, match=r"another teacher.*--teacher"):
+    with pytest.raises(ModelError, match=r"different teacher.*--teacher"):
         run(discovery(scans, tmp_path / "other", output, max_steps=2, resume="latest"))
 
 
@@ -131,7 +131,7 @@ def test_datasets_of_the_hub_have_fingerprints(tmp_path):
 
 
 class _Bare:
-    """Volumes that cannot say what they are."""
+    """Volumes without a fingerprint."""
 
     def __init__(self, volumes):
         self.volumes = [volumes[i] for i in range(len(volumes))]
@@ -153,22 +153,22 @@ def test_data_without_a_fingerprint_are_known_by_name(scans, tmp_path):
     go({"dataset": None})
     go({"dataset": None}, resume="latest")
     go(None, resume="latest")
-    with pytest.raises(ModelError, match="another dataset"):
+    with pytest.raises(ModelError, match="different dataset"):
         go({"dataset": None}, scans="elsewhere", resume="latest")
-    with pytest.raises(ModelError, match="another dataset"):
+    with pytest.raises(ModelError, match="different dataset"):
         go({"dataset": dataset_fingerprint(volumes)}, resume="latest")
 
 
-# with which options
+# options
 
 
 def test_written_options_are_compared_even_without_a_checkpoint(scans, tmp_path):
     run(diffusion(scans, tmp_path, max_steps=1))
-    shutil.rmtree(tmp_path / "checkpoints")  # as if killed before the first
+    shutil.rmtree(tmp_path / "checkpoints")  # as if killed before the first checkpoint
     (tmp_path / "model_index.json").unlink()
-    with pytest.raises(ModelError, match=r"train_config\.json is of another training \(seed was 0 and is 1\)"):
+    with pytest.raises(ModelError, match=r"train_config\.json belongs to a different training \(seed was 0 and is 1\)"):
         run(diffusion(scans, tmp_path, max_steps=1, seed=1, resume="latest"))
-    run(diffusion(scans, tmp_path, max_steps=1, resume="latest", log_every=5))  # what changes nothing may differ
+    run(diffusion(scans, tmp_path, max_steps=1, resume="latest", log_every=5))  # this option may change
     written = json.loads((tmp_path / "train_config.json").read_text())
     assert written["log_every"] == 5
     (tmp_path / "train_config.json").write_text('{"seed": ')
@@ -182,7 +182,7 @@ def test_a_model_in_the_folder_is_not_written_over(scans, tmp_path):
     run(diffusion(scans, tmp_path, max_steps=1))
     shutil.rmtree(tmp_path / "checkpoints")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(OutputError, match=r"already holds a model.*--output-dir"):
+    with pytest.raises(OutputError, match=r"already contains a model.*--output-dir"):
         run(diffusion(scans, tmp_path, max_steps=1))
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
@@ -202,7 +202,7 @@ def test_an_earlier_checkpoint_does_not_replace_later_ones(scans, tmp_path):
     run(diffusion(scans, tmp_path / "branch", **steps, resume=second))
     assert hashes(tmp_path / "branch") == hashes(tmp_path / "out")
     branch = everything(tmp_path / "branch")
-    with pytest.raises(ModelError, match="already holds a training"):  # of its own, which was not asked for
+    with pytest.raises(ModelError, match="already contains a training"):  # without --resume
         run(diffusion(scans, tmp_path / "branch", **steps, resume=str(kept / "checkpoint-00000004")))
     assert everything(tmp_path / "branch") == branch
 
@@ -216,22 +216,22 @@ def test_only_what_is_damaged_is_removed_and_said(scans, tmp_path, caplog):
     run(diffusion(scans, tmp_path, **steps, resume="latest"))
     assert hashes(tmp_path) == whole and len(list(kept.iterdir())) == 4
     removed = [r.getMessage() for r in caplog.records if r.getMessage().startswith("removing")]
-    assert len(removed) == 2 and "checkpoint-00000003, which is damaged" in removed[0]
+    assert len(removed) == 2 and "damaged checkpoint" in removed[0] and removed[0].endswith("checkpoint-00000003")
 
 
 def test_latest_without_checkpoints_does_not_start_over_a_model(scans, tmp_path):
     run(diffusion(scans, tmp_path, max_steps=1))
     shutil.rmtree(tmp_path / "checkpoints")
     before = everything(tmp_path)
-    with pytest.raises(OutputError, match=r"already holds a model.*--output-dir"):
+    with pytest.raises(OutputError, match=r"already contains a model.*--output-dir"):
         run(diffusion(scans, tmp_path, max_steps=1, resume="latest"))
     assert everything(tmp_path) == before
 
 
 def test_a_folder_is_refused_before_any_volume_is_read(scans, tmp_path, monkeypatch):
     run(diffusion(scans, tmp_path / "out", max_steps=1))
-    monkeypatch.setattr("diffdiscover3d.data.loading.load_volumes", None)  # it must not come to that
-    with pytest.raises(ModelError, match="already holds a training"):
+    monkeypatch.setattr("diffdiscover3d.data.loading.load_volumes", None)  # must not be called
+    with pytest.raises(ModelError, match="already contains a training"):
         run(diffusion(scans, tmp_path / "out", max_steps=1))
     with pytest.raises(ModelError, match="seed was 0 and is 1"):
         run(diffusion(scans, tmp_path / "out", max_steps=1, seed=1, resume="latest"))
@@ -244,7 +244,7 @@ def test_the_split_of_a_training_is_not_written_over(tmp_path, monkeypatch):
     run(diffusion(five, tmp_path / "out", **options))
     before = everything(tmp_path / "out")
     assert sum(map(len, json.loads((tmp_path / "out" / "split.json").read_text()).values())) == 5
-    for resume, message in ((None, "already holds"), ("latest", "another dataset")):
+    for resume, message in ((None, "already contains"), ("latest", "different dataset")):
         with pytest.raises(ModelError, match=message):
             run(diffusion(six, tmp_path / "out", **options, resume=resume))
         assert everything(tmp_path / "out") == before
@@ -253,7 +253,7 @@ def test_the_split_of_a_training_is_not_written_over(tmp_path, monkeypatch):
 def test_batch_norm_wants_as_many_volumes_at_a_time_as_before(scans, teacher, tmp_path):
     run(discovery(scans, teacher, tmp_path / "batch", max_steps=1, norm="batch"))
     again = {"max_steps": 1, "resume": "latest", "gradient_accumulation_steps": 2}
-    with pytest.raises(ModelError, match="4 volumes at a time and would now see 2"):
+    with pytest.raises(ModelError, match="over 4 volumes and would now be over 2"):
         run(discovery(scans, teacher, tmp_path / "batch", norm="batch", **again))
     run(discovery(scans, teacher, tmp_path / "instance", max_steps=1, norm="instance"))
     run(discovery(scans, teacher, tmp_path / "instance", norm="instance", **again))
@@ -280,11 +280,11 @@ def test_a_bad_scan_is_named_before_anything_is_trained(scans, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# being stopped
+# signals
 
 
 class _Stopped(DiffusionTraining):
-    """Sends a signal to its own process after some step."""
+    """Sends a signal to its own process after a given step."""
 
     def __init__(self, *arguments, number, step):
         super().__init__(*arguments)
@@ -306,7 +306,7 @@ def test_a_signal_lets_the_step_be_saved(scans, tmp_path, number):
     with pytest.raises(TrainingInterrupted, match="interrupted after step 3; --resume latest"):
         train(task, config, volumes, make_accelerator(config), {"dataset": dataset_fingerprint(volumes)})
     assert signal.getsignal(number) is before
-    assert hashes(tmp_path / "cut")["step"] == 3  # the signal came during the wait for the third
+    assert hashes(tmp_path / "cut")["step"] == 3  # the signal arrived during the third step
     assert not (tmp_path / "cut" / "model_index.json").exists()
     run(diffusion(scans, tmp_path / "cut", max_steps=5, checkpoint_every=99, resume="latest"))
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
@@ -331,7 +331,7 @@ def test_a_second_signal_ends_at_once():
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    with StopRequest(num_processes=2) as stop:  # their launcher repeats it
+    with StopRequest(num_processes=2) as stop:  # the launcher repeats the signal
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
@@ -339,7 +339,7 @@ def test_a_second_signal_ends_at_once():
 
 def test_sigterm_to_the_whole_group_of_a_real_training(scans, tmp_path):
     options = {**DIFFUSION, "dataset": scans, "output-dir": tmp_path / "out", "max-steps": 100_000}
-    options |= {"preview-every": 0, "num-workers": 1}  # the process that loads volumes gets the signal too
+    options |= {"preview-every": 0, "num-workers": 1}  # the data-loading worker receives the signal too
     process = start(command("diffusion", options))
     try:
         while log_steps(tmp_path / "out") < 3:
@@ -370,7 +370,7 @@ def test_weights_that_are_not_finite_are_never_saved(scans, tmp_path):
 
 
 def test_two_processes_share_the_reading(scans, tmp_path, monkeypatch):
-    """Each reads its own files whole, and both learn of the other's bad one."""
+    """Each process reads its share of the files, and both report the invalid one."""
     script = (
         "import os, sys; from diffdiscover3d.data.datasets import folder; from diffdiscover3d.train import main\n"
         "read = folder.read_nifti\n"
@@ -391,7 +391,7 @@ def test_two_processes_share_the_reading(scans, tmp_path, monkeypatch):
     assert done.returncode != 0 and not (tmp_path / "out").exists()
     assert (tmp_path / "read-0").read_text().split() == ["scan0.nii.gz", "scan2.nii.gz", "scan4.nii.gz"]
     assert (tmp_path / "read-1").read_text().split() == ["scan1.nii.gz", "scan3.nii.gz", "scan5.nii.gz"]
-    # the first process has read none of the bad file, and says what is wrong with it all the same
+    # the first process reports the error although it did not read the invalid file
     assert any("scan5.nii.gz" in line for line in done.stderr.splitlines() if line.startswith("error: "))
 
 
@@ -400,7 +400,7 @@ def test_a_training_goes_on_from_what_it_was_started_from(scans, teacher, tmp_pa
         run(discovery(scans, teacher, tmp_path / name, max_steps=1, seed=seed))
     run(discovery(scans, teacher, tmp_path / "out", max_steps=1, init_from=str(tmp_path / "one")))
     before = everything(tmp_path / "out")
-    with pytest.raises(ModelError, match=r"another init_from: .*give the same --init-from"):
+    with pytest.raises(ModelError, match=r"different init_from; give a --init-from"):
         run(discovery(scans, teacher, tmp_path / "out", max_steps=1, init_from=str(tmp_path / "two"), resume="latest"))
     assert everything(tmp_path / "out") == before
     (tmp_path / "one").rename(tmp_path / "moved")

@@ -1,10 +1,10 @@
-"""The progress bar: drawn on a terminal, silent elsewhere."""
+"""The progress bar: shown only on terminals."""
 
-from diffdiscover3d.utils.progress import Stages
+from diffdiscover3d.utils.progress import ProgressBar
 
 
 def work(**options):
-    with Stages(total=6, **options) as stages:
+    with ProgressBar(total=6, **options) as stages:
         for number in range(2):
             stages.begin_case(f"scan {number + 1} of 2", 3)
             stages.show("reading the scan", "loss 0.5")
@@ -30,15 +30,15 @@ def test_drawn_on_a_terminal(capsys, monkeypatch):
 def test_what_a_case_did_not_need_leaves_the_total():
     stages = work(enabled=False)
     (task,) = stages._bar.tasks
-    assert (task.completed, task.total) == (2, 4)  # two of the first case's three steps were never done
+    assert (task.completed, task.total) == (2, 4)  # two of the three steps of the first case were skipped
 
 
 def test_a_share_of_a_long_step(capfd):
-    with Stages(total=4, force=True) as stages:
+    with ProgressBar(total=4, force=True) as stages:
         stages.begin_case("scan 1 of 1", 4)
         stages.done()
         stages.within(3, 4, "window")
         task = stages._bar.tasks[0]
-        assert task.completed == 1.75 and task.fields["figures"] == "window 3 of 4"
+        assert task.completed == 1.75 and task.fields["details"] == "window 3 of 4"
         stages.done()
         assert task.completed == 2

@@ -1,4 +1,4 @@
-"""BraTS: every layout, the split, what is missing or odd, and what volumes are prepared to."""
+"""BraTS: layouts, splits, missing or invalid files, and preprocessing."""
 
 import re
 
@@ -106,7 +106,7 @@ def test_a_missing_mask_stops_scoring_but_not_training(tmp_path):
     options = BraTSOptions(crop=CROP)
     assert len(BraTSVolumes(root, "train", options)) == 4
     volumes = BraTSVolumes(root, "test", options)
-    with pytest.raises(InputError, match=r"BraTS2021_\d+: has no mask in .*; scores need one"):
+    with pytest.raises(InputError, match=r"BraTS2021_\d+: has no mask in .*, which is required"):
         volumes.require_masks()
 
 
@@ -128,7 +128,7 @@ def test_wrong_shapes_are_named(tmp_path):
     with pytest.raises(InputError, match=r"_seg.nii.gz: has shape \(5, 6, 7\), the image \(26, 24, 19\)"):
         volumes.true_parts(0)
     save(mask, np.full(SHAPE, 900, np.int16))
-    with pytest.raises(InputError, match="no BraTS labels"):
+    with pytest.raises(InputError, match="not BraTS labels"):
         volumes.true_parts(0)
 
 
