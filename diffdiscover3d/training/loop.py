@@ -225,7 +225,7 @@ def train(
 def _take_step(
     task, model, optimizer, backward, batches, config, accelerator, step, dropouts, stop
 ) -> tuple[tuple[str, ...], torch.Tensor]:
-    """One optimiser step over all micro-batches, without synchronising; returns names and values for [`StepMetrics`]."""
+    """One optimiser step over all micro-batches, without synchronising; returns its losses for [`StepMetrics`]."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(config, step)
     # whatever else draws from the global generator; one seed per step and process makes a resumed step the same step

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from diffdiscover3d.models import attention, cpu_kernels, mixed_precision
 from diffdiscover3d.models.attention import FullAttention, LinearAttention
+from diffdiscover3d.models.channel_padding import convolve_padded, convolve_unfolded
 from diffdiscover3d.models.fused_kernels import NATIVE, compiled_kernels
 from diffdiscover3d.models.unet_3d import UNet3DModel
 
@@ -72,6 +73,26 @@ def test_norm_silu_with_an_addend_has_the_gradients_of_its_formula(accelerator, 
     expected = torch.autograd.grad((expected * upstream).sum(), inputs)
     for a, b in zip(torch.autograd.grad((found * upstream).sum(), inputs), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("channels", "width", "kernel"), [(1, 10, 7), (3, 16, 5), (2, 6, 3)])
+def test_padded_channels_change_neither_outputs_nor_gradients(channels, width, kernel):
+    torch.manual_seed(0)
+    first = torch.nn.Conv3d(channels, width, kernel, padding=kernel // 2).double()
+    second = torch.nn.Conv3d(width, 5, 3, padding=1).double()
+    x = torch.randn(2, channels, 5, 6, 4).double().requires_grad_()
+    parameters = [*first.parameters(), *second.parameters()]
+    upstream = torch.randn(2, 5, 5, 6, 4).double()
+
+    def padded(x):
+        entered = convolve_unfolded(first, x)
+        assert entered.shape[1] % 8 == 0 and not entered[:, width:].any()
+        return convolve_padded(second, entered)
+
+    expected = with_gradients(lambda x: second(first(x)), x, parameters, upstream)
+    for a, b in zip(with_gradients(padded, x, parameters, upstream), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert convolve_padded(torch.nn.Identity(), x) is x
 
 
 def make_unet():
