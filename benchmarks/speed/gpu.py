@@ -85,7 +85,9 @@ class Timed:
             self._run.watch_synchronisation(True)
         elif step == WARMUP + steps + 2:
             self._run.watch_synchronisation(False)
-            self.found["waits"] = sorted({f"{w.filename}:{w.lineno} {str(w.message)[:80]}" for w in self._warnings})
+            self.found["waits"] = sorted(
+                {f"{shorten(w.filename)}:{w.lineno} {str(w.message)[:80]}" for w in self._warnings}
+            )
             self._stack.close()
             self._profile = torch.profiler.profile()
             self._profile.start()
@@ -95,6 +97,13 @@ class Timed:
             self.found["profile"] = summarize_profile(self._profile, 2, device)
             raise Finished
         return shown
+
+
+def shorten(path: str) -> str:
+    """A file's path from the package's or site-packages' folder on."""
+    parts = Path(path).parts
+    starts = [i for i, part in enumerate(parts) if part in ("diffdiscover3d", "site-packages")]
+    return "/".join(parts[starts[-1] :] if starts else parts[-1:])
 
 
 def summarize_profile(profile, steps: int, device: str) -> dict:
@@ -497,7 +506,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=420, help="seconds after which no section begins")
     parser.add_argument("--train-seconds", type=float, default=0, help="also train the paper preset for so long")
     parser.add_argument("--sections", nargs="+", help="run only these")
-    parser.add_argument("--output", default="benchmarks/results/speed-gpu.json", help="the JSON file")
+    parser.add_argument("--output", default="benchmarks/results/gpu.json", help="the JSON file")
     options = parser.parse_args()
     if options.device == "cpu":
         import os

@@ -47,7 +47,7 @@ def wants_cast_weights(x: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def cast_weights(network: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+def with_cast_weights(network: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """Within it, the network computes with copies of its weights in `dtype`, and autocast is disabled.
 
     Autocast casts weight by weight, and computes norms and softmaxes in float32 between two casts. Here all weights are

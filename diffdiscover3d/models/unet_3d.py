@@ -20,7 +20,7 @@ from diffdiscover3d.models.channel_padding import convolve_unfolded
 from diffdiscover3d.models.cpu_kernels import Conv3d, precise_if_small
 from diffdiscover3d.models.fused_kernels import NATIVE, compiled_kernels
 from diffdiscover3d.models.loading import StrictLoadingMixin
-from diffdiscover3d.models.mixed_precision import cast_weights, wants_cast_weights
+from diffdiscover3d.models.mixed_precision import wants_cast_weights, with_cast_weights
 
 
 @dataclass
@@ -215,7 +215,7 @@ class UNet3DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
     def _mixed_precision(self, x: torch.Tensor) -> AbstractContextManager:
         # recomputation in the backward pass would find the weights in their own type
         if wants_cast_weights(x) and not self._recomputes():
-            return cast_weights(self, torch.bfloat16, x.device)
+            return with_cast_weights(self, torch.bfloat16, x.device)
         return precise_if_small(x, self.stride)
 
     def _enter(self, x: torch.Tensor) -> torch.Tensor:
