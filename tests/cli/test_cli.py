@@ -170,7 +170,7 @@ def test_synthesize(run, tmp_path):
 
 
 def test_synthesize_refuses_existing_files_before_it_writes(run, tmp_path):
-    old = tmp_path / "synthetic-regular-test-001_level-2_dseg.nii.gz"
+    old = tmp_path / "synthetic-regular-test-001_level-2_truth.nii.gz"
     old.write_bytes(b"old")
     code, out, err = run("synthesize", "-n", 2, "-o", tmp_path)
     assert code == 4 and out == "" and err == f"error: {old}: already exists; use --overwrite to replace it.\n"
