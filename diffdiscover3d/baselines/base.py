@@ -1,7 +1,9 @@
-"""What every rival method looks like."""
+"""The interface of every baseline."""
 
-from collections.abc import Sequence
-from typing import Protocol
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -18,3 +20,64 @@ class Baseline(Protocol):
 
     def predict(self, volume: torch.Tensor) -> np.ndarray:
         """Label a (1, H, W, D) volume in [0, 1]: (H, W, D) uint8 in [0, num_parts)."""
+
+
+class TrainedBaseline:
+    """A baseline with a network that is trained, and with presets of its hyper-parameters.
+
+    Args:
+        num_parts: number of parts K.
+        preset: "paper" (published hyper-parameters) or "small" (two CPU cores).
+        seed: of weights, draws and clusterings.
+        device: for the network.
+        **overrides: fields of the preset to replace.
+
+    Raises:
+        ValueError: for an unknown preset.
+    """
+
+    name: ClassVar[str]
+    presets: ClassVar[Mapping[str, Any]]
+
+    def __init__(
+        self,
+        num_parts: int,
+        preset: str = "small",
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        **overrides,
+    ):
+        if preset not in self.presets:
+            raise ValueError(f"`preset` must be one of {tuple(self.presets)}, got {preset!r}.")
+        self.num_parts, self.seed, self.device = num_parts, seed, torch.device(device)
+        self.config = dataclasses.replace(self.presets[preset], **overrides)
+
+    def fit(self, volumes: Sequence[dict], folder: Path | None = None) -> None:
+        """Train on volumes.
+
+        Args:
+            volumes: items with "volume", (1, H, W, D) float32 in [0, 1]; for methods that are given labels also
+                "labels", (H, W, D) int64 with -1 where the label is not given.
+            folder: for checkpoints. A training that was interrupted continues from it, and what does not depend on the
+                number of parts is shared between baselines of different numbers of parts.
+        """
+        raise NotImplementedError
+
+    def predict(self, volume: torch.Tensor) -> np.ndarray:
+        """Label a (1, H, W, D) volume in [0, 1]: (H, W, D) uint8 in [0, num_parts)."""
+        raise NotImplementedError
+
+    def settings(self) -> dict:
+        """The hyper-parameters as JSON values."""
+        return dataclasses.asdict(self.config)
+
+    def seeded(self, make):
+        """Call `make` with the global random state seeded by the baseline's seed, and restore that state."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return make()
+
+
+def place(folder: Path | None, name: str) -> Path | None:
+    """A folder inside the checkpoint folder, or `None` without one."""
+    return None if folder is None else Path(folder) / name
