@@ -27,7 +27,7 @@ from paper_cost import estimate
 from timing import Benchmark, synchronize
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from diffdiscover3d.hub import load_discovery
+from diffdiscover3d.hub.registry import load_discovery
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.training.config import DiffusionConfig
 from diffdiscover3d.training.diffusion import DiffusionTraining

@@ -15,11 +15,11 @@ import torch
 
 from diffdiscover3d.baselines.bm4d_kmeans import BM4DKMeans
 from diffdiscover3d.baselines.kmeans import IntensityKMeans
+from diffdiscover3d.data.datasets.synthetic import GENERATOR_VERSION, LEVEL_PARTS, VARIANTS
 from diffdiscover3d.data.loading import load_volumes
-from diffdiscover3d.data.synthetic import GENERATOR_VERSION, LEVEL_PARTS, VARIANTS
-from diffdiscover3d.files import write_json
-from diffdiscover3d.metrics import dataset_dice, dice_matrix
-from diffdiscover3d.reporting.provenance import describe_environment
+from diffdiscover3d.evaluation.metrics import dataset_dice, dice_matrix
+from diffdiscover3d.utils.files import write_json
+from diffdiscover3d.utils.provenance import describe_environment
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

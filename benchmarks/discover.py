@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from diffdiscover3d.reporting.provenance import describe_environment
+from diffdiscover3d.utils.provenance import describe_environment
 
 
 def main() -> None:

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
+from diffdiscover3d.data.datasets.synthetic import GENERATOR_VERSION, LEVEL_PARTS
 from diffdiscover3d.data.loading import load_volumes
-from diffdiscover3d.data.synthetic import GENERATOR_VERSION, LEVEL_PARTS
-from diffdiscover3d.evaluation import score
-from diffdiscover3d.files import read_json, write_json
-from diffdiscover3d.hub import load_discovery
+from diffdiscover3d.evaluation.synthetic import score
+from diffdiscover3d.hub.registry import load_discovery
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
-from diffdiscover3d.reporting.provenance import describe_environment, weights_sha256
 from diffdiscover3d.training.config import DiscoveryConfig, make_config
 from diffdiscover3d.training.recipes import final_loss
+from diffdiscover3d.utils.files import read_json, write_json
+from diffdiscover3d.utils.provenance import describe_environment, weights_sha256
 
 SPLIT = "validation"
 

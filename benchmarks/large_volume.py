@@ -12,9 +12,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from diffdiscover3d.data.synthetic import synthesize
-from diffdiscover3d.files import write_json
-from diffdiscover3d.reporting.provenance import describe_environment
+from diffdiscover3d.data.datasets.synthetic import synthesize
+from diffdiscover3d.utils.files import write_json
+from diffdiscover3d.utils.provenance import describe_environment
 
 RESULT = Path(__file__).parent / "results" / "large-volume.json"
 

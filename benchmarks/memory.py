@@ -15,7 +15,7 @@ SHAPES = [
 PARTS = (2, 8)
 PROBE = """
 import json, resource, sys, time, torch
-from diffdiscover3d.memory import segmentation_bytes
+from diffdiscover3d.segmentation.memory import segmentation_bytes
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 shape, parts = tuple(json.loads(sys.argv[1])), int(sys.argv[2])
 model = StructureDiscoveryModel(num_parts=parts).eval().to(memory_format=torch.channels_last_3d)  # as load_discovery
@@ -32,7 +32,7 @@ print(json.dumps({"shape": shape, "parts": parts, "peak_gib": round(peak / 2**30
 def main() -> None:
     """One process for each shape, because a process's peak never falls."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    from diffdiscover3d.reporting.provenance import describe_environment
+    from diffdiscover3d.utils.provenance import describe_environment
 
     rows = []
     for shape in SHAPES:

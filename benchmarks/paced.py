@@ -15,8 +15,8 @@ import torch
 from timing import seconds_of, synchronize
 
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, TrainingConfig, make_config
+from diffdiscover3d.training.loop import make_accelerator, train
 from diffdiscover3d.training.precision import settle_precision
-from diffdiscover3d.training.runtime import make_accelerator, train
 
 
 class Paced:

@@ -19,14 +19,14 @@ import torch
 from sklearn.cluster import MiniBatchKMeans
 
 from diffdiscover3d.baselines.features_kmeans import join_equally
+from diffdiscover3d.data.datasets.synthetic import GENERATOR_VERSION, LEVEL_PARTS
 from diffdiscover3d.data.loading import load_volumes
-from diffdiscover3d.data.synthetic import GENERATOR_VERSION, LEVEL_PARTS
-from diffdiscover3d.files import write_json
-from diffdiscover3d.hub import load_discovery, load_teacher
-from diffdiscover3d.metrics import dataset_dice, dice_matrix
+from diffdiscover3d.evaluation.metrics import dataset_dice, dice_matrix
+from diffdiscover3d.hub.registry import load_discovery, load_teacher
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeatureOutput, DiffusionFeaturePipeline
-from diffdiscover3d.reporting.provenance import describe_environment
+from diffdiscover3d.utils.files import write_json
+from diffdiscover3d.utils.provenance import describe_environment
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "synthetic-regular"  # also the name of its data

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from diffdiscover3d.files import atomic_file
+from diffdiscover3d.utils.files import atomic_file
 
 TITLES = {
     "loss": "Region consistency, forward and backward",

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffdiscover3d.files import write_json
-from diffdiscover3d.reporting.provenance import describe_environment, peak_memory_mib
+from diffdiscover3d.utils.files import write_json
+from diffdiscover3d.utils.provenance import describe_environment, peak_memory_mib
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = ("timing.py", "rivals.py", "paced.py", "meter.py")  # a change in one of these makes old results stale

@@ -17,29 +17,33 @@ _HOMES = {
     "VolumeGenerationPipeline": "pipelines.generation",
     "region_consistency": "losses",
     "photometric_invariance": "losses",
-    "load_dataset": "data.hf_datasets",
+    "load_dataset": "data.datasets.hf_datasets",
     "load_volumes": "data.loading",
-    "read_nifti": "data.nifti",
-    "synthesize": "data.synthetic",
-    "segment": "segmentation",
-    "evaluate": "evaluation",
+    "read_nifti": "data.formats.nifti.reading",
+    "synthesize": "data.datasets.synthetic",
+    "fetch_snapshot": "hub.download",
+    "push_folder": "hub.upload",
+    "segment": "segmentation.driver",
+    "evaluate": "evaluation.synthetic",
 }
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from diffdiscover3d.data.hf_datasets import load_dataset
+    from diffdiscover3d.data.datasets.hf_datasets import load_dataset
+    from diffdiscover3d.data.datasets.synthetic import synthesize
+    from diffdiscover3d.data.formats.nifti.reading import read_nifti
     from diffdiscover3d.data.loading import load_volumes
-    from diffdiscover3d.data.nifti import read_nifti
-    from diffdiscover3d.data.synthetic import synthesize
-    from diffdiscover3d.evaluation import evaluate
+    from diffdiscover3d.evaluation.synthetic import evaluate
+    from diffdiscover3d.hub.download import fetch_snapshot
+    from diffdiscover3d.hub.upload import push_folder
     from diffdiscover3d.losses import photometric_invariance, region_consistency
     from diffdiscover3d.models.authors_checkpoint import load_authors_checkpoint
     from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
     from diffdiscover3d.models.unet_3d import UNET_PRESETS, UNet3DModel
     from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
     from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline
-    from diffdiscover3d.segmentation import segment
+    from diffdiscover3d.segmentation.driver import segment
 
 
 def __getattr__(name: str):

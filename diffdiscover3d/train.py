@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 from diffdiscover3d.errors import MemoryLimitError, exit_code, is_out_of_memory, reportable_errors
-from diffdiscover3d.files import check_folder
-from diffdiscover3d.interruption import end_children, interrupt_on_sigterm
 from diffdiscover3d.training.config import (
     DiffusionConfig,
     DiscoveryConfig,
@@ -16,6 +14,8 @@ from diffdiscover3d.training.config import (
     add_options,
     make_config,
 )
+from diffdiscover3d.utils.files import check_folder
+from diffdiscover3d.utils.signals import end_children, interrupt_on_termination
 
 _STAGES = {"diffusion": DiffusionConfig, "discovery": DiscoveryConfig}
 
@@ -38,12 +38,12 @@ def run(config: TrainingConfig) -> str:
     check_folder(Path(config.output_dir))
     # the heavy imports wait until the options are known to be right
     from diffdiscover3d.data.loading import common_grid, has_splits, load_volumes
-    from diffdiscover3d.hub import load_discovery, load_teacher
-    from diffdiscover3d.training.identity import dataset_fingerprint, weights_fingerprint
+    from diffdiscover3d.hub.registry import load_discovery, load_teacher
+    from diffdiscover3d.training.data_check import read_all
+    from diffdiscover3d.training.fingerprints import dataset_fingerprint, weights_fingerprint
+    from diffdiscover3d.training.loop import check_launcher, make_accelerator, train
     from diffdiscover3d.training.precision import settle_precision
-    from diffdiscover3d.training.resuming import CONFIG_FILE, check_output
-    from diffdiscover3d.training.runtime import check_launcher, make_accelerator, train
-    from diffdiscover3d.training.survey import read_all
+    from diffdiscover3d.training.resume import CONFIG_FILE, check_output
 
     check_launcher()
     config = settle_precision(config, Path(config.output_dir) / CONFIG_FILE)
@@ -93,7 +93,7 @@ def _check_start(config: DiscoveryConfig, start) -> None:
 
 def _brats_options(config: TrainingConfig):
     """The options that say how BraTS is prepared; one not given is the paper's."""
-    from diffdiscover3d.data.brats import BraTSOptions
+    from diffdiscover3d.data.datasets.brats import BraTSOptions
 
     given = {name: getattr(config, name) for name in ("modality", "grade", "crop", "clip_percentiles")}
     return BraTSOptions(**{name: value for name, value in given.items() if value is not None})
@@ -130,8 +130,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    interrupt_on_sigterm()
     try:
-        sys.exit(main())
+        with interrupt_on_termination():
+            sys.exit(main())
     finally:
         end_children()

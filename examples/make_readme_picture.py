@@ -8,9 +8,9 @@ import sys
 import numpy as np
 
 from diffdiscover3d import load_volumes
-from diffdiscover3d.data.synthetic import LEVEL_PARTS
+from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
+from diffdiscover3d.evaluation.metrics import dice_matrix, match_parts, matched_dice
 from diffdiscover3d.hub import load_discovery
-from diffdiscover3d.metrics import dice_matrix, match_parts, matched_dice
 from diffdiscover3d.reporting.pictures import save_slices
 
 volumes = load_volumes("synthetic-regular", "test")

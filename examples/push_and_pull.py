@@ -7,7 +7,7 @@ import sys
 
 from diffdiscover3d import StructureDiscoveryModel
 from diffdiscover3d.hub import pull, push
-from diffdiscover3d.reporting.provenance import weights_sha256
+from diffdiscover3d.utils.provenance import weights_sha256
 
 folder, repo_id = sys.argv[1:]
 print(push(folder, repo_id, private=True, commit_message="My parts"))  # with a card; `diffdiscover3d push` does it too

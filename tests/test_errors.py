@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffdiscover3d import errors
-from diffdiscover3d.cli import main
+from diffdiscover3d.cli.app import main
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_every_error_has_its_code_and_one_line(error, code, monkeypatch, capsys)
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("diffdiscover3d.hub.embedded_models", fail)
+    monkeypatch.setattr("diffdiscover3d.hub.registry.embedded_models", fail)
     monkeypatch.setattr(sys, "argv", ["diffdiscover3d", "models", "list"])
     with pytest.raises(SystemExit) as stop:
         main()

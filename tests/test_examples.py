@@ -9,7 +9,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from loopback_hub import LoopbackHub
+
+from tests.helpers.loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -55,7 +56,7 @@ def test_readme_commands_exist():
     assert test_command in (ROOT / ".ci" / "run").read_text()
     from typer.main import get_command
 
-    from diffdiscover3d.cli import app
+    from diffdiscover3d.cli.app import app
 
     commands = set(get_command(app).commands)
     assert commands <= set(re.findall(r"`([a-z-]+)(?: [A-Z.]+| list)?`", readme))

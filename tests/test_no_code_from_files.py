@@ -11,13 +11,13 @@ import torch
 
 import diffdiscover3d
 from diffdiscover3d.errors import ModelError
-from diffdiscover3d.hub import embedded_models, load_discovery, load_teacher
+from diffdiscover3d.hub.registry import embedded_models, load_discovery, load_teacher
 
 ROOT = Path(diffdiscover3d.__file__).parent
 # the two readers of somebody else's pickles, and how they may do it; the unpickler admits numeric arrays alone
 GUARDED = {
     ("models/authors_checkpoint.py", "torch.load(weights_only=True)"),
-    ("data/authors_archive.py", "pickle.Unpickler"),
+    ("data/datasets/authors_archive.py", "pickle.Unpickler"),
 }
 
 # calls that run what they read, or can be made to
@@ -135,7 +135,7 @@ CODE = "open('diffdiscover3d-was-executed', 'w')\nclass Evil: pass\n"
         {"unet": ["os", "system"]},
         {"unet": ["torch", "Tensor"]},
         {"unet": "evil.Evil"},
-        {"scheduler": ["diffdiscover3d.hub", "load_teacher"]},
+        {"scheduler": ["diffdiscover3d.hub.registry", "load_teacher"]},
         {"scheduler": ["diffusers", "PNDMScheduler"]},
         {"extra": ["evil", "Evil"]},
         {"_class_name": ["evil", "Evil"]},

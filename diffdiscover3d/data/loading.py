@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from diffdiscover3d.data import synthetic
-from diffdiscover3d.data.brats import BraTSOptions, is_brats
-from diffdiscover3d.data.brats_volumes import BraTSVolumes
-from diffdiscover3d.data.folder import VolumeFolder
-from diffdiscover3d.data.nifti_header import check_reachable
+from diffdiscover3d.data.datasets import synthetic
+from diffdiscover3d.data.datasets.brats import BraTSOptions, is_brats
+from diffdiscover3d.data.datasets.brats_volumes import BraTSVolumes
+from diffdiscover3d.data.datasets.folder import VolumeFolder
+from diffdiscover3d.data.formats.nifti.header import check_reachable
 from diffdiscover3d.data.transforms import min_max_normalize
 from diffdiscover3d.errors import DiffDiscoverError, InputError, NetworkError
 
@@ -123,7 +123,7 @@ def _load_from_hub(repo_id: str, split: str) -> Sequence[dict]:
         import datasets
     except ImportError as error:
         raise InputError(f"{repo_id}: a Hub dataset needs: pip install 'diffdiscover3d[datasets]'.") from error
-    from diffdiscover3d.data.builders import as_training_volumes
+    from diffdiscover3d.data.datasets.builders import as_training_volumes
 
     try:
         return as_training_volumes(datasets.load_dataset(repo_id, split=split))

@@ -1,17 +1,57 @@
-"""Strict loading: a model whose file lacks a weight, or holds an unknown one, is an error and not a warning."""
+"""Strict loading: missing or unknown weights are errors. Pushing to the Hub.
+
+The Hub is reached through the public, lazily imported names `fetch_snapshot` and `push_folder` of the package, so that
+models import neither the Hub nor model cards.
+"""
 
 import os
+import tempfile
 
 import torch
 
+import diffdiscover3d
 from diffdiscover3d.errors import ModelError
-from diffdiscover3d.hub_files import DOWNLOAD_OPTIONS, fetch_snapshot
-from diffdiscover3d.hub_upload import PushMixin
+
+DOWNLOAD_OPTIONS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
 
 
 def cast_weights(model: torch.nn.Module, dtype: str) -> None:
     """Turn all floating-point weights into a type given by name, before they are saved."""
     torch.nn.Module.to(model, getattr(torch, dtype))  # diffusers' own `to` warns about modules it would spare
+
+
+class PushMixin:
+    """Gives a model or pipeline `push_to_hub`, as in diffusers, but as one commit and with a card."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        revision: str | None = None,
+        max_shard_size: str | int = "10GB",
+        scores: dict | None = None,
+    ) -> str:
+        """Save, render the card and upload; see [`push_folder`].
+
+        Args:
+            max_shard_size: weights are split into safetensors files of at most this size.
+            scores: what `evaluate` returned for these weights.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
+            return diffdiscover3d.push_folder(
+                folder,
+                repo_id,
+                revision=revision,
+                private=private,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                token=token,
+                scores=scores,
+            )
 
 
 class StrictLoadingMixin(PushMixin):
@@ -31,7 +71,7 @@ class StrictLoadingMixin(PushMixin):
         """
         if not os.path.isdir(pretrained_model_name_or_path):
             options = {k: kwargs.pop(k) for k in DOWNLOAD_OPTIONS if k in kwargs}
-            pretrained_model_name_or_path = fetch_snapshot(str(pretrained_model_name_or_path), **options)
+            pretrained_model_name_or_path = diffdiscover3d.fetch_snapshot(str(pretrained_model_name_or_path), **options)
         kwargs["use_safetensors"] = True  # the other formats are pickles
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("torch_dtype", torch.float32)  # files may be stored in half precision; computing is not

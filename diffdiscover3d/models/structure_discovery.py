@@ -8,11 +8,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
-from diffdiscover3d.data.nifti import as_volume_tensor
+from diffdiscover3d.data.formats.nifti.reading import as_volume_tensor
 from diffdiscover3d.data.transforms import min_max_normalize, pad_to_multiple
-from diffdiscover3d.memory import taken_at_once
 from diffdiscover3d.models.blocks import Conv3d, precise_if_small
 from diffdiscover3d.models.loading import StrictLoadingMixin
+from diffdiscover3d.models.window_layout import taken_at_once
 
 _VIEW_RANGE = 4.0  # standard deviations
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.utils import BaseOutput
 
-from diffdiscover3d.data.nifti import as_volume_tensor
+from diffdiscover3d.data.formats.nifti.reading import as_volume_tensor
 from diffdiscover3d.data.transforms import min_max_normalize, resize_volume
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.hub_support import HubPipelineMixin, register_library

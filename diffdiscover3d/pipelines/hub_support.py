@@ -12,9 +12,10 @@ from pathlib import Path
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.pipelines import pipeline_loading_utils
 
+import diffdiscover3d
 from diffdiscover3d.errors import ModelError
-from diffdiscover3d.hub_files import DOWNLOAD_OPTIONS, fetch_snapshot, read_json
-from diffdiscover3d.hub_upload import PushMixin
+from diffdiscover3d.models.loading import DOWNLOAD_OPTIONS, PushMixin
+from diffdiscover3d.utils.files import read_model_json
 
 LIBRARY = "diffdiscover3d"
 _COMPONENTS = {
@@ -60,7 +61,7 @@ class HubPipelineMixin(PushMixin):
     def download(cls, pretrained_model_name, **kwargs) -> str:
         """Fetch the configs and safetensors of a repository into the cache, verified; return the snapshot's folder."""
         options = {k: v for k, v in kwargs.items() if k in DOWNLOAD_OPTIONS and v is not None}
-        return str(fetch_snapshot(str(pretrained_model_name), **options))
+        return str(diffdiscover3d.fetch_snapshot(str(pretrained_model_name), **options))
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path, **kwargs):
@@ -91,6 +92,6 @@ def _check_scheduler(folder: Path) -> None:
     if not path.is_file():
         return  # diffusers names what is missing
     known = DDPMScheduler._get_init_keys(DDPMScheduler) | DDIMScheduler._get_init_keys(DDIMScheduler)
-    unknown = sorted(k for k in read_json(path) if not k.startswith("_") and k not in known)
+    unknown = sorted(k for k in read_model_json(path) if not k.startswith("_") and k not in known)
     if unknown:
         raise ModelError(f"{path}: has unknown keys {unknown}; remove them, or upgrade diffusers.")

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
-from diffdiscover3d.data.nifti import NiftiVolume
+from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
 from diffdiscover3d.errors import InputError
 
 _LEVEL = re.compile(r"_level-(\d+)_dseg\.nii(\.gz)?$")

@@ -14,12 +14,12 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from diffdiscover3d.data.nifti import NiftiVolume
+from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
 from diffdiscover3d.data.transforms import resize_volume
-from diffdiscover3d.files import atomic_file
 from diffdiscover3d.reporting.colours import part_colour, part_rgb
 from diffdiscover3d.reporting.label_maps import read_label_map
 from diffdiscover3d.reporting.parts import PartStatistics, measure_parts, nest_levels
+from diffdiscover3d.utils.files import atomic_file
 
 MAX_VOXELS = 160**3  # shown at most; a larger scan is resampled for the page, and the page says so
 _VIEWER = Path(__file__).parent / "viewer"

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from diffdiscover3d.files import atomic_file
 from diffdiscover3d.reporting.colours import part_rgb
+from diffdiscover3d.utils.files import atomic_file
 
 _NOT_LOSSES = ("step", "lr", "confidence")
 

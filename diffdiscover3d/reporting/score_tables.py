@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffdiscover3d.files import atomic_file
+from diffdiscover3d.utils.files import atomic_file
 
 _NOTE = "Mean Dice, parts matched in each volume; ±: spread over seeds; in brackets: one matching for all volumes."
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from diffdiscover3d.data.raw_grid import RawGrid
-from diffdiscover3d.data.slabs import SlabScan
+from diffdiscover3d.data.formats.nifti.raw_grid import RawGrid
+from diffdiscover3d.data.formats.nifti.slabs import SlabScan
 from diffdiscover3d.reporting.page import ShownLevel, shown_grid, shown_voxels, write_page
 from diffdiscover3d.reporting.parts import PartStatistics
 

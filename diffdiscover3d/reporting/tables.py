@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffdiscover3d.files import atomic_file
 from diffdiscover3d.reporting.colours import part_colour, part_rgb
 from diffdiscover3d.reporting.parts import PartStatistics
+from diffdiscover3d.utils.files import atomic_file
 
 # the columns beyond those BIDS itself defines, described as a BIDS sidecar describes them
 COLUMNS = {

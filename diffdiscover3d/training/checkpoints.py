@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffdiscover3d.errors import ModelError
-from diffdiscover3d.files import atomic_folder, sha256, write_json
+from diffdiscover3d.utils.files import atomic_folder, sha256, write_json
 
 STATE_FILE = "state.json"
 _NAME = re.compile(r"checkpoint-(\d{8})")

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from diffdiscover3d.data.loading import common_grid, grid_shapes
 from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.errors import ModelError
-from diffdiscover3d.files import write_json
 from diffdiscover3d.losses import photometric_invariance, region_consistency
 from diffdiscover3d.models.blocks import Conv3d
 from diffdiscover3d.models.loading import cast_weights
@@ -23,6 +22,7 @@ from diffdiscover3d.training.config import DiscoveryConfig
 from diffdiscover3d.training.nesting import choose_children, divided_parts, parent_masks, parent_matrix
 from diffdiscover3d.training.precision import FORMATS
 from diffdiscover3d.training.teacher_signals import TeacherSignals
+from diffdiscover3d.utils.files import write_json
 
 logger = logging.getLogger("diffdiscover3d")
 _SELECTION_VOLUMES = 32  # at most so many volumes decide which epoch is kept

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffdiscover3d.data.synthetic import LEVEL_PARTS
+from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.training.config import DiscoveryConfig, make_config
 

@@ -28,10 +28,10 @@ from diffdiscover3d.models.blocks import Conv3d
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig
+from diffdiscover3d.training.data_order import draw_generator
 from diffdiscover3d.training.diffusion import DiffusionTraining
 from diffdiscover3d.training.discovery import DiscoveryTraining
-from diffdiscover3d.training.runtime import make_accelerator
-from diffdiscover3d.training.sampling import draw_generator
+from diffdiscover3d.training.loop import make_accelerator
 
 GRID = (13, 18, 10)
 TINY = {"width": 8, "channel_multipliers": (1, 2, 2), "attention": ("linear", None, "full"), "norm_groups": 4}

@@ -3,7 +3,7 @@
 import pytest
 from tables import GROUPS, LEVELS, cells, collect, format_leads, leads, missing, take_over, write_page
 
-from diffdiscover3d.benchmark import METHODS, TABLES, Benchmark, Cell, summarize
+from diffdiscover3d.evaluation.paper_tables import METHODS, TABLES, Benchmark, Cell, summarize
 
 
 def row(method, level, dice, variant="regular", seed=0):
@@ -47,7 +47,7 @@ def test_a_lead_is_met_over_every_other_row_and_by_the_mean_of_the_seeds(ours, f
 
 
 def test_what_is_there_is_written_and_nothing_is_computed(tmp_path):
-    from diffdiscover3d.files import write_json
+    from diffdiscover3d.utils.files import write_json
 
     def run_training(arguments):
         raise AssertionError("trained")

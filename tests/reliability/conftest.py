@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from training_runs import DIFFUSION, SEED, command, finish, write_scans
+
+from tests.helpers.training_runs import DIFFUSION, SEED, command, finish, write_scans
 
 COMMAND = "pytest -m slow tests/reliability --summary benchmarks/results/reliability.json"
 _TESTS: dict[str, dict] = {}
@@ -50,7 +51,7 @@ def pytest_sessionfinish(session):
     target = session.config.getoption("--summary")
     if not target or not _TESTS:
         return
-    from diffdiscover3d.reporting.provenance import describe_environment
+    from diffdiscover3d.utils.provenance import describe_environment
 
     path = Path(target)
     before = json.loads(path.read_text())["tests"] if path.exists() else {}

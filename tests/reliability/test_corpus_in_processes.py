@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from corpus import CORPUS
+
+from tests.helpers.corpus import CORPUS
 
 pytestmark = pytest.mark.slow
 REMEDY = re.compile(

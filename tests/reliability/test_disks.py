@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from corpus import array, blobs
-from training_runs import DIFFUSION, command, finish, hashes, write_scans
+
+from tests.helpers.corpus import array, blobs
+from tests.helpers.training_runs import DIFFUSION, command, finish, hashes, write_scans
 
 pytestmark = pytest.mark.slow
 

@@ -6,13 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_runs import SEED
+
+from tests.helpers.training_runs import SEED
 
 pytestmark = pytest.mark.slow
 
 
 def test_ten_thousand_headers(tmp_path, count):
-    script = Path(__file__).parents[1] / "fuzz_headers.py"
+    script = Path(__file__).parents[1] / "helpers" / "fuzz_headers.py"
     done = subprocess.run(
         [sys.executable, script, tmp_path, "10000", str(SEED)], capture_output=True, text=True, timeout=3600
     )

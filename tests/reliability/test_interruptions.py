@@ -9,7 +9,8 @@ import time
 import nibabel as nib
 import numpy as np
 import pytest
-from training_runs import DIFFUSION, command, finish, hashes, log_steps, start, write_scans
+
+from tests.helpers.training_runs import DIFFUSION, command, finish, hashes, log_steps, start, write_scans
 
 pytestmark = pytest.mark.slow
 STEPS = 60

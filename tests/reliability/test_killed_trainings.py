@@ -5,7 +5,8 @@ import time
 
 import pytest
 from safetensors.torch import load_file
-from training_runs import DIFFUSION, DISCOVERY, SEED, command, finish, hashes, log_steps, start
+
+from tests.helpers.training_runs import DIFFUSION, DISCOVERY, SEED, command, finish, hashes, log_steps, start
 
 pytestmark = pytest.mark.slow
 STEPS = 14

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from training_runs import DIFFUSION, DISCOVERY, command, finish
+
+from tests.helpers.training_runs import DIFFUSION, DISCOVERY, command, finish
 
 pytestmark = pytest.mark.slow
 STEPS = 50
-SCRIPT = str(Path(__file__).parent / "traced_training.py")
+SCRIPT = str(Path(__file__).parents[1] / "helpers" / "traced_training.py")
 
 
 def train(stage, options, folder, processes, accumulation=1):

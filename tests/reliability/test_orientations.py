@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
-from diffdiscover3d.data.nifti import read_nifti, write_like
-from diffdiscover3d.data.synthetic import synthesize
-from diffdiscover3d.segmentation import segment
+from diffdiscover3d.data.datasets.synthetic import synthesize
+from diffdiscover3d.data.formats.nifti.reading import read_nifti, write_like
+from diffdiscover3d.segmentation.driver import segment
 
 pytestmark = pytest.mark.slow
 

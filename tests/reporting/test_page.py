@@ -17,13 +17,13 @@ import pytest
 from PIL import Image
 
 import diffdiscover3d
-from diffdiscover3d.data.nifti import read_nifti, write_like
+from diffdiscover3d.data.formats.nifti.reading import read_nifti, write_like
 from diffdiscover3d.errors import InputError
-from diffdiscover3d.report import find_label_maps, make_reports
 from diffdiscover3d.reporting import page as module
 from diffdiscover3d.reporting.page import write_report
-from diffdiscover3d.results import stem
-from diffdiscover3d.segmentation import segment
+from diffdiscover3d.segmentation.driver import segment
+from diffdiscover3d.segmentation.outputs import stem
+from diffdiscover3d.workflows.reports import find_label_maps, make_reports
 
 OBLIQUE = np.array([[0, -1.9, 0.3, 30.0], [0, 0.4, 2.9, -12.0], [-1.5, 0, 0, 44.0], [0, 0, 0, 1]])
 SCANS = os.environ.get("DIFFDISCOVER3D_TEST_SCANS")  # a folder of real scans to open in the browser as well

@@ -1,0 +1,213 @@
+"""The command line: parse, call one function, print. Heavy imports wait inside the commands."""
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffdiscover3d.cli import evaluate as scores
+from diffdiscover3d.cli.brats import evaluate_brats, import_authors_archive
+from diffdiscover3d.cli.discover import discover
+from diffdiscover3d.cli.doctor import doctor
+from diffdiscover3d.cli.features import features, generate
+from diffdiscover3d.cli.hub import pull, push
+from diffdiscover3d.cli.models import convert_authors_checkpoint, list_models
+from diffdiscover3d.cli.options import Device, IgnoreAffine, Model, NanToZero, Overwrite, Quiet, VolumeNumber
+from diffdiscover3d.cli.report import report
+from diffdiscover3d.errors import (
+    OUT_OF_MEMORY,
+    DiffDiscoverError,
+    MemoryLimitError,
+    exit_code,
+    is_out_of_memory,
+    reportable_errors,
+)
+from diffdiscover3d.utils.signals import interrupt_on_termination
+
+app = typer.Typer(
+    name="diffdiscover3d",
+    help="Find the nested parts of 3D volumes without any labels.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(help="The pretrained models that come with the package.", no_args_is_help=True)
+app.add_typer(models_app, name="models", rich_help_panel="Models")
+
+
+class Level(StrEnum):
+    """Levels of the hierarchy, as the command line offers them."""
+
+    ONE = "1"
+    TWO = "2"
+    THREE = "3"
+    ALL = "all"
+
+
+_debug = False
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from diffdiscover3d import __version__
+
+        print(f"diffdiscover3d {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+@app.command(rich_help_panel="Use", epilog="Example: diffdiscover3d segment scan.nii.gz --preview")
+def segment(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="NIfTI files, folders, globs or lists.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the results (default: beside each input).")
+    ] = None,
+    model: Model = "synthetic-regular",
+    level: Annotated[
+        Level | None, typer.Option(help="Coarse to fine, of a model with levels; all writes each (default: 2).")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    device: Device = "auto",
+    fast: Annotated[bool, typer.Option("--fast", help="At half the resolution: several times faster.")] = False,
+    preview: Annotated[bool, typer.Option("--preview", help="Also write a picture of three slices.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also write a page with a 3D viewer; opens without a network.")
+    ] = False,
+    statistics: Annotated[
+        bool, typer.Option("--statistics", help="Also measure spread, centroid, components and neighbours.")
+    ] = False,
+    tables: Annotated[
+        bool, typer.Option("--tables", help="Also write names and colours for ITK-SNAP and 3D Slicer.")
+    ] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write the probability of every part.")
+    ] = False,
+    order: Annotated[
+        str, typer.Option(help="Number parts as the model does (the same in every scan), or by size in each scan.")
+    ] = "model",
+    overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip scans whose results are there.")] = False,
+    volume: VolumeNumber = None,
+    nan_to_zero: NanToZero = False,
+    ignore_affine: IgnoreAffine = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Take a Hub model from the cache only.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Divide volumes into parts: writes STEM_dseg.nii.gz, .json and .tsv, on each input's own grid."""
+    from diffdiscover3d.segmentation.preflight import refuse_early
+
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported, which is still to come
+    refuse_early(inputs, device, by_slabs=not fast, volume=volume, nan_to_zero=nan_to_zero, ignore_affine=ignore_affine)
+    from diffdiscover3d.segmentation.driver import segment as run
+
+    errors: list[DiffDiscoverError] = []
+
+    def failed(error: DiffDiscoverError) -> None:
+        if _debug:
+            raise error
+        errors.append(error)
+        _print_error(error)
+
+    def done(result) -> None:
+        if not quiet:
+            for note in result.notes:
+                print(f"{result.input}: note: {note}", file=sys.stderr)
+            shares = ", ".join(f"{100 * f:.1f} %" for f in result.fractions)
+            shares = f"levels {', '.join(map(str, result.levels))}" if len(result.levels) > 1 else f"parts: {shares}"
+            print(f"{result.labels}  {shares}  ({result.seconds:.1f} s)")
+            if result.report:
+                print(result.report)
+
+    def skipped(path: Path) -> None:
+        if not quiet:
+            print(f"{path}: finished already, skipped", file=sys.stderr)
+
+    run(
+        inputs,
+        output,
+        model=model,
+        level=None if level is None else "all" if level is Level.ALL else int(level),
+        revision=revision,
+        device=device,
+        fast=fast,
+        order=order,
+        preview=preview,
+        statistics=statistics,
+        tables=tables,
+        probabilities=probabilities,
+        report=report,
+        overwrite=overwrite,
+        resume=resume,
+        volume=volume,
+        nan_to_zero=nan_to_zero,
+        ignore_affine=ignore_affine,
+        progress=not quiet,
+        on_done=done,
+        on_error=failed,
+        on_skip=skipped,
+        on_estimate=None if quiet else lambda line: print(line, file=sys.stderr),
+    )
+    if errors:
+        raise typer.Exit(errors[0].exit_code)
+
+
+def _register() -> None:
+    """Name the commands that live in `commands`, in the order in which the help lists them."""
+    use, scores_panel, models_panel = "Use", "Data and scores", "Models"
+    for command, panel, example in (
+        (features, use, "features scan.nii.gz --stage 2 -o features"),
+        (generate, use, "generate -n 4 --steps 50 -o samples"),
+        (discover, use, "discover scans/ --preset quick -o discovered"),
+        (report, use, "report scans/ --parts parts/"),
+        (scores.synthesize, scores_panel, "synthesize -n 3 -o cells"),
+        (scores.evaluate, scores_panel, "evaluate --output scores.json"),
+        (scores.benchmark, scores_panel, "benchmark --table 1 -o tables/one"),
+        (evaluate_brats, scores_panel, "evaluate-brats BraTS2021/ -m ours=out/ours -o scores.json"),
+        (import_authors_archive, scores_panel, "import-authors-archive synthetic_data/ cells"),
+        (push, models_panel, "push out/discovery user/my-parts"),
+        (pull, models_panel, "pull user/my-parts my-parts"),
+        (convert_authors_checkpoint, models_panel, "convert-authors-checkpoint model-50.pt pipeline"),
+        (doctor, "Help", "doctor --json"),
+    ):
+        app.command(rich_help_panel=panel, epilog=f"Example: diffdiscover3d {example}")(command)
+    models_app.command("list", epilog="Example: diffdiscover3d models list")(list_models)
+
+
+_register()
+
+
+def _print_error(error: BaseException | str) -> None:
+    print(f"error: {error}", file=sys.stderr)
+
+
+def main() -> None:
+    """Run a command; errors end in one line on stderr and their exit code, see `errors`."""
+    try:
+        with interrupt_on_termination():
+            app()
+    except reportable_errors() as error:
+        if _debug:
+            raise
+        _print_error(error if str(error) else OUT_OF_MEMORY)
+        sys.exit(exit_code(error))
+    except RuntimeError as error:
+        if _debug or not is_out_of_memory(error):
+            raise
+        _print_error(OUT_OF_MEMORY)
+        sys.exit(MemoryLimitError.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,72 @@
+"""The commands about published datasets."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffdiscover3d.cli.options import Device, Overwrite
+
+
+def evaluate_brats(
+    dataset: Annotated[str, typer.Argument(help="The unpacked folder of a BraTS edition, training set.")],
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help="NAME=FOLDER or Hub id; repeatable, a row each.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    modality: Annotated[str, typer.Option(help="flair, t1, t1ce or t2.")] = "flair",
+    grade: Annotated[str, typer.Option(help="HGG, LGG or all, where the edition tells them apart.")] = "HGG",
+    crop: Annotated[tuple[int, int, int], typer.Option(help="Central box in voxels.")] = (200, 200, 155),
+    clip_percentiles: Annotated[
+        tuple[float, float] | None, typer.Option(help="Clip intensities to these percentiles of the tissue.")
+    ] = None,
+    kmeans: Annotated[bool, typer.Option(help="Also score k-means on the intensities.")] = True,
+    teacher: Annotated[str | None, typer.Option(help="Diffusion model: also score k-means on its features.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of k-means.")] = 0,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Dice and HD95 of the whole tumour, with and without post-processing, one table for all models."""
+    from diffdiscover3d.utils.files import check_targets, write_json
+
+    if output is not None:
+        check_targets([output], overwrite)
+    from diffdiscover3d.data.datasets.brats import BraTSOptions
+    from diffdiscover3d.evaluation.brats import evaluate_brats as run
+    from diffdiscover3d.evaluation.brats import format_brats_rows
+    from diffdiscover3d.segmentation.driver import choose_device
+
+    models = {}
+    for value in model or []:
+        name, _, source = value.rpartition("=")
+        models[name or "diffdiscover3d"] = source
+    if len(models) < len(model or []):
+        raise ValueError("each --model needs a name of its own: --model NAME=FOLDER.")
+    options = BraTSOptions(modality, grade, crop, clip_percentiles)
+    result = run(
+        dataset,
+        models,
+        split,
+        options,
+        kmeans,
+        teacher,
+        seed,
+        choose_device(device),
+        report=lambda row: print(format_brats_rows([row]).splitlines()[-1], flush=True),
+    )
+    print("\n" + format_brats_rows(result["rows"]))
+    if output is not None:
+        write_json(output, result)
+
+
+def import_authors_archive(
+    archive: Annotated[Path, typer.Argument(help="The folder with train/ and test/ of im_*.p and truth_*.p.")],
+    output: Annotated[Path, typer.Argument(help="Folder for NIfTI volumes and their labels.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn the authors' pickled synthetic cells into NIfTI files. Nothing in the pickles is executed."""
+    from diffdiscover3d.data.datasets.authors_archive import import_archive
+
+    for path in import_archive(archive, output, overwrite=overwrite):
+        print(path)

@@ -1,0 +1,52 @@
+"""The command `discover`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffdiscover3d.cli.options import Device, Quiet
+
+
+def discover(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Your scans: a folder, glob or text list.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything.")] = Path("discovered"),
+    preset: Annotated[
+        str, typer.Option(help="quick (a first look within minutes), standard (hours on a CPU), or paper (a GPU).")
+    ] = "standard",
+    levels: Annotated[
+        int, typer.Option(min=1, max=3, help="How many levels to learn: 2, 4, 8 parts, each within one before.")
+    ] = 3,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of the trainings.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Learn the parts of your own scans from nothing but these scans, then draw and report them."""
+    from diffdiscover3d.errors import DiffDiscoverError
+    from diffdiscover3d.workflows.discover import discover as run
+
+    errors: list[DiffDiscoverError] = []
+
+    def failed(error: DiffDiscoverError) -> None:
+        errors.append(error)
+        print(f"error: {error}", file=sys.stderr)
+
+    run(
+        folder,
+        output,
+        preset=preset,
+        levels=levels,
+        device=device,
+        seed=seed,
+        resume=resume,
+        progress=not quiet,
+        verbose=verbose,
+        tell=lambda line: None if quiet else print(line, flush=True),
+        on_error=failed,
+    )
+    print(output / "index.html")
+    if errors:
+        raise typer.Exit(errors[0].exit_code)

@@ -1,0 +1,93 @@
+"""The commands `synthesize`, `evaluate` and `benchmark`: synthetic cells and scores on them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffdiscover3d.cli.options import Model, OutputFolder, Overwrite
+
+
+def synthesize(
+    output: OutputFolder = Path("synthetic"),
+    variant: Annotated[str, typer.Option(help="regular or irregular.")] = "regular",
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    count: Annotated[
+        int | None, typer.Option("--count", "-n", min=1, help="How many (default: the whole split).")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write synthetic cells and their three levels of true labels as NIfTI."""
+    from diffdiscover3d.workflows.synthesize import write_synthetic
+
+    for path in write_synthetic(output, variant=variant, split=split, count=count, overwrite=overwrite):
+        print(path)
+
+
+def evaluate(
+    model: Model = "synthetic-regular",
+    dataset: Annotated[str, typer.Option(help="synthetic-regular or synthetic-irregular.")] = "synthetic-regular",
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    level: Annotated[list[int] | None, typer.Option(min=1, max=3, help="Level to score; repeatable.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON, and bars as PNG beside it.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of k-means.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Dice of a model on synthetic cells at each level, beside k-means run in the same command."""
+    from diffdiscover3d.utils.files import check_targets, write_json
+
+    if output is not None:
+        check_targets([output, output.with_suffix(".png")], overwrite)
+    from diffdiscover3d.evaluation.synthetic import evaluate as run
+    from diffdiscover3d.evaluation.synthetic import format_rows
+
+    result = run(model, dataset, split, level, seed, report=lambda row: print(format_rows([row]).splitlines()[-1]))
+    print("\n" + format_rows(result["rows"]))
+    if output is not None:
+        from diffdiscover3d.reporting.plots import save_dice_bars
+
+        write_json(output, result)
+        save_dice_bars(output.with_suffix(".png"), result["rows"])
+
+
+def benchmark(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for models, figures and tables.")] = Path(
+        "benchmark"
+    ),
+    table: Annotated[int, typer.Option(min=1, max=2, help="1: methods and ablations; 2: stages.")] = 1,
+    method: Annotated[list[str] | None, typer.Option(help="Only this row; repeatable.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="regular or irregular; repeatable (default: both).")] = None,
+    level: Annotated[list[int] | None, typer.Option(min=1, max=3, help="Only this level; repeatable.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Repeatable (default: 0).")] = None,
+    recipe: Annotated[str, typer.Option(help="How networks are trained: small (CPU) or paper (GPU).")] = "small",
+    teacher: Annotated[
+        str | None, typer.Option(help="Diffusion model to use (default: train one for each variant).")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+) -> None:
+    """Fill a table of the paper from nothing: train, score, write JSON, Markdown and PNG. Interrupted, it goes on."""
+    from diffdiscover3d.evaluation.paper_tables import TABLES
+    from diffdiscover3d.evaluation.paper_tables import benchmark as run
+    from diffdiscover3d.reporting.score_tables import format_table
+
+    def show(row: dict, number: int, count: int) -> None:
+        print(
+            f"[{number}/{count}] {row['variant']} level {row['level']} {row['title']} seed {row['seed']}: "
+            f"{row['dice']:.3f} (one matching {row['dice_one_matching']:.3f})",
+            flush=True,
+        )
+
+    result = run(
+        output,
+        method or TABLES[table],
+        variant or ("regular", "irregular"),
+        level or (1, 2, 3),
+        seed or (0,),
+        report=show,
+        recipe=recipe,
+        teacher=teacher,
+        split=split,
+    )
+    print("\n" + format_table(result["summary"]))

@@ -1,0 +1,97 @@
+"""BraTS for training and scoring: cropped, normalised, read once and memory-mapped afterwards."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffdiscover3d.data.cache import CachedVolumes
+from diffdiscover3d.data.datasets.brats import (
+    BraTSOptions,
+    crop_box,
+    find_cases,
+    prepare,
+    read_image,
+    read_mask,
+    split_cases,
+    true_parts,
+)
+from diffdiscover3d.data.datasets.folder import files_fingerprint
+
+_CACHE_VERSION = 1  # raise it whenever what is cached changes
+
+
+class BraTSVolumes(Sequence):
+    """The cases of a split as a sequence.
+
+    Items are `{"volume": (1, h, w, d) float32 in [0, 1], "name": id, "spacing_mm": [x, y, z]}` on the cropped grid.
+
+    Attributes:
+        cases: the cases of this split, sorted by id.
+        split_ids: the ids of all splits, to be written beside every result.
+
+    Raises:
+        InputError: when made, if there are no cases or one lacks the modality; on access, if a file is damaged.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        options: BraTSOptions | None = None,
+        cache: str | Path | None = None,
+    ):
+        self.options = options or BraTSOptions()
+        splits = split_cases(find_cases(root, self.options.grade), self.options.split_seed)
+        if split not in splits:
+            raise ValueError(f"`split` must be one of {tuple(splits)}, got {split!r}.")
+        self.cases = splits[split]
+        self.split_ids = {name: [case.id for case in side] for name, side in splits.items()}
+        files = [case.image(self.options.modality) for case in self.cases]  # a missing one is named now, not at night
+        stamps = [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+        chosen = [self.options.modality, self.options.crop, self.options.clip_percentiles]
+        self._items = CachedVolumes(len(self.cases), self._make, [_CACHE_VERSION, chosen, stamps], cache)
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, index: int) -> dict:
+        return self._items[index]
+
+    def fingerprint(self) -> str:
+        """Of the ids of this split and its files of the modality, wherever they lie, and the other splits' ids."""
+        files = files_fingerprint((case.id, case.image(self.options.modality)) for case in self.cases)
+        return f"BraTS {hashlib.sha256(json.dumps(self.split_ids).encode()).hexdigest()} {files}"
+
+    def require_masks(self) -> None:
+        """Raise InputError now if a case has none, rather than in the middle of scoring."""
+        for case in self.cases:
+            case.require_mask()
+
+    def true_parts(self, index: int) -> np.ndarray:
+        """(H, W, D) uint8 on the whole, uncropped grid: 0 outside, 1 brain, 2 whole tumour.
+
+        Raises:
+            InputError: if the case has no mask, or one of another shape.
+        """
+        image = read_image(self.cases[index], self.options.modality).data
+        return true_parts(image, read_mask(self.cases[index], image.shape))
+
+    def crop(self, array: np.ndarray) -> np.ndarray:
+        """The part of a whole volume that lies within the crop."""
+        return array[crop_box(array.shape, self.options.crop)]
+
+    def uncrop(self, array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+        """Lay an array of the cropped grid into zeros of the whole one."""
+        whole = np.zeros(tuple(shape), dtype=array.dtype)
+        whole[crop_box(shape, self.options.crop)] = array
+        return whole
+
+    def _make(self, index: int) -> dict:
+        case = self.cases[index]
+        image = read_image(case, self.options.modality)
+        volume = prepare(image.data, self.options, case.id)
+        return {"volume": torch.from_numpy(volume)[None], "name": case.id, "spacing_mm": list(image.spacing_mm)}

@@ -1,0 +1,193 @@
+"""Score methods on BraTS, as in Table 3 of the paper: Dice and HD95 of the whole tumour, plain and post-processed."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffdiscover3d.baselines.features_kmeans import FeaturesKMeans
+from diffdiscover3d.baselines.kmeans import IntensityKMeans
+from diffdiscover3d.data.datasets.brats import BraTSOptions
+from diffdiscover3d.data.datasets.brats_volumes import BraTSVolumes
+from diffdiscover3d.errors import InputError
+from diffdiscover3d.evaluation.metrics import binary_dice, dice_matrix, hausdorff_95, match_parts
+from diffdiscover3d.evaluation.postprocessing import clean_mask
+from diffdiscover3d.hub.registry import discovery_folder, load_discovery, load_teacher
+from diffdiscover3d.utils.files import read_model_json
+from diffdiscover3d.utils.provenance import describe_environment, weights_sha256
+
+NUM_PARTS = 3  # background, brain, tumour
+WHOLE_TUMOUR = 2  # its number among the true parts
+Predict = Callable[[torch.Tensor], np.ndarray]
+
+
+def evaluate_brats(
+    root: str | Path,
+    models: Mapping[str, str],
+    split: str = "test",
+    options: BraTSOptions | None = None,
+    kmeans: bool = True,
+    teacher: str | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    more: Mapping[str, Predict] | None = None,
+    report: Callable[[dict], None] | None = None,
+) -> dict:
+    """Score discovery networks, and k-means run in the same breath, on a split of a BraTS folder.
+
+    Args:
+        root: the folder of a BraTS edition; every case of the split needs a mask.
+        models: for each row's name a folder, Hub id or embedded model of a discovery network.
+        split: train, validation or test, as [`split_cases`] makes them.
+        options: modality, crop and so on; must be those the models were trained with.
+        kmeans: also score k-means on the intensities, with 3 parts.
+        teacher: folder, Hub id or embedded model of a diffusion model; k-means on its stage-2 features is scored too.
+        seed: of k-means and of the teacher's noise.
+        device: for the networks.
+        more: further methods, called with a (1, h, w, d) volume in [0, 1], returning (h, w, d) part numbers.
+        report: called with each row as soon as it is there.
+
+    Returns:
+        JSON values: `rows`, the ids of all splits, each case's figures, the arguments, versions, hardware and the
+        sha256 of the weights.
+
+    Raises:
+        InputError: if a case has no mask or a damaged file, or a model's `split.json` has other cases in this split.
+        ModelError, NetworkError: if a model cannot be loaded.
+    """
+    options = options or BraTSOptions()
+    volumes = BraTSVolumes(root, split, options)
+    volumes.require_masks()
+    networks = {name: load_discovery(source).to(device) for name, source in models.items()}
+    folders = {name: discovery_folder(source) for name, source in models.items()}
+    for folder in folders.values():
+        _check_split(folder, split, volumes.split_ids[split])
+    methods: dict[str, tuple[Predict, int]] = {
+        name: (lambda v, n=network: n.segment(v[None]).labels[0].cpu().numpy(), network.config.num_parts)
+        for name, network in networks.items()
+    }
+    if kmeans:
+        clusters = IntensityKMeans(NUM_PARTS, seed)
+        methods[clusters.name] = (clusters.predict, NUM_PARTS)
+    if teacher is not None:
+        features = FeaturesKMeans(NUM_PARTS, load_teacher(teacher).to(device), stages=(2,), seed=seed)
+        methods[features.name] = (features.predict, NUM_PARTS)
+    for name, predict in (more or {}).items():
+        methods[name] = (predict, NUM_PARTS)
+    rows, cases = [], {}
+    for name, (predict, parts) in methods.items():
+        both, cases[name] = score_brats(predict, volumes, parts)
+        for row in both:
+            rows.append({"method": name, "parts": parts, **row})
+            if report:
+                report(rows[-1])
+    return {
+        "preset": "brats",
+        "dataset": Path(root).name,
+        "models": {name: Path(source).name for name, source in models.items()},
+        "teacher": Path(teacher).name if teacher else None,
+        "split": split,
+        "volumes": len(volumes),
+        "options": {
+            "modality": options.modality,
+            "grade": options.grade,
+            "crop": options.crop,
+            "clip_percentiles": options.clip_percentiles,
+            "split_seed": options.split_seed,
+        },
+        "seed": seed,
+        "rows": rows,
+        "cases": cases,
+        "split_ids": volumes.split_ids,
+        "weights_sha256": {name: weights_sha256(folder) for name, folder in folders.items()},
+        "environment": describe_environment(),
+    }
+
+
+def score_brats(predict: Predict, volumes: BraTSVolumes, num_parts: int = NUM_PARTS) -> tuple[list[dict], list[dict]]:
+    """Run a method over the cases of a split and score the part matched to the whole tumour.
+
+    In each case the parts are matched to background, brain and tumour by the Hungarian algorithm on the cropped grid;
+    Dice and HD95 are of the whole, uncropped grid, on which tumour beyond the crop counts as missed.
+
+    Returns:
+        Two rows, as it is and post-processed: `dice`, `dice_std`, `hd95_mm`, `hd95_std`, `empty` (cases where one of
+        the masks is empty, whose HD95 is the volume's diagonal), `seconds`, and in the first `dice_one_matching`,
+        with one matching for the whole split. And the figures of each case.
+    """
+    matrices, figures, seconds = [], [], 0.0
+    for i in range(len(volumes)):
+        item = volumes[i]
+        clock = time.perf_counter()
+        found = predict(item["volume"])
+        seconds += time.perf_counter() - clock
+        true = volumes.true_parts(i)
+        matrix = dice_matrix(found, volumes.crop(true), num_parts, NUM_PARTS)
+        matrices.append(matrix)
+        part = _matched(matrix)
+        mask = volumes.uncrop(found == part, true.shape) if part is not None else np.zeros(true.shape, bool)
+        tumour = true == WHOLE_TUMOUR
+        case = {"id": item["name"], "part": part}
+        for label, candidate in (("raw", mask), ("postprocessed", clean_mask(mask))):
+            case[label] = {
+                "dice": binary_dice(candidate, tumour),
+                "hd95_mm": hausdorff_95(candidate, tumour, item["spacing_mm"]),
+                "empty": bool(candidate.any() != tumour.any()),
+            }
+        figures.append(case)
+    rows = []
+    for label in ("raw", "postprocessed"):
+        dice = np.array([case[label]["dice"] for case in figures])
+        distance = np.array([case[label]["hd95_mm"] for case in figures])
+        rows.append(
+            {
+                "postprocessed": label == "postprocessed",
+                "dice": float(dice.mean()),
+                "dice_std": float(dice.std()),
+                "hd95_mm": float(distance.mean()),
+                "hd95_std": float(distance.std()),
+                "empty": sum(case[label]["empty"] for case in figures),
+                "seconds": round(seconds, 3),
+            }
+        )
+    mean = np.mean(matrices, axis=0)
+    part = _matched(mean)
+    rows[0]["dice_one_matching"] = float(mean[part, WHOLE_TUMOUR]) if part is not None else 0.0
+    return rows, figures
+
+
+def format_brats_rows(rows: Sequence[dict]) -> str:
+    """Rows as a Markdown table."""
+    lines = ["| method | post-processed | Dice WT | std | HD95 (mm) | std | empty |", "| --- " * 7 + "|"]
+    for row in rows:
+        lines.append(
+            f"| {row['method']} | {'yes' if row['postprocessed'] else 'no'} | {row['dice']:.3f} "
+            f"| {row['dice_std']:.3f} | {row['hd95_mm']:.1f} | {row['hd95_std']:.1f} | {row['empty']} |"
+        )
+    return "\n".join(lines)
+
+
+def _check_split(folder: Path, split: str, ids: Sequence[str]) -> None:
+    """The cases to be scored must be those that the model's training set aside, or it may have seen some of them."""
+    path = folder / "split.json"
+    if not path.is_file():
+        return
+    recorded = read_model_json(path).get(split)
+    if not isinstance(recorded, list):
+        raise InputError(f"{path}: has no {split} split; copy it again from the training's folder.")
+    more, fewer = sorted(set(ids) - set(recorded)), sorted(set(recorded) - set(ids))
+    if more or fewer:
+        differences = [f"{len(d)} {how} ({', '.join(d[:3])})" for d, how in ((more, "more"), (fewer, "missing")) if d]
+        raise InputError(
+            f"{path}: the {split} cases are not those of the model's training: {' and '.join(differences)}; give the "
+            "same BraTS folder, complete, with the --grade it was trained with."
+        )
+
+
+def _matched(matrix: np.ndarray) -> int | None:
+    """The predicted part matched to the whole tumour, if any is."""
+    predicted, true = match_parts(matrix)
+    hits = predicted[true == WHOLE_TUMOUR]
+    return int(hits[0]) if len(hits) else None

@@ -1,0 +1,345 @@
+"""Tables of methods x levels x variants x seeds on synthetic cells, made by one command and resumable."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from diffdiscover3d.data.datasets.synthetic import GENERATOR_VERSION, LEVEL_PARTS
+from diffdiscover3d.data.loading import load_volumes
+from diffdiscover3d.errors import InputError, ModelError
+from diffdiscover3d.evaluation.synthetic import score
+from diffdiscover3d.reporting.score_tables import plot_table, write_table
+from diffdiscover3d.training.fingerprints import weights_fingerprint
+from diffdiscover3d.training.recipes import RECIPES, Recipe, Training, diffusion_training, train_level
+from diffdiscover3d.utils.files import read_json, write_json
+from diffdiscover3d.utils.provenance import describe_environment, weights_sha256
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of a table.
+
+    Attributes:
+        title: what the table calls it.
+        baseline: makes a rival, `(num_parts, teacher, seed) -> Baseline`; `None` for a trained network.
+        options: what a trained network changes in the recipe.
+        as_written: take the recipe with the paper's equations instead; where there is none of this size, the recipe
+            has them itself.
+    """
+
+    title: str
+    baseline: Callable | None = None
+    options: dict = field(default_factory=dict)
+    needs_teacher: bool = True
+    as_written: bool = False
+
+
+def _kmeans(num_parts, teacher, seed):
+    from diffdiscover3d.baselines.kmeans import IntensityKMeans
+
+    return IntensityKMeans(num_parts, seed)
+
+
+def _bm4d(num_parts, teacher, seed):
+    from diffdiscover3d.baselines.bm4d_kmeans import BM4DKMeans
+
+    return BM4DKMeans(num_parts, seed)
+
+
+def _features(*stages: int) -> Callable:
+    def make(num_parts, teacher, seed):
+        from diffdiscover3d.baselines.features_kmeans import FeaturesKMeans
+
+        return FeaturesKMeans(num_parts, teacher, stages, seed=seed)
+
+    return make
+
+
+def _denoised(num_parts, teacher, seed):
+    from diffdiscover3d.baselines.denoised_kmeans import DenoisedKMeans
+
+    return DenoisedKMeans(num_parts, teacher, seed=seed)
+
+
+METHODS: dict[str, Method] = {
+    "k-means": Method("k-means", _kmeans, needs_teacher=False),
+    "bm4d-k-means": Method("BM4D + k-means", _bm4d, needs_teacher=False),
+    **{f"features-k-means-{s}": Method(f"features k-means, stage {s}", _features(s)) for s in (1, 2, 3)},
+    "features-k-means-all": Method("features k-means, all stages", _features(1, 2, 3)),
+    "denoised-k-means": Method("k-means on the clean prediction", _denoised),
+    "as-written": Method("Eq. 4 as written", as_written=True),
+    "ours": Method("ours"),
+    "no-visual": Method("ours, λv = 0", options={"lambda_visual": 0.0}),
+    "no-feature": Method("ours, λf = 0", options={"lambda_feature": 0.0}),
+    "no-invariance": Method("ours, λinv = 0", options={"lambda_invariance": 0.0}),
+    **{f"stage-{s}": Method(f"ours, stage {s}", options={"stages": (s,)}) for s in (1, 2, 3)},
+}
+TABLES: dict[int, tuple[str, ...]] = {
+    1: tuple(name for name in METHODS if not name.startswith("stage-")),
+    2: ("stage-1", "stage-2", "stage-3"),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of a table."""
+
+    variant: str
+    method: str
+    level: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-{self.method}-level{self.level}-seed{self.seed}"
+
+
+class Benchmark:
+    """Fills the cells of a table one by one, each from what is already in the output folder.
+
+    Args:
+        output: folder for everything: `models/`, a JSON file for each cell in `cells/`, and the tables.
+        recipe: name of a recipe.
+        split: which volumes are scored.
+        teacher: folder or name of a diffusion model to use in place of training one for each variant.
+        overrides: options that replace the recipe's in every discovery training.
+        diffusion_overrides: likewise in the diffusion training.
+        run_training: called with the arguments of a training; default: run it in a process of its own.
+    """
+
+    def __init__(
+        self,
+        output: str | Path,
+        recipe: str = "small",
+        split: str = "test",
+        teacher: str | None = None,
+        overrides: dict | None = None,
+        diffusion_overrides: dict | None = None,
+        run_training: Callable[[list[str]], None] | None = None,
+    ):
+        if recipe not in RECIPES:
+            raise ValueError(f"`recipe` must be one of {tuple(RECIPES)}, got {recipe!r}.")
+        self.output, self.recipe, self.split, self.teacher = Path(output), recipe, split, teacher
+        self.overrides, self.diffusion_overrides = overrides or {}, diffusion_overrides or {}
+        self.run_training = run_training or run_in_process
+        self.settings = {
+            "recipe": recipe,
+            "split": split,
+            "teacher": teacher,
+            "generator_version": GENERATOR_VERSION,
+            "options": self.overrides,
+            "diffusion_options": self.diffusion_overrides,
+        }
+
+    def fill(self, cell: Cell) -> dict:
+        """The row of a cell, computed or read from an earlier run with the same settings.
+
+        Raises:
+            ModelError: if the folder holds results of other settings, or a training fails.
+        """
+        path, method = self.output / "cells" / f"{cell.name}.json", METHODS[cell.method]
+        settings = self.settings_of(method)
+        if path.exists():
+            row = read_json(path)
+            if row["settings"] != settings:
+                raise ModelError(f"{path}: made with other settings ({row['settings']}); choose another --output.")
+            return row
+        commands, seconds = [], 0.0
+        if method.baseline is None:
+            folder, commands, seconds = self._train(cell, method)
+            predict, sources = _predictor(folder), {"network": weights_sha256(folder)}
+        else:
+            teacher = self._teacher(cell.variant) if method.needs_teacher else None
+            rival = method.baseline(LEVEL_PARTS[cell.level], teacher and _load_teacher(teacher), cell.seed)
+            rival.fit(load_volumes(f"synthetic-{cell.variant}", "train"))
+            predict, sources = rival.predict, {}
+        row = {
+            "method": cell.method,
+            "title": method.title,
+            "variant": cell.variant,
+            "level": cell.level,
+            "parts": LEVEL_PARTS[cell.level],
+            "seed": cell.seed,
+            **score(predict, load_volumes(f"synthetic-{cell.variant}", self.split), cell.level),
+            "training_seconds": round(seconds, 1),
+            "commands": commands,
+            "weights_sha256": sources,
+            "settings": settings,
+            "environment": describe_environment(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, row)
+        return row
+
+    def settings_of(self, method: Method) -> dict:
+        """What a row must have been made with, so that figures of two recipes never stand in one table."""
+        trained = {} if method.baseline else {"recipe_sha256": self._recipe(method).digest()}
+        return {**self.settings, **trained, **(self._teacher_settings if method.needs_teacher else {})}
+
+    @cached_property
+    def _teacher_settings(self) -> dict:
+        """Which diffusion model is asked: by its weights, or by the options it is trained with."""
+        if self.teacher is None:
+            return {"diffusion": {**RECIPES[self.recipe].diffusion, **self.diffusion_overrides}}
+        return {"teacher_sha256": weights_fingerprint(_load_teacher(self.teacher).unet)}
+
+    def _recipe(self, method: Method) -> Recipe:
+        name = f"{self.recipe}-as-written" if method.as_written else self.recipe
+        return RECIPES.get(name, RECIPES[self.recipe]).changed(**method.options, **self.overrides)
+
+    def _teacher(self, variant: str) -> str:
+        """The diffusion model of a variant, trained if need be; its seed is always 0."""
+        if self.teacher is not None:
+            return self.teacher
+        folder = self.output / "models" / variant / "diffusion"
+        recipe = RECIPES[self.recipe]
+        options = {**recipe.diffusion, **self.diffusion_overrides}
+        self._run(diffusion_training(Recipe(options, {}, False), f"synthetic-{variant}", 0, folder))
+        return str(folder)
+
+    def _train(self, cell: Cell, method: Method) -> tuple[Path, list[str], float]:
+        """Train the network of a cell; return its folder, the commands of this level and the seconds they took."""
+        recipe, base = self._recipe(method), self.output / "models" / cell.variant / f"{cell.method}-seed{cell.seed}"
+        parent = None
+        if recipe.nested and cell.level > 1:
+            parent, *_ = self._train(Cell(cell.variant, cell.method, cell.level - 1, cell.seed), method)
+        seconds = []
+        trainings = train_level(
+            recipe,
+            cell.level,
+            f"synthetic-{cell.variant}",
+            cell.seed,
+            self._teacher(cell.variant),
+            parent,
+            base / f"level{cell.level}",
+            lambda training: seconds.append(self._run(training)),
+        )
+        commands = [self._public(t.arguments()) for t in trainings]
+        return trainings[-1].folder, commands, sum(seconds)
+
+    def _run(self, training: Training) -> float:
+        """Train, unless that is done; return the seconds it took, in this run or the one that finished it."""
+        record, clock = training.folder / "benchmark.json", time.perf_counter()
+        arguments = training.arguments()
+        command = self._public(arguments)
+        if record.exists():
+            done = read_json(record)
+            if done["command"] != command:
+                raise ModelError(f"{record}: trained by other options ({done['command']}); choose another --output.")
+            return done["seconds"]
+        if (training.folder / "checkpoints").exists():
+            arguments += ["--resume", "latest"]
+        self.run_training(arguments)
+        seconds = round(time.perf_counter() - clock, 1)
+        write_json(record, {"seconds": seconds, "resumed": "--resume" in arguments, "command": command})
+        return seconds
+
+    def _public(self, arguments: Sequence[str]) -> str:
+        """A command line without the folder of the tables: where the models lie is nobody else's business."""
+        inside = f"{self.output}/"
+        return " ".join(word.removeprefix(inside) for word in map(str, arguments))
+
+
+def run_in_process(arguments: Sequence[str]) -> None:
+    """Run a training in a process of its own, so that nothing of one can reach the next."""
+    command = [sys.executable, "-m", "diffdiscover3d.train", *arguments]
+    code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    if code:
+        raise ModelError(f"a training ended with exit code {code}: {' '.join(command[1:])}")
+
+
+def benchmark(
+    output: str | Path,
+    methods: Sequence[str],
+    variants: Sequence[str] = ("regular", "irregular"),
+    levels: Sequence[int] = (1, 2, 3),
+    seeds: Sequence[int] = (0,),
+    report: Callable[[dict, int, int], None] | None = None,
+    **options,
+) -> dict:
+    """Run methods over variants, levels and seeds; write `table.json`, `table.md` and `table.png`.
+
+    Interrupted, the same call goes on where it was.
+
+    Args:
+        output: folder for models, figures and tables.
+        methods: names out of `METHODS`.
+        report: called with each row, its number and how many there are.
+        **options: of [`Benchmark`].
+
+    Returns:
+        `rows`, one for each method, variant, level and seed, and `summary` with the mean and the spread over seeds.
+
+    Raises:
+        InputError: for a method or variant that does not exist.
+        ModelError: as [`Benchmark.fill`].
+    """
+    unknown = sorted(set(methods) - set(METHODS)) + sorted(set(variants) - {"regular", "irregular"})
+    if unknown:
+        raise InputError(f"unknown: {', '.join(unknown)}; methods are {', '.join(METHODS)}.")
+    table = Benchmark(output, **options)
+    cells = [
+        Cell(variant, method, level, seed)
+        for seed in seeds
+        for variant in variants
+        for method in methods
+        for level in levels
+    ]
+    rows = []
+    for number, cell in enumerate(cells, start=1):
+        rows.append(table.fill(cell))
+        if report:
+            report(rows[-1], number, len(cells))
+    result = {"settings": table.settings, "summary": summarize(rows), "rows": rows}
+    write_json(table.output / "table.json", result)
+    write_table(table.output / "table.md", result["summary"])
+    plot_table(table.output / "table.png", result["summary"])
+    return result
+
+
+def summarize(rows: Iterable[dict]) -> list[dict]:
+    """Mean and standard deviation over seeds of each method, variant and level, in the order of the rows.
+
+    The deviation is the sample's (divided by one less than the seeds): three seeds are not all there are.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["variant"], row["method"], row["level"]), []).append(row)
+    summary = []
+    for (variant, method, level), group in groups.items():
+        dice = np.array([row["dice"] for row in group])
+        one = np.array([row["dice_one_matching"] for row in group])
+        summary.append(
+            {
+                "variant": variant,
+                "method": method,
+                "title": group[0]["title"],
+                "level": level,
+                "seeds": [row["seed"] for row in group],
+                "dice": float(dice.mean()),
+                "dice_spread": float(dice.std(ddof=1)) if len(dice) > 1 else 0.0,
+                "dice_one_matching": float(one.mean()),
+                "seconds": float(np.mean([row["seconds"] for row in group])),
+                "training_seconds": float(np.mean([row["training_seconds"] for row in group])),
+            }
+        )
+    return summary
+
+
+def _predictor(folder: Path) -> Callable:
+    from diffdiscover3d.hub.registry import load_discovery
+
+    network = load_discovery(str(folder))
+    return lambda volume: network.segment(volume[None]).labels[0].numpy()
+
+
+def _load_teacher(source: str):
+    from diffdiscover3d.hub.registry import load_teacher
+
+    return load_teacher(source)

@@ -1,0 +1,243 @@
+"""Find models: the embedded ones by name, others by folder or Hub id; push them, pull them."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+
+from diffdiscover3d.errors import ModelError, NetworkError, OutputError
+from diffdiscover3d.hub.cards import folder_kind
+from diffdiscover3d.hub.download import fetch_snapshot, is_data_file, is_repo_id
+from diffdiscover3d.hub.upload import push_folder
+from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+from diffdiscover3d.models.unet_3d import UNet3DModel
+from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
+from diffdiscover3d.utils.files import check_folder, read_json, replaced_folder
+
+ASSETS = Path(__file__).parent.parent / "assets"
+DEFAULT_MODEL = "synthetic-regular"
+_MODEL_CLASSES = {"diffusion": DiffusionFeaturePipeline, "discovery": StructureDiscoveryModel, "unet": UNet3DModel}
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A pretrained model that comes with the package: a diffusion model and one nested discovery network."""
+
+    name: str
+    folder: Path
+
+    @property
+    def diffusion(self) -> Path:
+        """Folder of the diffusion pipeline; a model without its own uses the default model's."""
+        own = self.folder / "diffusion"
+        return own if own.is_dir() else ASSETS / DEFAULT_MODEL / "diffusion"
+
+    @property
+    def discovery(self) -> Path:
+        """Folder of the discovery network; it holds all levels."""
+        return self.folder / "discovery"
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The levels of the hierarchy, 1 the coarsest."""
+        return _nested_levels(self.discovery / "config.json")
+
+
+def embedded_models() -> dict[str, EmbeddedModel]:
+    """The models that come with the package, by name."""
+    folders = sorted(p for p in ASSETS.iterdir() if p.is_dir() and (p / "discovery").is_dir())
+    return {p.name: EmbeddedModel(p.name, p) for p in folders}
+
+
+def model_levels(name: str) -> tuple[int, ...]:
+    """The levels of an embedded model or of a folder with a nested network; none for a single network or a Hub id."""
+    embedded = embedded_models()
+    if name in embedded:
+        return embedded[name].levels
+    config = _in_folder(Path(name)) / "config.json"
+    levels = _nested_levels(config) if config.is_file() else ()
+    return levels if len(levels) > 1 else ()
+
+
+def _nested_levels(file: Path) -> tuple[int, ...]:
+    config, depth = read_json(file), 1
+    while config := config.get("parent"):
+        depth += 1
+    return tuple(range(1, depth + 1))
+
+
+def load_teacher(name: str, revision: str | None = None) -> DiffusionFeaturePipeline:
+    """Load a diffusion model as a feature pipeline.
+
+    Args:
+        name: the name of an embedded model, a folder written by the diffusion training, or a Hub id.
+        revision: branch, tag or commit of a Hub id.
+
+    Raises:
+        ModelError: if there is no such model, or it is damaged.
+        NetworkError: if the Hub cannot be reached.
+    """
+    embedded = embedded_models()
+    source = str(
+        embedded[name].diffusion if name in embedded else _in_folder(Path(name), "diffusion", "model_index.json")
+    )
+    return _load(DiffusionFeaturePipeline, source, marker="model_index.json", revision=revision)
+
+
+def load_discovery(name: str, level: int | None = None, revision: str | None = None) -> StructureDiscoveryModel:
+    """Load a discovery network.
+
+    Args:
+        name: the name of an embedded model, a folder written by the discovery training, or a Hub id.
+        level: which level of a nested network, 1 the coarsest; default: the finest.
+        revision: branch, tag or commit of a Hub id.
+
+    Raises:
+        ModelError: if there is no such model or level, or it is damaged.
+        NetworkError: if the Hub cannot be reached.
+    """
+    embedded = embedded_models()
+    source = embedded[name].discovery if name in embedded else _in_folder(Path(name)) if Path(name).is_dir() else name
+    model = _load(StructureDiscoveryModel, str(source), marker="config.json", revision=revision).eval()
+    levels = model.to(memory_format=torch.channels_last_3d).levels  # convolutions of few channels are faster so
+    if level is None:
+        return levels[-1]
+    if not 1 <= level <= len(levels):
+        raise ModelError(f"{name} has the levels {list(range(1, len(levels) + 1))}, not {level}.")
+    return levels[level - 1]
+
+
+def discovery_folder(name: str, revision: str | None = None) -> Path:
+    """The local folder of a discovery network; a Hub repository is fetched, or taken from the cache.
+
+    Args:
+        name, revision: as for [`load_discovery`].
+
+    Raises:
+        ModelError: if there is no such model.
+        NetworkError: if the Hub cannot be reached and the cache does not hold it.
+    """
+    embedded = embedded_models()
+    if name in embedded:
+        return embedded[name].discovery
+    _check_source(StructureDiscoveryModel, folder := _in_folder(Path(name)), name, "config.json", revision)
+    return folder if folder.is_dir() else fetch_snapshot(name, revision=revision)
+
+
+def _in_folder(folder: Path, part: str = "discovery", marker: str = "config.json") -> Path:
+    """The folder of the model itself: `discover` puts both models into one folder, as the embedded ones are."""
+    inside = folder / part
+    return inside if not (folder / marker).is_file() and (inside / marker).is_file() else folder
+
+
+def push(folder: str | Path, repo_id: str, **options) -> str:
+    """Push a model folder to the Hub after loading it once, so that nothing broken is published.
+
+    Args:
+        folder: a trained discovery network, UNet or diffusion pipeline.
+        options: of [`push_folder`].
+
+    Returns:
+        The address of the commit or pull request.
+
+    Raises:
+        ModelError: if the folder holds no whole model, or the id is no proper one.
+        NetworkError: if the Hub refuses or cannot be reached.
+    """
+    kind = folder_kind(folder)
+    _load_once(folder, kind)
+    return push_folder(folder, repo_id, **options)
+
+
+def pull(
+    repo_id: str,
+    folder: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Fetch a model repository, verify every file, load it once, and copy it to a folder if one is given.
+
+    Args:
+        repo_id: `user/name`.
+        folder: where to copy it; appears whole or not at all. Default: it stays in the Hub's cache.
+        revision: branch, tag or commit.
+        local_files_only: take what the cache holds, without a network.
+        overwrite: replace a model folder that exists.
+
+    Returns:
+        The folder, or the snapshot in the cache.
+
+    Raises:
+        OutputError: if the folder exists or cannot be written, or holds a training's checkpoints.
+        ModelError: if the repository, or a folder to be replaced, holds no model of this package.
+        NetworkError: if it cannot be fetched whole.
+    """
+    target = Path(folder) if folder is not None else None
+    if target is not None:
+        check_folder(target.parent)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
+            raise OutputError(f"{target}: exists already; --overwrite replaces it.")
+        if target.is_dir() and any(target.iterdir()):
+            folder_kind(target)  # replacing means deleting: only ever a model
+            if (target / "checkpoints").exists():
+                raise OutputError(
+                    f"{target}: holds the checkpoints of a training, which would be lost; choose another."
+                )
+    snapshot = fetch_snapshot(repo_id, revision=revision, local_files_only=local_files_only)
+    _load_once(snapshot, folder_kind(snapshot))
+    if target is None:
+        return snapshot
+    with replaced_folder(target) as temporary:
+        for path in snapshot.rglob("*"):  # the cache may hold more, fetched by other programs
+            name = path.relative_to(snapshot)
+            if path.is_file() and is_data_file(name.as_posix()):
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, temporary / name)
+    return target
+
+
+def _load_once(folder: str | Path, kind: str) -> None:
+    """Load a model only to know that it can be loaded."""
+    _load(_MODEL_CLASSES[kind], str(folder), marker="model_index.json" if kind == "diffusion" else "config.json")
+
+
+def _load(kind, source: str, marker: str, **options):
+    _check_source(kind, Path(source), source, marker, options.get("revision"))
+    try:
+        with _no_progress_bar():  # two small files: a bar says nothing
+            return kind.from_pretrained(source, **options)
+    except (ModelError, NetworkError):
+        raise
+    except Exception as error:  # diffusers and safetensors raise many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{source}: cannot be loaded as {kind.__name__}: {reason}") from error
+
+
+def _check_source(kind, folder: Path, name: str, marker: str, revision: str | None) -> None:
+    """Say what is wrong with a name before anything is loaded from it or asked of the Hub."""
+    if folder.is_dir():
+        if not (folder / marker).is_file():
+            raise ModelError(f"{name}: no {kind.__name__} in this folder ({marker} is missing).")
+        if revision:
+            raise ModelError(f"{name}: a folder has no revisions; --revision goes with a Hub id.")
+    elif not is_repo_id(name):
+        known = ", ".join(embedded_models())
+        raise ModelError(f"{name!r}: no such folder, and no Hub id (user/name); embedded models: {known}.")
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """diffusers' bars off for a while; whoever uses diffusers beside this package keeps the setting."""
+    enabled = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            diffusers_logging.enable_progress_bar()

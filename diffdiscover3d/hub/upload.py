@@ -1,0 +1,131 @@
+"""Push a model folder to the Hub in one commit: the files a model consists of by name, a card and a picture, no others.
+
+A folder of somebody's model may hold more: segmentations, pictures of patients, notes. They stay at home.
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffdiscover3d.errors import ModelError, NetworkError
+from diffdiscover3d.hub.cards import CARD_NAME, DATASETS, PICTURE_NAME, SCORES_NAME, folder_kind, write_card
+from diffdiscover3d.hub.download import MODEL_FILES, is_model_file, is_repo_id
+from diffdiscover3d.utils.files import read_model_json
+
+_MODEL_ENTRIES = ("_name_or_path", "teacher", "init_from", "parent", "model")  # they may hold Hub ids
+_PATH_ENTRIES = (*_MODEL_ENTRIES, "dataset", "output_dir", "resume")
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    private: bool | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+    scores: dict | None = None,
+) -> str:
+    """Upload a model folder, with a model card rendered from what lies in it, as one commit.
+
+    Args:
+        folder: as the trainings write it. `scores.json` (written by `evaluate --output`) goes into the card;
+            a README.md in the folder is kept as the card. Only the files in `MODEL_FILES` go, each from its place;
+            checkpoints, previews, logs and whatever else lies in the folder stay at home, and so do the paths in
+            configs and options. Those of them in the repository that this folder does not have are deleted.
+        repo_id: `user/name`; made if it does not exist.
+        revision: branch to push to, made if it does not exist; default: main.
+        private: of a repository that is made.
+        create_pr: open a pull request instead of committing.
+        token: default: that of `hf auth login` or of the environment.
+        scores: what `evaluate` returned for these weights; takes the place of `scores.json` in the folder.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        ModelError: if the folder holds no model, the id is no proper one, or the scores are of other weights.
+        NetworkError: if the Hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    folder = Path(folder)
+    kind = folder_kind(folder)
+    if not is_repo_id(repo_id):
+        raise ModelError(f"{repo_id!r}: no Hub id; it must look like user/name.")
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as name:
+        staged = Path(name)
+        for path in _files_to_push(folder):
+            target = staged / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        if scores is not None:
+            (staged / SCORES_NAME).write_text(json.dumps(scores, indent=2), encoding="utf-8")
+        _hide_paths(staged)
+        _add_picture(folder, staged)
+        if not (staged / CARD_NAME).exists():
+            write_card(staged, repo_id)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None and not create_pr:
+                try:
+                    api.repo_info(repo_id, revision=revision)
+                except RevisionNotFoundError:
+                    api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=staged,
+                commit_message=commit_message or f"Upload {kind} model with diffdiscover3d",
+                revision=revision,
+                create_pr=create_pr,
+                # nothing of an earlier model may stay beside this one: shards, an index, scores
+                delete_patterns=list(MODEL_FILES),
+            )
+        except Exception as error:  # the Hub's client and its HTTP library raise many kinds
+            lines = str(error).strip().splitlines()
+            reason = lines[0] if lines else type(error).__name__
+            raise NetworkError(
+                f"{repo_id}: the push failed: {reason} (`hf auth login` logs in; you must be allowed to write)"
+            ) from error
+    return str(commit.pr_url or commit.commit_url)
+
+
+def _files_to_push(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and is_model_file(path.relative_to(folder).as_posix()):
+            yield path
+
+
+def _hide_paths(staged: Path) -> None:
+    """Where data and models lay says who trained; only the last name of a path is published."""
+    for path in staged.rglob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        if any(f'"{name}"' in text for name in _PATH_ENTRIES):
+            path.write_text(json.dumps(_without_paths(read_model_json(path)), indent=2) + "\n", encoding="utf-8")
+
+
+def _without_paths(value, name: str = ""):
+    """JSON values with paths shortened wherever they are nested; `name` is the key that holds the value."""
+    if isinstance(value, dict):
+        return {key: _without_paths(inner, key) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(inner, name) for inner in value]
+    if not isinstance(value, str) or name not in _PATH_ENTRIES:
+        return value
+    public = value in DATASETS or value.startswith("hf://") if name == "dataset" else False
+    # a Hub id looks like a relative path of two parts
+    public = public or (name in _MODEL_ENTRIES and is_repo_id(value) and not Path(value).exists())
+    return value if public else re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+
+
+def _add_picture(folder: Path, staged: Path) -> None:
+    """The newest preview of the training, unless there is a picture already."""
+    pictures = sorted((folder / "previews").glob("*.png"))
+    if pictures and not (staged / PICTURE_NAME).exists():
+        shutil.copyfile(pictures[-1], staged / PICTURE_NAME)

@@ -1,0 +1,148 @@
+"""Which files a segmented scan gets, and whether they may be or have been written."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffdiscover3d.data.formats.nifti.header import SUFFIXES
+from diffdiscover3d.errors import ModelError, OutputError
+from diffdiscover3d.utils.files import check_targets, sha256
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What is written on request: see the options of the same names of [`segment`]."""
+
+    preview: bool = False
+    statistics: bool = False
+    tables: bool = False
+    probabilities: bool = False
+    report: bool = False
+
+
+@dataclass(frozen=True)
+class LevelFiles:
+    """The files of one level of one scan; `None` for those not asked for."""
+
+    labels: Path
+    sidecar: Path
+    table: Path
+    itksnap: Path | None
+    slicer: Path | None
+    probabilities: Path | None
+
+
+@dataclass(frozen=True)
+class CaseFiles:
+    """One scan and the files it gets."""
+
+    input: Path
+    levels: dict[int | None, LevelFiles]
+    preview: Path | None
+    tree: Path | None
+    report: Path | None
+
+    def __iter__(self) -> Iterator[Path]:
+        for level in self.levels.values():
+            yield from filter(None, vars(level).values())
+        yield from filter(None, (self.preview, self.tree, self.report))
+
+
+def stem(path: Path) -> str:
+    """A NIfTI file's name without its ending."""
+    for suffix in SUFFIXES:
+        if path.name.endswith(suffix):
+            return path.name.removesuffix(suffix)
+    return path.stem
+
+
+def plan_case(path: Path, output: str | Path | None, levels: Sequence[int | None], extras: Extras) -> CaseFiles:
+    """Name the files of a scan: `<stem>_dseg.*`, or `<stem>_level-<L>_dseg.*` where there are several levels."""
+    folder = Path(output) if output is not None else path.parent
+    name = stem(path)
+
+    def level_files(level: int | None) -> LevelFiles:
+        base = name if len(levels) == 1 else f"{name}_level-{level}"
+        return LevelFiles(
+            folder / f"{base}_dseg.nii.gz",
+            folder / f"{base}_dseg.json",
+            folder / f"{base}_dseg.tsv",
+            folder / f"{base}_dseg.label" if extras.tables else None,
+            folder / f"{base}_dseg.ctbl" if extras.tables else None,
+            folder / f"{base}_probseg.nii.gz" if extras.probabilities else None,
+        )
+
+    return CaseFiles(
+        path,
+        {level: level_files(level) for level in levels},
+        folder / f"{name}_dseg.png" if extras.preview else None,
+        folder / f"{name}_tree.json" if len(levels) > 1 else None,
+        folder / f"{name}_report.html" if extras.report else None,
+    )
+
+
+def check_cases(cases: Sequence[CaseFiles], mine: Sequence[CaseFiles], overwrite: bool) -> None:
+    """Find what would stop the writing before the work starts.
+
+    Args:
+        cases: all scans; no two may write one file, and none may write over a scan.
+        mine: those this process works on, whose files must not exist yet unless `overwrite`.
+
+    Raises:
+        OutputError: if something would.
+    """
+    seen: dict[Path, Path] = {}
+    inputs = {case.input.resolve() for case in cases}
+    for case in cases:
+        for target in case:
+            if target in seen:
+                raise OutputError(f"{case.input} and {seen[target]} would both write {target}; use two output folders.")
+            seen[target] = case.input
+            if len(target.name.encode()) > 255:
+                raise OutputError(f"{target}: the name is too long for a file; rename the input.")
+            if target.exists() and case.input.exists() and target.samefile(case.input):
+                raise OutputError(f"{target}: is the input itself; choose another --output folder.")
+            if target.resolve() in inputs:
+                raise OutputError(f"{target}: is one of the inputs; choose another --output folder.")
+    check_targets((target for case in mine for target in case), overwrite)
+
+
+def is_finished(case: CaseFiles, provenance: dict[int | None, dict]) -> bool:
+    """Whether all files of a scan are there, made from this very input.
+
+    A sidecar is the last file of its level that is written, so a level without one is not finished.
+
+    Args:
+        provenance: of each level, what would be written into its sidecar about model and arguments.
+
+    Raises:
+        ModelError: if a result is of another model or other arguments.
+    """
+    if not all(target.exists() for target in case):
+        return False
+    digest = None
+    for level, files in case.levels.items():
+        try:
+            written = json.loads(files.sidecar.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        expected = json.loads(json.dumps(provenance[level]))
+        for key in ("model", "arguments"):
+            old, new = ({k: v for k, v in (d.get(key) or {}).items() if k != "device"} for d in (written, expected))
+            if old != new:
+                raise ModelError(
+                    f"{files.sidecar}: was made with another {key.rstrip('s')}; "
+                    "use --overwrite instead of --resume, or choose another --output folder."
+                )
+        digest = digest or sha256(case.input)
+        if written.get("input", {}).get("sha256") != digest:
+            return False
+    return True
+
+
+def shard(cases: Sequence[CaseFiles]) -> list[CaseFiles]:
+    """The share of this process where `accelerate launch` or torchrun started several; otherwise all."""
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    return list(cases[rank::world])

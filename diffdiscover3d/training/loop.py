@@ -1,0 +1,316 @@
+"""The training loop both stages share: processes, steps, checkpoints, logs and pictures."""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from diffdiscover3d.errors import OutputError
+from diffdiscover3d.reporting.plots import save_loss_curves
+from diffdiscover3d.training.config import TrainingConfig, as_dict
+from diffdiscover3d.training.data_order import StepBatches, TrainingVolumes, draw_generator
+from diffdiscover3d.training.dropout import sees_its_own_batch_only, set_slots, use_slot_dropout
+from diffdiscover3d.training.precision import FORMATS
+from diffdiscover3d.training.resume import CONFIG_FILE, resume_training, save_training
+from diffdiscover3d.training.step_metrics import StepFigures
+from diffdiscover3d.utils.files import atomic_file, staged_folder, write_json
+from diffdiscover3d.utils.progress import Stages
+from diffdiscover3d.utils.signals import StopRequest, TrainingInterrupted, ignore_signals
+
+logger = logging.getLogger("diffdiscover3d")
+_SKIPS_ON_DEVICE = ("cpu", "cuda", "xpu")  # where the fused optimiser heeds `found_inf`; on mps it does not
+HOST_SIDE = ("index", "flips")  # of a batch: what is only ever asked for on the host
+
+
+class Task(Protocol):
+    """What a training adds to the loop: [`DiffusionTraining`] and [`DiscoveryTraining`]."""
+
+    name: str
+    model: torch.nn.Module
+    volume_grid: tuple[int, int, int] | None  # volumes are resampled to it; None leaves them
+
+    def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Everything random about one volume, drawn on the CPU; must not depend on any other state."""
+
+    def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Scalar losses of a batch; the one called "loss" is minimised."""
+
+    def compile(self) -> None:
+        """Let torch.compile make the networks faster, in place."""
+
+    def reports_after(self, step: int) -> bool:
+        """Whether `after_step` has figures to log after this step; the same on every process."""
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Called on every process after each step; returns further figures to log, on the main process."""
+
+    def preview(self, step: int, folder: Path) -> None:
+        """Write pictures; called on the main process."""
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Tensors beyond model and optimiser that a checkpoint must hold."""
+
+    def load_state(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Put them back."""
+
+    def save(self, folder: Path) -> None:
+        """Write the final model; called on the main process."""
+
+
+def check_launcher() -> None:
+    """Refuse launchers that shard the weights, before they do.
+
+    Raises:
+        ValueError: if the processes were started with FSDP, DeepSpeed, Megatron or a parallelism config.
+    """
+    sharding = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+    if any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in sharding):
+        raise ValueError(
+            "the launcher must not shard the weights (FSDP, DeepSpeed, ...): checkpoints and averages are whole, "
+            "and the networks fit on one GPU many times over; launch with --multi_gpu."
+        )
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """The accelerator of a config; it follows `accelerate launch` where that started the process.
+
+    Raises:
+        ValueError: if the launcher started several processes that do not work together, or the tracker is not
+            installed.
+    """
+    try:
+        accelerator = Accelerator(
+            mixed_precision=None if config.mixed_precision == "auto" else config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=config.report_to,
+            project_dir=config.output_dir,
+            step_scheduler_with_optimizer=False,
+        )
+    except ImportError as error:
+        raise ValueError(f"`report_to` is {config.report_to!r}, which cannot be used here: {error}") from error
+    if config.report_to and not accelerator.log_with:
+        raise ValueError(
+            f"`report_to` is {config.report_to!r}, which is not installed; pip install {config.report_to}."
+        )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        # accelerate would train as many separate models, all of them into one folder
+        raise ValueError(
+            f"{started} processes were started but {accelerator.num_processes} work together; on a machine without "
+            "GPUs set ACCELERATE_USE_CPU=true."
+        )
+    return accelerator
+
+
+def learning_rate_at(config: TrainingConfig, step: int) -> float:
+    """The rate of a step (from 0): constant, or one cycle of 10 % linear warm-up and a cosine down to 1/1000."""
+    if config.lr_schedule == "constant":
+        return config.learning_rate
+    warmup = max(1, config.max_steps // 10)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.max_steps - warmup)
+    return config.learning_rate * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def train(
+    task: Task, config: TrainingConfig, volumes: Sequence, accelerator: Accelerator, identity: dict | None = None
+) -> Path:
+    """Train `task.model` for `config.max_steps` steps and save it into `config.output_dir`.
+
+    SIGINT and SIGTERM let the step be finished and saved.
+
+    Args:
+        identity: fingerprints of what the training is made of; a checkpoint with others is not resumed.
+
+    Returns:
+        The output folder: the model, `train_config.json`, `log.jsonl`, `checkpoints/` and `previews/`, and of a dataset
+        that is split `split.json`.
+
+    Raises:
+        ModelError: if the loss stops being finite, or the checkpoint to resume from cannot be used.
+        OutputError: if the output folder holds another model, or cannot be written.
+        ValueError: if the batch cannot be shared by the processes.
+        TrainingInterrupted: if it was asked to stop.
+    """
+    output = Path(config.output_dir)
+    identity = identity or {}
+    trained = [p for p in task.model.parameters() if p.requires_grad]  # a parent is frozen
+    optimizer = torch.optim.Adam(trained, lr=config.learning_rate, fused=accelerator.device.type in _SKIPS_ON_DEVICE)
+    task.model.to(memory_format=FORMATS[config.memory_format])
+    dropouts = use_slot_dropout(task.model)
+    if config.compile:
+        task.compile()
+    model, optimizer = accelerator.prepare(task.model, optimizer)
+    start = resume_training(task, config, optimizer.optimizer, accelerator, output, identity)
+    if accelerator.is_main_process:
+        _begin_log(output, config, start)
+        if getattr(volumes, "split_ids", None):
+            write_json(output / "split.json", volumes.split_ids)
+    if config.report_to:
+        accelerator.init_trackers(f"diffdiscover3d-{task.name}", config=_tracker_config(config))
+    if accelerator.num_processes > 1 and sees_its_own_batch_only(task.model):
+        logger.info("batch norm sees each process's volumes apart: another number of processes trains otherwise")
+
+    model.train()
+    batches = _read_ahead(_make_loader(task, config, volumes, accelerator, start))
+    figures, clock, timed = StepFigures(accelerator.device, output), time.perf_counter(), start
+    alone = accelerator.num_processes == 1
+    with (
+        StopRequest(accelerator.num_processes) as stop,
+        Stages(config.max_steps, accelerator.is_main_process, start) as bar,
+    ):
+        bar.show(f"training, {task.name}")
+        for step in range(start, config.max_steps):
+            done = step + 1
+            figures.add(done, *_take_step(task, model, optimizer, batches, config, accelerator, step, dropouts, stop))
+            saving = done % config.checkpoint_every == 0 or done == config.max_steps
+            logging_now = done % config.log_every == 0 or task.reports_after(done) or done == config.max_steps
+            # one process decides for itself, and at once; several have to agree, by what all of them read
+            figures.catch_up(everything=saving or logging_now or (alone and stop.requested))
+            stopping = stop.requested if alone else figures.stop_asked
+            if stopping:
+                figures.catch_up(everything=True)
+            shown = figures.latest | task.after_step(done)
+            bar.done()
+            bar.show(f"training, {task.name}", "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
+            if logging_now:
+                if accelerator.is_main_process:
+                    _log(output, done, config, shown, (time.perf_counter() - clock) / (done - timed))
+                accelerator.log(shown, step=done)
+                clock, timed = time.perf_counter(), done
+            # a step that was not finite is no state to go on from
+            if not figures.bad_steps and (saving or stopping):
+                save_training(task, config, optimizer.optimizer, accelerator, output, done, identity)
+            if stopping and done < config.max_steps:
+                accelerator.wait_for_everyone()  # a launcher that sees one process end may kill the one that saves
+                accelerator.end_training()
+                saved = "its last good step" if figures.bad_steps else "it"
+                raise TrainingInterrupted(f"interrupted after step {done}; --resume latest goes on from {saved}.")
+            wants_preview = config.preview_every and (done % config.preview_every == 0 or done == config.max_steps)
+            if wants_preview and accelerator.is_main_process:
+                task.preview(done, output / "previews")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with staged_folder(output) as folder:
+            task.save(folder)
+        save_loss_curves(output / "losses.png", output / "log.jsonl")
+    accelerator.end_training()
+    return output
+
+
+def _take_step(
+    task, model, optimizer, batches, config, accelerator, step, dropouts, stop
+) -> tuple[tuple[str, ...], torch.Tensor]:
+    """One optimiser step over all micro-batches; what [`StepFigures`] takes of it. Nothing waits for the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(config, step)
+    # whatever else draws from the global generator; one seed per step and process makes a resumed step the same step
+    torch.manual_seed(draw_generator(config.seed, step, -1 - accelerator.process_index & 0xFFFF).initial_seed())
+    sums: dict[str, torch.Tensor] = {}
+    finite = torch.ones((), device=accelerator.device)
+    skips_on_device = accelerator.device.type in _SKIPS_ON_DEVICE  # only a fused optimiser may be told `found_inf`
+    for _ in range(config.gradient_accumulation_steps):
+        batch = next(batches)
+        set_slots(dropouts, config.seed, step, batch.pop("slot").tolist())
+        batch = {k: v if k in HOST_SIDE else v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
+        with accelerator.accumulate(model):
+            losses = task.losses(model, batch)
+            accelerator.backward(losses["loss"])
+            if accelerator.sync_gradients:
+                limit = config.max_grad_norm or float("inf")
+                norm = accelerator.clip_grad_norm_(model.parameters(), limit)
+                if accelerator.scaler is None:  # a float16 scaler skips what overflows by itself, and lowers its scale
+                    finite = torch.isfinite(norm).float()
+                    if skips_on_device:
+                        optimizer.optimizer.found_inf = 1 - finite
+            if skips_on_device or bool(finite):
+                optimizer.step()
+            optimizer.zero_grad()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0) + value.detach().float() / config.gradient_accumulation_steps
+    asked = torch.full((), float(stop.requested), device=accelerator.device)
+    return tuple(sums), accelerator.reduce(torch.stack([*sums.values(), finite, asked]), reduction="mean")
+
+
+def _read_ahead(batches: Iterable) -> Iterator:
+    """The batches, each put together in a thread of its own while the step before it runs."""
+    iterator = iter(batches)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        following = pool.submit(next, iterator, None)
+        while (batch := following.result()) is not None:
+            following = pool.submit(next, iterator, None)
+            yield batch
+
+
+def _make_loader(task, config, volumes, accelerator, start) -> DataLoader:
+    batches = StepBatches(
+        len(volumes),
+        config.batch_size,
+        config.gradient_accumulation_steps,
+        accelerator.process_index,
+        accelerator.num_processes,
+        config.seed,
+        start,
+        config.max_steps,
+    )
+    data = TrainingVolumes(volumes, task.draw, config.seed, config.flips, task.volume_grid)
+    return DataLoader(
+        data,
+        batch_sampler=batches,
+        num_workers=config.num_workers,
+        worker_init_fn=ignore_signals,
+        persistent_workers=config.num_workers > 0,
+        pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # or it would draw from the global one, in the middle of a step
+    )
+
+
+def _begin_log(output: Path, config: TrainingConfig, start: int) -> None:
+    """Write the options down, and drop log lines of steps that a resumed training takes again."""
+    write_json(output / CONFIG_FILE, _public_config(config))
+    log = output / "log.jsonl"
+    if log.exists():
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= start]
+        with atomic_file(log) as temporary:
+            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    """The step of a log line; a line torn by an interruption is of no step."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def _public_config(config: TrainingConfig) -> dict:
+    """The options without the output folder and what was resumed."""
+    return {k: v for k, v in as_dict(config).items() if k not in ("output_dir", "resume")}
+
+
+def _log(output: Path, step: int, config: TrainingConfig, figures: dict[str, float], seconds: float) -> None:
+    row = {"step": step, "lr": learning_rate_at(config, step - 1), **figures}
+    log = output / "log.jsonl"
+    try:
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise OutputError(
+            f"{log}: cannot be written ({error.strerror}); free some space, then --resume latest."
+        ) from error
+    shown = " ".join(f"{k}={v:.4f}" for k, v in figures.items())
+    logger.info("step %d/%d %s (%.2f s a step)", step, config.max_steps, shown, seconds)
+
+
+def _tracker_config(config: TrainingConfig) -> dict:
+    return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in as_dict(config).items()}

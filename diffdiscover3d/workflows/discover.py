@@ -1,0 +1,183 @@
+"""From scans to pictures in one go: plan, train both stages, segment, report. Every step can be resumed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from diffdiscover3d.data.datasets.folder import list_volumes
+from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
+from diffdiscover3d.data.formats.nifti.reading import read_nifti
+from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, OutputError
+from diffdiscover3d.segmentation.driver import WORKING_GRID_FILE, SegmentedFile, choose_device, segment
+from diffdiscover3d.training.recipes import Training, diffusion_training, train_level
+from diffdiscover3d.utils.files import atomic_folder, check_folder, write_json
+from diffdiscover3d.utils.memory import free_memory
+from diffdiscover3d.workflows.discover_plan import Plan, describe_plan, make_plan, make_recipe, read_plan
+
+
+def discover(
+    source: str | Path,
+    output: str | Path,
+    *,
+    preset: str = "standard",
+    levels: int = 3,
+    device: str = "auto",
+    seed: int = 0,
+    resume: bool = False,
+    progress: bool = False,
+    verbose: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+    on_error: Callable[[DiffDiscoverError], None] | None = None,
+) -> list[SegmentedFile]:
+    """Learn the parts of a folder of scans from these scans alone, and show them.
+
+    Args:
+        source: a folder, glob or text list of NIfTI files.
+        output: folder for everything: `plan.json`, `training/` (checkpoints, logs, pictures), `model/` (what
+            `segment --model` takes: the diffusion model and one network with all levels), `parts/` (label maps, tables
+            and reports) and `index.html`.
+        preset: "quick" (a first look), "standard", or "paper" (the paper's diffusion model; wants a GPU).
+        levels: how many, 1 to 3 (2, 4, 8 parts); each divides the parts of the one before.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        seed: of everything random.
+        resume: go on where an earlier run with the same output stopped; its plan is kept.
+        progress: show bars; verbose: show the log of the trainings.
+        tell: called with a line when a step begins.
+        on_error: called with the error of a scan that cannot be read, and the others go on; without it, it raises.
+
+    Raises:
+        InputError: if no scan can be read.
+        OutputError: if `output` holds an earlier run and `resume` is not set.
+        ModelError: if a training fails, or the earlier run was of other scans.
+    """
+    output = Path(output)
+    check_folder(output)
+    place = choose_device(device)
+    plan_file = output / "plan.json"
+    if plan_file.exists() and not resume:
+        raise OutputError(
+            f"{output}: holds an earlier run; --resume goes on with it, or choose another --output folder."
+        )
+    tell("Reading the scans")
+    scans, shapes, spacings = _read_all(source, on_error)
+    if plan_file.exists():
+        plan = read_plan(plan_file)
+        if plan.scans != tuple(scans):
+            raise ModelError(f"{plan_file}: is of other scans than {source}; choose another --output folder.")
+    else:
+        memory = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else free_memory()
+        plan = make_plan(shapes, spacings, scans, preset=preset, memory_bytes=memory, levels=levels, seed=seed)
+        write_json(plan_file, asdict(plan))
+    tell(describe_plan(plan))
+
+    _train_all(plan, output, place, verbose, tell)
+    model, total = output / "model", plan.levels + 2
+    tell(f"Step {total} of {total}: drawing the parts of every scan")
+    results = segment(
+        list(plan.scans),
+        output / "parts",
+        model=str(model),
+        level="all",
+        device=device,
+        preview=True,
+        statistics=True,
+        tables=True,
+        report=True,
+        resume=True,
+        progress=progress,
+        on_error=on_error,
+    )
+    from diffdiscover3d.reporting.index_page import write_index
+
+    write_index(
+        output / "index.html", sorted((output / "parts").glob("*_report.html")), title="Parts found in your scans"
+    )
+    return results
+
+
+def _read_all(source, on_error) -> tuple[list[str], list, list]:
+    """Read every scan whole once: a damaged one is found now rather than in the middle of a training."""
+    scans, shapes, spacings = [], [], []
+    for path in list_volumes(source):
+        try:
+            volume = read_nifti(path)
+        except DiffDiscoverError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+            continue
+        scans.append(str(path.resolve()))
+        shapes.append(volume.data.shape)
+        spacings.append(volume.spacing_mm)
+    if not scans:
+        raise InputError(f"{source}: none of its scans can be read.")
+    return scans, shapes, spacings
+
+
+def _train_all(plan: Plan, output: Path, place: torch.device, verbose: bool, tell: Callable[[str], None]) -> None:
+    """Train what is not trained yet, and put what the trainings are for into `model/`."""
+    training, model, total = output / "training", output / "model", plan.levels + 2
+    listed = output / "scans.txt"
+    listed.write_text("".join(f"{scan}\n" for scan in plan.scans), encoding="utf-8")
+    recipe, dataset = make_recipe(plan), str(listed.resolve())
+    tell(f"Step 1 of {total}: learning what your scans look like ({plan.diffusion_steps} rounds)")
+    teacher = diffusion_training(recipe, dataset, plan.seed, training / "diffusion")
+    _train(teacher, "model_index.json", place, verbose)
+    parent = None
+    for level, steps in enumerate(plan.discovery_steps, start=1):
+        rounds = sum(steps) + steps[0] * (recipe.starts_of(level) - 1)
+        tell(f"Step {level + 1} of {total}: learning to tell {LEVEL_PARTS[level]} parts apart ({rounds} rounds)")
+        folder = training / f"level{level}"
+
+        def run(training: Training) -> None:
+            _train(training, "selection.json", place, verbose)
+
+        done = train_level(recipe, level, dataset, plan.seed, str(teacher.folder), parent, folder, run)
+        if recipe.starts_of(level) > 1:
+            tell(f"Of {recipe.starts_of(level)} starts {Path(done[-1].options['init_from']).name} had the lowest loss")
+        parent = folder
+    _take_over(teacher.folder, model / "diffusion")
+    # with the network, so that it goes where the network goes
+    _take_over(parent, model / "discovery", {WORKING_GRID_FILE: {"grid": plan.working_grid}})
+
+
+def _take_over(trained: Path, target: Path, also: dict[str, dict] | None = None) -> None:
+    """Copy a trained model without what its training left beside it."""
+    if target.exists():
+        return
+    with atomic_folder(target) as folder:
+        ignored = shutil.ignore_patterns("checkpoints", "options.json", "log.jsonl")
+        shutil.copytree(trained, folder, ignore=ignored, dirs_exist_ok=True)
+        for name, values in (also or {}).items():
+            write_json(folder / name, values)
+
+
+def _train(training: Training, result: str, place: torch.device, verbose: bool) -> None:
+    """Run a training in a process of its own, unless its result is there; it goes on from its last checkpoint."""
+    folder = training.folder
+    if (folder / result).exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "options.json"
+    options = {**training.options, "output_dir": folder}
+    write_json(file, {k: str(v) if isinstance(v, Path) else v for k, v in options.items()})
+    command = [sys.executable, "-m", "diffdiscover3d.train", training.stage, "--config", str(file)]
+    environment = dict(os.environ)
+    if place.type == "cpu":
+        environment["ACCELERATE_USE_CPU"] = "true"
+    elif place.type == "cuda" and place.index is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(place.index)
+    done = subprocess.run([*command, *([] if verbose else ["--quiet"])], env=environment, stdout=subprocess.DEVNULL)
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    if done.returncode:
+        raise ModelError(
+            f"{folder}: the training stopped with exit code {done.returncode}, see above; --resume goes on from its "
+            "last checkpoint."
+        )

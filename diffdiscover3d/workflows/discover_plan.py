@@ -1,0 +1,193 @@
+"""What `discover` will do with a folder of scans: grids, batch and steps that fit the scans and the machine."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
+from diffdiscover3d.errors import ModelError
+from diffdiscover3d.training.recipes import RECIPES, Recipe
+
+_STRIDE = 8  # of the diffusion models: their grid is a multiple of it
+_BYTES_PER_VOXEL = 6_000  # of a training step of the small networks: a guess on the safe side, not a measurement
+
+# Voxels of the grids are cubes of these edges at most; `rounds` scales the steps of the recipe's discovery trainings
+# but the first, on which all depends: one that finds an object does so within 100 (benchmarks/results/starts.json).
+# `quick` is for a first look within minutes on two CPU cores.
+PRESETS = {
+    "quick": {"network": "small", "grid": 32, "volume": 50, "batch": 2, "diffusion": 300, "first": 150, "rounds": 0.25},
+    "standard": {
+        "network": "small",
+        "grid": 48,
+        "volume": 96,
+        "batch": 4,
+        "diffusion": 2_500,
+        "first": 300,
+        "rounds": 1.0,
+    },
+    "paper": {
+        "network": "paper",
+        "grid": 64,
+        "volume": 160,
+        "batch": 4,
+        "diffusion": 50_000,
+        "first": 600,
+        "rounds": 2.0,
+    },
+}
+_RECIPE = RECIPES["small"]  # the nested one: what it learns at a level divides the parts of the level before
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be trained on which scans; written to `plan.json`, and read back from it when resumed.
+
+    Attributes:
+        scans: absolute paths.
+        preset: of `PRESETS`.
+        median_shape, median_spacing_mm: of the scans in canonical orientation.
+        diffusion_grid: internal grid of the diffusion model.
+        working_grid: scans are brought to it for the segmentation network; `None` if all have one shape that fits.
+        batch_size: volumes in a step of the diffusion model.
+        diffusion_steps: optimiser steps of the diffusion model.
+        discovery_steps: for each level, the optimiser steps of its trainings, which follow one another.
+        levels: how many; level L has 2^L parts, each of which lies in one of the level before.
+        seed: of everything random.
+        recipe: digest of the recipe whose other options its trainings have.
+    """
+
+    scans: tuple[str, ...]
+    preset: str
+    median_shape: tuple[int, int, int]
+    median_spacing_mm: tuple[float, float, float]
+    diffusion_grid: tuple[int, int, int]
+    working_grid: tuple[int, int, int] | None
+    batch_size: int
+    diffusion_steps: int
+    discovery_steps: tuple[tuple[int, ...], ...]
+    levels: int
+    seed: int
+    recipe: str
+
+
+def make_plan(
+    shapes: Sequence[Sequence[int]],
+    spacings_mm: Sequence[Sequence[float]],
+    scans: Sequence[str],
+    *,
+    preset: str = "standard",
+    memory_bytes: int,
+    levels: int = 3,
+    seed: int = 0,
+) -> Plan:
+    """Choose grids, batch and steps for these scans.
+
+    The grids have the proportions of the median scan and no more voxels than the preset's cube; the batch, and then
+    the grid, shrink until a training step fits into half the memory.
+
+    Raises:
+        ValueError: for an unknown preset, or a number of levels that cannot be learnt.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"`preset` must be one of {tuple(PRESETS)}, got {preset!r}.")
+    if not 1 <= levels <= len(LEVEL_PARTS):
+        raise ValueError(f"`levels` must be 1 to {len(LEVEL_PARTS)}, got {levels}.")
+    options = PRESETS[preset]
+    median = tuple(int(n) for n in np.median(np.asarray(shapes), axis=0))
+    grid = _shrink(median, options["grid"], multiple=_STRIDE)
+    # a network of the paper's width needs 4 times the channels, so about 4 times the memory
+    bytes_per_voxel = _BYTES_PER_VOXEL * (4 if options["network"] == "paper" else 1)
+    batch = min(options["batch"], max(1, len(shapes)))
+    while batch > 1 and batch * math.prod(grid) * bytes_per_voxel > memory_bytes / 2:
+        batch //= 2
+    edge = options["grid"]
+    while max(grid) > 2 * _STRIDE and math.prod(grid) * bytes_per_voxel > memory_bytes / 2:
+        edge -= _STRIDE
+        grid = _shrink(median, edge, multiple=_STRIDE)
+    edge = options["volume"]
+    while edge > 16 and edge**3 * _BYTES_PER_VOXEL > memory_bytes / 2:
+        edge -= 8
+    working = _shrink(median, edge)
+    steps = [
+        [max(1, round(step["max_steps"] * options["rounds"])) for step in _RECIPE.levels[level]]
+        for level in range(1, levels + 1)
+    ]
+    steps[0][0] = options["first"]
+    same = all(tuple(s) == working for s in shapes)
+    return Plan(
+        tuple(scans),
+        preset,
+        median,
+        tuple(round(float(s), 4) for s in np.median(np.asarray(spacings_mm), axis=0)),
+        grid,
+        None if same else working,
+        batch,
+        options["diffusion"],
+        tuple(map(tuple, steps)),
+        levels,
+        seed,
+        _RECIPE.digest(),
+    )
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan back.
+
+    Raises:
+        ModelError: if the file is damaged, or its trainings are of another version's recipe.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        plan = Plan(**{k: _as_tuple(v) for k, v in values.items() if k != "recipe"}, recipe=values.get("recipe", ""))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: not a readable plan ({error}); choose another --output folder.") from error
+    if plan.recipe != _RECIPE.digest():
+        raise ModelError(
+            f"{path}: its trainings were begun by another version of diffdiscover3d, with other options; finish them "
+            "with that version, or choose another --output folder."
+        )
+    return plan
+
+
+def _as_tuple(value):
+    return tuple(_as_tuple(v) for v in value) if isinstance(value, list) else value
+
+
+def describe_plan(plan: Plan) -> str:
+    """The plan in a sentence or two."""
+    shape, spacing = "×".join(map(str, plan.median_shape)), "×".join(f"{s:g}" for s in plan.median_spacing_mm)
+    working = "at full resolution" if plan.working_grid is None else "on " + "×".join(map(str, plan.working_grid))
+    return (
+        f"{len(plan.scans)} scans, typically {shape} voxels of {spacing} mm; preset {plan.preset}: diffusion model on "
+        f"{'×'.join(map(str, plan.diffusion_grid))} voxels, {plan.batch_size} at a time, parts {working}"
+    )
+
+
+def _shrink(shape: Sequence[int], edge: int, multiple: int = 1) -> tuple[int, int, int]:
+    """A grid of the shape's proportions with no more voxels than a cube of this edge, up to rounding to `multiple`."""
+    scale = min(1.0, (edge**3 / math.prod(shape)) ** (1 / 3))
+    least = max(2, multiple)
+    return tuple(max(least, round(n * scale / multiple) * multiple) for n in shape)
+
+
+def make_recipe(plan: Plan) -> Recipe:
+    """The trainings of a plan: the nested recipe with the plan's grids, batch and numbers of steps."""
+    shared = {"resume": "latest", "checkpoint_every": 100}
+    diffusion = {
+        **shared,
+        "preset": PRESETS[plan.preset]["network"],
+        "max_steps": plan.diffusion_steps,
+        "batch_size": plan.batch_size,
+        "sample_size": plan.diffusion_grid,
+    }
+    if plan.working_grid:
+        shared["volume_size"] = plan.working_grid
+    levels = {
+        level: [{**step, **shared, "max_steps": n} for step, n in zip(_RECIPE.levels[level], steps, strict=True)]
+        for level, steps in enumerate(plan.discovery_steps, start=1)
+    }
+    return Recipe(diffusion, levels, nested=True, starts=_RECIPE.starts)

@@ -1,0 +1,86 @@
+"""What the commands beside `segment` write: features of a scan, sampled volumes, synthetic cells."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffdiscover3d.data.formats.nifti.reading import NiftiVolume, read_nifti, write_like
+from diffdiscover3d.hub.registry import DEFAULT_MODEL, load_teacher
+from diffdiscover3d.reporting.pictures import save_slices
+from diffdiscover3d.reporting.plots import components_as_rgb
+from diffdiscover3d.segmentation.driver import choose_device, stem
+from diffdiscover3d.utils.files import check_targets, staged_folder
+
+
+def extract_features(
+    path: str | Path,
+    output: str | Path,
+    *,
+    model: str = DEFAULT_MODEL,
+    stages: Sequence[int] = (1, 2, 3),
+    timestep: int = 25,
+    num_noise: int = 1,
+    upsample: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    preview: bool = False,
+    overwrite: bool = False,
+    **reading,
+) -> list[Path]:
+    """Write `<stem>_stage<N>.nii.gz` for each stage: (h, w, d, channels) float32, its affine laying it on the scan.
+
+    Without `upsample` the features keep their own coarse grid, whose affine has the larger voxels.
+
+    Args:
+        preview: also write `<stem>_features.png`: the scan, and the first three principal components of every stage
+            as red, green and blue.
+        reading: `volume`, `nan_to_zero`, `ignore_affine` of [`read_nifti`].
+
+    Raises:
+        InputError, OutputError, ModelError, NetworkError: see their descriptions.
+        ValueError: for an unknown device, or a timestep or stage out of range.
+    """
+    path, output = Path(path), Path(output)
+    targets = [output / f"{stem(path)}_stage{stage}.nii.gz" for stage in stages]
+    picture = [output / f"{stem(path)}_features.png"] if preview else []
+    check_targets([*targets, *picture], overwrite)
+    place = choose_device(device)
+    scan = read_nifti(path, **reading)
+    pipeline = load_teacher(model).to(place)
+    generator = torch.Generator().manual_seed(seed)
+    found = pipeline(scan.data, timestep, stages, generator, num_noise, upsample)
+    with staged_folder(output) as folder:
+        for target, features in zip(targets, found.features, strict=True):
+            array = np.moveaxis(features[0].cpu().numpy(), 0, -1)
+            write_like(folder / target.name, array, _on_grid(scan, array.shape[:3], found.extent))
+        for target in picture:
+            save_slices(
+                folder / target.name,
+                [scan.data, *(_rgb_on_scan(f, found.extent, scan.data.shape) for f in found.features)],
+                spacing_mm=scan.spacing_mm,
+                titles=["scan", *(f"stage {stage}" for stage in stages)],
+            )
+    return [*targets, *picture]
+
+
+def _rgb_on_scan(features: torch.Tensor, extent: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
+    """(3, H, W, D) principal components of (1, C, h, w, d) features, laid over the scan with blocky voxels."""
+    rgb = components_as_rgb(features[0].cpu().numpy())
+    for axis, (size, span, count) in enumerate(zip(rgb.shape[1:], extent, shape, strict=True), start=1):
+        # corners aligned: voxel i of the scan lies at i * (size - 1) / (span - 1) of the features
+        places = np.round(np.arange(count) * (size - 1) / max(span - 1, 1)).astype(int)
+        rgb = np.take(rgb, np.clip(places, 0, size - 1), axis=axis)
+    return rgb
+
+
+def _on_grid(scan: NiftiVolume, grid: tuple[int, ...], extent: Sequence[int]) -> NiftiVolume:
+    """A description of `grid` laid over the scan so that the corner voxels' centres coincide with the extent's."""
+    scale = [(e - 1) / (n - 1) if n > 1 else float(e) for e, n in zip(extent, grid, strict=True)]
+    affine = scan.affine @ np.diag([*scale, 1.0])
+    template = NiftiVolume(scan.data, affine, scan.header.copy(), np.array([[0, 1], [1, 1], [2, 1]], dtype=float))
+    template.header.set_sform(affine, int(scan.header["sform_code"]) or 1)
+    template.header.set_qform(None, 0)
+    template.header["pixdim"][1:4] = template.spacing_mm
+    return template

@@ -1,0 +1,57 @@
+"""Bytes of a file: no more than the header asks for, whatever the file could become."""
+
+import gzip
+import struct
+import tracemalloc
+import zlib
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from diffdiscover3d.data.formats.nifti.payload import read_payload
+from diffdiscover3d.data.formats.nifti.reading import read_nifti
+from diffdiscover3d.errors import InputError
+from tests.helpers.corpus import blobs
+
+
+def bomb(start: bytes, mebibytes: int) -> bytes:
+    """A gzip stream of `start` and many zeros after it, about a thousandth of them long."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    parts = [packer.compress(start)]
+    parts += [packer.compress(bytes(2**20)) for _ in range(mebibytes)]
+    return b"".join([*parts, packer.flush()])
+
+
+def test_a_bomb_is_read_as_far_as_its_header_says(tmp_path):
+    values = blobs().astype(np.float32)
+    (tmp_path / "a.nii.gz").write_bytes(bomb(nib.Nifti1Image(values, np.eye(4)).to_bytes(), 1500))
+    assert (tmp_path / "a.nii.gz").stat().st_size < 2**21
+    tracemalloc.start()
+    scan = read_nifti(tmp_path / "a.nii.gz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(scan.data, values)
+    assert peak < 2**24
+
+
+def test_a_bomb_before_the_data_is_refused_from_the_header(tmp_path):
+    raw = bytearray(nib.Nifti1Image(blobs().astype(np.float32), np.eye(4)).to_bytes())
+    struct.pack_into("<f", raw, 108, 2.0**30)
+    (tmp_path / "a.nii.gz").write_bytes(bomb(bytes(raw), 1500))
+    with pytest.raises(InputError, match=r"a\.nii\.gz.*data at byte"):
+        read_nifti(tmp_path / "a.nii.gz")
+
+
+def test_members_and_chunks_are_one_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffdiscover3d.data.formats.nifti.payload._CHUNK", 7)
+    data = np.random.default_rng(0).bytes(1000)
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(b"".join(gzip.compress(data[i : i + 130]) for i in range(0, 1000, 130)))
+    notes = []
+    assert read_payload(path, 40, 960, notes).tobytes() == data[40:] and notes == []
+    assert read_payload(path, 40, 100, notes).tobytes() == data[40:140] and notes == []
+    with pytest.raises(InputError, match="truncated, 960 of 961"):
+        read_payload(path, 40, 961, notes)
+    (tmp_path / "a.nii").write_bytes(data)
+    assert read_payload(tmp_path / "a.nii", 40, 960, notes).tobytes() == data[40:]

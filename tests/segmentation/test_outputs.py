@@ -1,0 +1,232 @@
+"""What `segment` writes beyond the label map, on which grid, and how it shares and resumes its work."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffdiscover3d.data.transforms import resize_volume
+from diffdiscover3d.errors import ModelError, OutputError
+from diffdiscover3d.hub.registry import load_discovery
+from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+from diffdiscover3d.segmentation import driver as module
+from diffdiscover3d.segmentation.driver import segment
+
+SHAPE = (12, 14, 10)
+ANGLE = np.deg2rad(20)
+TURN = np.array([[np.cos(ANGLE), -np.sin(ANGLE), 0], [np.sin(ANGLE), np.cos(ANGLE), 0], [0, 0, 1]])
+AFFINES = {
+    "RAS": np.diag([1.5, 2, 3, 1]),
+    "LAS": np.diag([-1.5, 2, 3, 1]),
+    "LPS": np.diag([-1.5, -2, 3, 1]),
+    "PIR": np.array([[0, 0, 3, 0], [-1.5, 0, 0, 0], [0, -2, 0, 0], [0, 0, 0, 1.0]]),
+    "oblique": np.block([[TURN @ np.diag([-1.5, 2, 3]), np.zeros((3, 1))], [np.zeros((1, 3)), np.ones((1, 1))]]),
+}
+
+
+class Threshold:
+    """A network whose parts are known: 0 is everything, 1 the bright voxels."""
+
+    config = SimpleNamespace(num_parts=2)
+    device = torch.device("cpu")
+
+    def to(self, _):
+        return self
+
+    def segment(self, volume):
+        bright = (torch.as_tensor(volume).reshape(1, *volume.shape[-3:]) > 500).float()
+        return SimpleNamespace(probabilities=torch.stack([1 - bright, bright], dim=1), labels=bright.byte())
+
+
+def noise(seed=0, shape=SHAPE):
+    return np.random.default_rng(seed).normal(100, 10, shape).astype(np.float32)
+
+
+def names(folder) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.fixture
+def levelled(tiny_discovery, tmp_path):
+    """A model folder as `discover` leaves it: a network that divides the largest part of the tiny one in three."""
+    coarse = load_discovery(str(tiny_discovery))
+    volume = torch.from_numpy(noise())
+    children = [1, 1, 1]
+    children[int(coarse.segment(volume).labels.flatten().bincount().argmax())] = 3
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        fine = StructureDiscoveryModel.inside(coarse, children, norm="instance").eval()
+    assert len(fine.segment(volume).labels.unique()) > len(coarse.segment(volume).labels.unique())
+    fine.save_pretrained(tmp_path / "levelled" / "discovery")
+    return tmp_path / "levelled"
+
+
+@pytest.mark.parametrize("orientation", AFFINES)
+def test_a_marked_corner_stays_in_its_corner(tmp_path, make_nifti, monkeypatch, orientation):
+    sitk = pytest.importorskip("SimpleITK")
+    affine = AFFINES[orientation].copy()
+    affine[:3, 3] = 11, -7, 5
+    values = noise()
+    values[:2, -3:, :1] = 1000  # one corner, of another extent along every axis
+    scan = make_nifti(tmp_path / "scan.nii.gz", values, affine)
+    monkeypatch.setattr(module, "load_discovery", lambda *_: Threshold())
+    (result,) = segment(scan, tmp_path / "out", statistics=True, probabilities=True)
+
+    marked = nib.load(result.labels)
+    np.testing.assert_array_equal(marked.affine, nib.load(scan).affine)
+    np.testing.assert_array_equal(np.asarray(marked.dataobj), values == 1000)
+    soft = nib.load(result.levels[2].probabilities)
+    np.testing.assert_array_equal(soft.get_fdata()[..., 1], values == 1000)
+    np.testing.assert_array_equal(soft.affine, marked.affine)
+
+    one, two = sitk.ReadImage(str(scan)), sitk.ReadImage(str(result.labels))
+    assert one.GetSize() == two.GetSize() and one.GetSpacing() == two.GetSpacing()
+    assert one.GetOrigin() == two.GetOrigin() and one.GetDirection() == two.GetDirection()
+    bright, labelled = sitk.GetArrayFromImage(one) == 1000, sitk.GetArrayFromImage(two)
+    np.testing.assert_array_equal(labelled, bright)
+    # the table's centroid is where SimpleITK (whose world is LPS) puts the corner
+    shape = sitk.LabelShapeStatisticsImageFilter()
+    shape.Execute(two)
+    lines = [line.split("\t") for line in result.levels[2].table.read_text().splitlines()]
+    row = dict(zip(lines[0], lines[2], strict=True))
+    centre = np.array([float(row[f"centroid_{axis}"]) for axis in "xyz"])
+    np.testing.assert_allclose(centre * [-1, -1, 1], shape.GetCentroid(1), atol=1e-3)
+    assert float(row["volume_ml"]) == pytest.approx(shape.GetPhysicalSize(1) / 1000, rel=1e-5)
+
+
+def test_every_file_of_every_level(tmp_path, make_nifti, levelled):
+    scan = make_nifti(tmp_path / "in" / "scan.nii.gz", noise())
+    everything = {"preview": True, "statistics": True, "tables": True, "probabilities": True, "report": True}
+    (result,) = segment(scan, tmp_path / "out", model=str(levelled), level="all", **everything)
+    endings = ("dseg.ctbl", "dseg.json", "dseg.label", "dseg.nii.gz", "dseg.tsv", "probseg.nii.gz")
+    expected = [f"scan_level-{level}_{ending}" for level in (1, 2) for ending in endings]
+    assert names(tmp_path / "out") == sorted([*expected, "scan_dseg.png", "scan_report.html", "scan_tree.json"])
+    assert list(result.levels) == [1, 2]
+    soft = nib.load(result.levels[1].probabilities).get_fdata()
+    np.testing.assert_allclose(soft.sum(axis=-1), 1, atol=1e-5)
+    one, two = (np.asarray(nib.load(result.levels[level].labels).dataobj) for level in (1, 2))
+    np.testing.assert_array_equal(soft.argmax(axis=-1), one)
+    # both are what the networks say, and every fine part lies in the coarse one that it divides
+    networks = {level: load_discovery(str(levelled), level) for level in (1, 2)}
+    for level, labels in ((1, one), (2, two)):
+        np.testing.assert_array_equal(labels, networks[level].segment(scan).labels[0].numpy())
+    present = set(np.unique(two))
+    assert len(present) > len(np.unique(one))
+    for link in json.loads(result.tree.read_text())["tree"]:
+        if link["part"] in present:
+            assert (link["parent"], link["overlap"]) == (networks[2].parents[link["part"]], 1.0)
+        else:
+            assert link["parent"] is None
+    sidecar = json.loads(result.levels[2].sidecar.read_text())
+    columns = result.levels[2].table.read_text().splitlines()[0].split("\t")
+    assert all("Description" in sidecar[c] for c in columns[4:]) and sidecar["model"]["level"] == 2
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_coarser_level_is_found_once(tmp_path, make_nifti, levelled, monkeypatch, fast):
+    scan = make_nifti(tmp_path / "scan.nii.gz", noise(shape=(36, 40, 34)))
+    calls, real = [], StructureDiscoveryModel._logits
+
+    def counted(self, *rest):
+        calls.append(self.config.num_parts)
+        return real(self, *rest)
+
+    alone = {x: segment(scan, tmp_path / str(x), model=str(levelled), level=x, fast=fast)[0] for x in (1, 2)}
+    monkeypatch.setattr(StructureDiscoveryModel, "_logits", counted)
+    (both,) = segment(scan, tmp_path / "all", model=str(levelled), level="all", order="size", fast=fast)
+    assert calls == [3, 5]
+    (both,) = segment(scan, tmp_path / "all", model=str(levelled), level="all", fast=fast, overwrite=True)
+    for level, result in alone.items():
+        np.testing.assert_array_equal(nib.load(both.levels[level].labels).dataobj, nib.load(result.labels).dataobj)
+
+
+def test_order_by_size(tmp_path, make_nifti, tiny_discovery):
+    scan = make_nifti(tmp_path / "scan.nii.gz", noise())
+    (plain,) = segment(scan, tmp_path / "a", model=str(tiny_discovery), probabilities=True)
+    (sized,) = segment(scan, tmp_path / "b", model=str(tiny_discovery), order="size", probabilities=True)
+    assert list(sized.fractions) == sorted(plain.fractions, reverse=True)
+    old, new = (np.asarray(nib.load(r.labels).dataobj) for r in (plain, sized))
+    assert len(set(zip(old.ravel().tolist(), new.ravel().tolist(), strict=True))) == len(np.unique(old))
+    soft = nib.load(sized.levels[None].probabilities).get_fdata()
+    np.testing.assert_array_equal(soft.argmax(axis=-1), new)
+    with pytest.raises(ValueError, match="order"):
+        segment(scan, tmp_path / "c", model=str(tiny_discovery), order="name")
+
+
+def test_fast_is_half_the_resolution(tmp_path, make_nifti, tiny_discovery):
+    values = noise(shape=(40, 35, 33))
+    scan = make_nifti(tmp_path / "scan.nii.gz", values)
+    (result,) = segment(scan, tmp_path / "out", model=str(tiny_discovery), fast=True)
+    half = resize_volume(torch.from_numpy(values)[None, None], (20, 18, 17))
+    soft = load_discovery(str(tiny_discovery)).segment(half).probabilities
+    expected = F.interpolate(soft, size=values.shape, mode="trilinear", align_corners=False)[0].argmax(dim=0)
+    np.testing.assert_array_equal(np.asarray(nib.load(result.labels).dataobj), expected)
+    assert json.loads(result.sidecar.read_text())["arguments"]["fast"] is True and result.notes == ()
+    small = make_nifti(tmp_path / "small.nii.gz", noise())
+    (result,) = segment(small, tmp_path / "out", model=str(tiny_discovery), fast=True)
+    assert "too small to be halved" in result.notes[0]
+
+
+def test_resume_skips_what_is_done(tmp_path, make_nifti, tiny_discovery):
+    scans = [make_nifti(tmp_path / "in" / f"{n}.nii.gz", noise(i)) for i, n in enumerate("abcd")]
+    out, model = tmp_path / "out", str(tiny_discovery)
+    segment(scans, out, model=model)
+    (out / "b_dseg.json").unlink()  # as if stopped before its end
+    make_nifti(scans[2], noise(9))  # another scan under the same name
+    kept = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.glob("[ad]_*")}
+    skipped = []
+    results = segment(scans, out, model=model, resume=True, on_skip=skipped.append)
+    assert [r.input for r in results] == scans[1:3] and skipped == [scans[0], scans[3]]
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.glob("[ad]_*")} == kept
+    with pytest.raises(OutputError, match="exists already"):
+        segment(scans, out, model=model)
+    with pytest.raises(ModelError, match=r"another argument; use --overwrite"):
+        segment(scans, out, model=model, resume=True, order="size")
+
+
+def test_levels_a_model_does_not_have(tmp_path, make_nifti, levelled, tiny_discovery):
+    scan = make_nifti(tmp_path / "scan.nii.gz", noise())
+    with pytest.raises(ModelError, match=r"\[1, 2\], not 3"):
+        segment(scan, model=str(levelled), level=3)
+    with pytest.raises(ModelError, match=r"has the levels \[1\], not 2"):
+        segment(scan, model=str(tiny_discovery), level=2)
+    (result,) = segment(scan, model=str(tiny_discovery), level="all")
+    assert list(result.levels) == [None] and result.tree is None
+
+
+def test_shares_are_disjoint_and_complete(tmp_path, make_nifti, tiny_discovery, monkeypatch):
+    scans = [make_nifti(tmp_path / "in" / f"s{i}.nii.gz", noise(i)) for i in range(5)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = []
+    for rank in range(2):  # the second must not stumble over what the first has written
+        monkeypatch.setenv("RANK", str(rank))
+        done.append([r.input for r in segment(tmp_path / "in", tmp_path / "out", model=str(tiny_discovery))])
+    assert done == [scans[::2], scans[1::2]]
+
+
+@pytest.mark.slow
+def test_processes_share_a_folder(tmp_path, make_nifti, tiny_discovery):
+    for i in range(5):
+        make_nifti(tmp_path / "in" / f"s{i}.nii.gz", noise(i))
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    segment(tmp_path / "in", alone, model=str(tiny_discovery))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command = ["diffdiscover3d.cli", "segment", tmp_path / "in", "-o", shared, "--model", tiny_discovery]
+    done = subprocess.run(
+        [str(c) for c in (*launch, *command)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 5  # each scan by one process
+    for path in alone.glob("*.nii.gz"):
+        assert (shared / path.name).read_bytes() == path.read_bytes()
+    assert names(shared) == names(alone)

@@ -1,0 +1,161 @@
+"""Steps whose figures are read late, and steps that read nothing."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffdiscover3d.data.loading import load_volumes
+from diffdiscover3d.errors import ModelError
+from diffdiscover3d.hub.registry import load_teacher
+from diffdiscover3d.train import main
+from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
+from diffdiscover3d.training.diffusion import DiffusionTraining
+from diffdiscover3d.training.discovery import DiscoveryTraining
+from diffdiscover3d.training.loop import _make_loader, _read_ahead, _take_step, make_accelerator
+from diffdiscover3d.training.step_metrics import MAX_BAD_STEPS, StepFigures
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")  # only its type is looked at
+NAN = float("nan")
+
+
+def values(loss, finite=1.0, stop=0.0):
+    return torch.tensor([loss, finite, stop])
+
+
+def test_a_cpu_is_read_at_once_and_a_gpu_a_step_late(tmp_path):
+    cpu, gpu = StepFigures(CPU, tmp_path), StepFigures(GPU, tmp_path)
+    for step in (1, 2, 3):
+        for figures in (cpu, gpu):
+            figures.add(step, ("loss",), values(float(step)))
+            figures.catch_up()
+        assert cpu.latest == {"loss": step} and gpu.latest == ({"loss": step - 1} if step > 1 else {})
+    gpu.catch_up(everything=True)
+    assert gpu.latest == {"loss": 3}
+
+
+def test_steps_that_are_not_finite_are_counted_in_a_row(tmp_path):
+    figures = StepFigures(CPU, tmp_path)
+    for step, row in enumerate([values(NAN), values(1.0, finite=0.5), values(1.0), values(NAN)], start=1):
+        figures.add(step, ("loss",), row)
+        figures.catch_up()
+        assert figures.bad_steps == [1, 2, 0, 1][step - 1]
+    for step in range(5, 4 + MAX_BAD_STEPS):
+        figures.add(step, ("loss",), values(NAN))
+    with pytest.raises(ModelError, match=r"not finite since step 4;.*--learning-rate"):
+        figures.catch_up()
+
+
+def test_one_process_that_is_asked_to_stop_stops_all(tmp_path):
+    figures = StepFigures(CPU, tmp_path)
+    figures.add(1, (), torch.tensor([1.0, 0.0]))
+    figures.catch_up()
+    assert not figures.stop_asked
+    figures.add(2, (), torch.tensor([1.0, 0.5]))  # the mean over two processes
+    figures.catch_up()
+    assert figures.stop_asked
+
+
+class Reads(TorchDispatchMode):
+    """Notes what would make the host wait for a GPU: `item`, `float`, `bool`, `equal`, an index by a mask or a list."""
+
+    waiting = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.lift_fresh")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        masked = str(function).startswith("aten.index.") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        if masked or str(function).startswith(self.waiting):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def tasks(tmp_path):
+    shared = {"preset": "small", "dataset": "synthetic-regular", "output_dir": str(tmp_path), "batch_size": 1}
+    shared |= {"mixed_precision": "bf16", "memory_format": "channels_last"}
+    volumes = load_volumes("synthetic-regular")
+    config = make_config(DiffusionConfig, **shared, width=8, sample_size=24)
+    yield config, DiffusionTraining(config, (50, 50, 50)), volumes
+    nested = {"parent": "synthetic-regular", "teacher_noise": "fixed", "stages": (1, 2), "num_parts": 12}
+    for more in ({"num_parts": 3}, {**nested, "children": (1, 1, 2, 1, 2, 1, 2, 2)}):
+        config = make_config(DiscoveryConfig, **shared, teacher="synthetic-regular", dropout=0.2, **more)
+        from diffdiscover3d.hub.registry import load_discovery
+
+        parent = load_discovery(config.parent) if config.parent else None
+        teacher = load_teacher("synthetic-regular")
+        accelerator = make_accelerator(config)
+        yield config, DiscoveryTraining(config, teacher, volumes, volumes, accelerator, parent=parent), volumes
+
+
+def test_a_step_reads_nothing_from_the_device(tmp_path):
+    """On a GPU the host would wait there for all the work before."""
+    for config, task, volumes in tasks(tmp_path):
+        accelerator = make_accelerator(config)
+        optimizer = torch.optim.Adam([p for p in task.model.parameters() if p.requires_grad], fused=True)
+        model, optimizer = accelerator.prepare(task.model.train(), optimizer)
+        batches = [dict(b) for b, _ in zip(_make_loader(task, config, volumes, accelerator, 0), range(2), strict=False)]
+        asked = SimpleNamespace(requested=False)
+        # the first step may prepare: constants that are kept, what a fixed teacher says
+        _take_step(task, model, optimizer, iter([dict(batches[0])]), config, accelerator, 0, [], asked)
+        with Reads() as reads:
+            _take_step(task, model, optimizer, iter([dict(batches[0])]), config, accelerator, 1, [], asked)
+        assert reads.found == [], task.name
+
+
+def test_batches_are_put_together_ahead_and_in_order():
+    main, made, threads = threading.get_ident(), [], set()
+
+    def source():
+        for number in range(4):
+            threads.add(threading.get_ident())
+            made.append(number)
+            yield {"number": number}
+
+    batches = _read_ahead(source())
+    assert next(batches)["number"] == 0
+    assert [b["number"] for b in batches] == [1, 2, 3] and made == [0, 1, 2, 3]
+    assert main not in threads
+
+
+def test_an_error_of_the_loader_arrives():
+    def source():
+        yield {"number": 0}
+        raise ModelError("a volume went missing")
+
+    batches = _read_ahead(source())
+    next(batches)
+    with pytest.raises(ModelError, match="went missing"):
+        next(batches)
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_a_launcher_that_shards_is_refused(name, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    assert main(["diffusion", "--preset", "small", "--output-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "must not shard" in error and "--multi_gpu" in error and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_gradient_that_is_not_finite_changes_nothing(fused, tmp_path, monkeypatch):
+    """Where the optimiser cannot skip on the device, as on mps, the host does."""
+    if not fused:
+        monkeypatch.setattr("diffdiscover3d.training.loop._SKIPS_ON_DEVICE", ())
+    config = make_config(DiffusionConfig, mixed_precision="no", output_dir=str(tmp_path))
+    accelerator = make_accelerator(config)
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters(), fused=fused)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    before, asked = model.weight.detach().clone(), SimpleNamespace(requested=False)
+    for step, scale in enumerate((NAN, 1.0)):
+        task = SimpleNamespace(losses=lambda m, batch, scale=scale: {"loss": scale * m(batch["volume"]).sum()})
+        batch = {"volume": torch.ones(1, 2), "slot": torch.zeros(1, dtype=torch.long)}
+        _, values = _take_step(task, model, optimizer, iter([batch]), config, accelerator, step, [], asked)
+        assert values[-2] == (0 if step == 0 else 1)
+        assert torch.isfinite(model.weight).all() and torch.equal(model.weight, before) == (step == 0)

@@ -1,0 +1,44 @@
+"""The progress bar: drawn on a terminal, silent elsewhere."""
+
+from diffdiscover3d.utils.progress import Stages
+
+
+def work(**options):
+    with Stages(total=6, **options) as stages:
+        for number in range(2):
+            stages.begin_case(f"scan {number + 1} of 2", 3)
+            stages.show("reading the scan", "loss 0.5")
+            stages.done()
+        return stages
+
+
+def test_silent_when_piped(capsys):
+    work()
+    work(enabled=False, force=True)
+    printed = capsys.readouterr()
+    assert printed.out == printed.err == ""
+
+
+def test_drawn_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    work(force=True)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "scan 2 of 2: reading the scan" in printed.err and "left" in printed.err and "loss 0.5" in printed.err
+
+
+def test_what_a_case_did_not_need_leaves_the_total():
+    stages = work(enabled=False)
+    (task,) = stages._bar.tasks
+    assert (task.completed, task.total) == (2, 4)  # two of the first case's three steps were never done
+
+
+def test_a_share_of_a_long_step(capfd):
+    with Stages(total=4, force=True) as stages:
+        stages.begin_case("scan 1 of 1", 4)
+        stages.done()
+        stages.within(3, 4, "window")
+        task = stages._bar.tasks[0]
+        assert task.completed == 1.75 and task.fields["figures"] == "window 3 of 4"
+        stages.done()
+        assert task.completed == 2

@@ -1,0 +1,139 @@
+"""From scans to pictures: the plan by its rules, and the whole of it on tiny scans."""
+
+import json
+import math
+from dataclasses import asdict
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from diffdiscover3d.errors import InputError, ModelError, OutputError
+from diffdiscover3d.hub.registry import load_discovery, load_teacher
+from diffdiscover3d.utils.files import write_json
+from diffdiscover3d.workflows import discover as module
+from diffdiscover3d.workflows import discover_plan as discovery_plan
+from diffdiscover3d.workflows.discover import discover
+from diffdiscover3d.workflows.discover_plan import PRESETS, describe_plan, make_plan, read_plan
+
+PLENTY = 2**40
+
+
+def plan(shapes, preset="standard", memory=PLENTY, **options):
+    return make_plan(shapes, [(1, 1, 2)] * len(shapes), [f"s{i}" for i in range(len(shapes))], preset=preset,
+                     memory_bytes=memory, **options)  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("shape", [(50, 50, 50), (512, 512, 40), (9, 8, 7), (320, 320, 36)])
+def test_grids_follow_the_scans(preset, shape):
+    found = plan([shape] * 5, preset)
+    grid, options = found.diffusion_grid, PRESETS[preset]
+    assert all(n % 8 == 0 and n >= 8 for n in grid)
+    assert math.prod(grid) <= 1.6 * max(options["grid"], 8) ** 3  # rounding to multiples of 8 included
+    if found.working_grid is None:
+        assert math.prod(shape) <= options["volume"] ** 3
+    else:
+        ratios = np.array(found.working_grid) / shape
+        assert ratios.max() / ratios.min() < 1.1 and math.prod(found.working_grid) <= 1.1 * options["volume"] ** 3
+    assert found.diffusion_steps == options["diffusion"]
+    assert [len(steps) for steps in found.discovery_steps] == [2, 1, 1]
+    assert sum(map(sum, found.discovery_steps)) == options["first"] + options["rounds"] * (1_000 + 400 + 400)
+
+
+def test_mixed_shapes_get_the_median_grid():
+    found = plan([(40, 50, 30), (42, 52, 32), (60, 70, 50)])
+    assert found.median_shape == found.working_grid == (42, 52, 32) and found.median_spacing_mm == (1, 1, 2)
+    assert "3 scans, typically 42×52×32 voxels of 1×1×2 mm" in describe_plan(found)
+
+
+def test_little_memory_shrinks_batch_then_grid():
+    plenty, some, little = (plan([(64, 64, 64)] * 8, memory=m) for m in (PLENTY, 3 * 2**30, 2**29))
+    assert plenty.batch_size == 4 and some.batch_size < 4 and little.batch_size == 1
+    assert some.diffusion_grid == plenty.diffusion_grid > little.diffusion_grid
+    assert math.prod(little.diffusion_grid) * discovery_plan._BYTES_PER_VOXEL <= 2**28
+    assert plan([(64, 64, 64)]).batch_size == 1  # no more than there are scans
+
+
+def test_a_plan_of_another_recipe_is_not_gone_on_with(tmp_path):
+    found = plan([(20, 20, 20)])
+    write_json(tmp_path / "plan.json", asdict(found))
+    assert read_plan(tmp_path / "plan.json") == found
+    for values in ({**asdict(found), "recipe": "0" * 64}, {k: v for k, v in asdict(found).items() if k != "recipe"}):
+        write_json(tmp_path / "plan.json", values)
+        with pytest.raises(ModelError, match="another version of diffdiscover3d"):
+            read_plan(tmp_path / "plan.json")
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match="preset"):
+        plan([(8, 8, 8)], "slow")
+    with pytest.raises(ValueError, match="levels"):
+        plan([(8, 8, 8)], levels=4)
+
+
+@pytest.fixture
+def scans(tmp_path, make_nifti):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        values = rng.normal(0, 0.1, (18, 16, 14 + i)).astype(np.float32)
+        values[4:12, 4:11, 3:10] += 1
+        make_nifti(tmp_path / "in" / f"s{i}.nii.gz", values)
+    return tmp_path / "in"
+
+
+def test_folder_without_a_readable_scan(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.nii.gz").write_bytes(b"<html>")
+    errors = []
+    with pytest.raises(InputError, match="none of its scans"):
+        discover(tmp_path / "in", tmp_path / "out", on_error=errors.append)
+    assert len(errors) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_from_scans_to_pictures_and_resumed(scans, tmp_path, monkeypatch, make_nifti):
+    monkeypatch.setitem(PRESETS, "quick", {**PRESETS["quick"], "grid": 16, "diffusion": 3, "first": 2, "rounds": 0.005})
+    out, lines = tmp_path / "out", []
+    options = {"preset": "quick", "levels": 2, "device": "cpu", "tell": lines.append}
+    real, stages = module._train, []
+
+    def stop_before_level_2(training, *rest):
+        stages.append(training.folder.name)
+        if training.folder.name in ("level1-step1-start2", "level2") and stages.count(training.folder.name) == 1:
+            raise KeyboardInterrupt
+        real(training, *rest)
+
+    monkeypatch.setattr(module, "_train", stop_before_level_2)
+    with pytest.raises(KeyboardInterrupt):
+        discover(scans, out, **options)
+    with pytest.raises(OutputError, match="--resume"):
+        discover(scans, out, **options)
+    starts = ["diffusion", "level1-step1", "level1-step1-start2"]
+    assert stages == starts
+    with pytest.raises(KeyboardInterrupt):
+        discover(scans, out, resume=True, **options)
+    assert stages == [*starts, *starts, "level1", "level2"] and not (out / "model").exists()
+    finished = (out / "training" / "level1" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    results = discover(scans, out, resume=True, **options)
+    assert finished == (out / "training" / "level1" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    assert len(results) == 3 and [list(r.levels) for r in results] == [[1, 2]] * 3
+    assert (out / "index.html").read_text().count("_report.html") == 3
+    working = json.loads((out / "model" / "discovery" / "working_grid.json").read_text())["grid"]
+    assert tuple(working) == read_plan(out / "plan.json").working_grid == (18, 16, 15)
+    assert any(line.startswith("Step 4 of 4") for line in lines)
+    assert sum(line.startswith("Of 2 starts level1-step1") for line in lines) == 2
+    for folder in (*starts, "level1", "level2"):
+        assert (out / "training" / folder / "losses.png").exists()
+    assert sorted(p.name for p in (out / "model").iterdir()) == ["diffusion", "discovery"]
+    assert not list((out / "model").rglob("checkpoints"))
+    # one network with both levels, nested: every fine part lies in the coarse one that it divides
+    coarse, fine = load_discovery(str(out / "model")).levels
+    assert (coarse.config.num_parts, fine.config.num_parts) == (2, 4)
+    one, two = (np.asarray(nib.load(results[0].levels[level].labels).dataobj) for level in (1, 2))
+    # interpolated from the working grid, the borders of both levels may differ by some voxels
+    assert np.mean(np.array(fine.parents)[two] == one) > 0.9
+    load_teacher(str(out / "model"))
+    make_nifti(scans / "new.nii.gz", np.random.default_rng(5).normal(size=(9, 8, 7)).astype(np.float32))
+    with pytest.raises(ModelError, match="other scans"):
+        discover(scans, out, resume=True, **options)
