@@ -16,7 +16,8 @@ from pathlib import Path
 
 from calibrate import PUBLISHED as PUBLISHED_RIVALS
 
-from diffdiscover3d.evaluation.paper_tables import METHODS, Benchmark, Cell, summarize
+from diffdiscover3d.evaluation.paper_methods import METHODS
+from diffdiscover3d.evaluation.paper_tables import Benchmark, Cell, summarize
 from diffdiscover3d.reporting.score_tables import format_table, plot_table
 from diffdiscover3d.utils.files import atomic_file, read_json, write_json
 

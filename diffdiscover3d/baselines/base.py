@@ -1,12 +1,15 @@
 """The interface of every baseline."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
+from torch import nn
+
+from diffdiscover3d.baselines.fitting import Schedule, train_network
 
 
 class Baseline(Protocol):
@@ -32,6 +35,10 @@ class TrainedBaseline:
         device: for the network.
         **overrides: fields of the preset to replace.
 
+    Attributes:
+        config: the hyper-parameters.
+        training_seconds: of all trainings behind the present networks, those of earlier runs included.
+
     Raises:
         ValueError: for an unknown preset.
     """
@@ -51,6 +58,7 @@ class TrainedBaseline:
             raise ValueError(f"`preset` must be one of {tuple(self.presets)}, got {preset!r}.")
         self.num_parts, self.seed, self.device = num_parts, seed, torch.device(device)
         self.config = dataclasses.replace(self.presets[preset], **overrides)
+        self.training_seconds = 0.0
 
     def fit(self, volumes: Sequence[dict], folder: Path | None = None) -> None:
         """Train on volumes.
@@ -69,9 +77,21 @@ class TrainedBaseline:
 
     def settings(self) -> dict:
         """The hyper-parameters as JSON values."""
-        return dataclasses.asdict(self.config)
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self.config).items()}
 
-    def seeded(self, make):
+    def train(
+        self,
+        network: nn.Module,
+        loss: Callable[[int], torch.Tensor],
+        schedule: Schedule,
+        folder: Path | None,
+        settings: dict | None = None,
+    ) -> None:
+        """[`train_network`] with the baseline's seed and settings; adds up the seconds."""
+        settings = {**self.settings(), **(settings or {})}
+        self.training_seconds += train_network(network, loss, schedule, folder, self.seed, settings)
+
+    def seeded(self, make: Callable[[], Any]) -> Any:
         """Call `make` with the global random state seeded by the baseline's seed, and restore that state."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffdiscover3d.baselines.base import TrainedBaseline, place
-from diffdiscover3d.baselines.fitting import Schedule, train_network
+from diffdiscover3d.baselines.fitting import Schedule
 from diffdiscover3d.baselines.supervision import HIDDEN, best_numbering_loss, class_weights, sparse_cross_entropy
 from diffdiscover3d.data.transforms import pad_to_multiple
 
@@ -76,8 +76,8 @@ class Cicek(TrainedBaseline):
             return best_numbering_loss(lambda y: sparse_cross_entropy(logits, y, weights), labels, self.num_parts)
 
         schedule = Schedule(c.steps, c.learning_rate, decay="cosine")
-        settings = {**self.settings(), "class_weights": [round(w, 6) for w in weights.tolist()]}
-        train_network(network, loss, schedule, place(folder, f"cicek-{self.num_parts}"), self.seed, settings)
+        settings = {"class_weights": [round(w, 6) for w in weights.tolist()]}
+        self.train(network, loss, schedule, place(folder, f"cicek-{self.num_parts}"), settings)
         self.network = network
 
     def predict(self, volume: torch.Tensor) -> np.ndarray:

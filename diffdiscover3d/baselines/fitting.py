@@ -60,7 +60,7 @@ def train_network(
     seed: int,
     settings: dict | None = None,
     checkpoint_seconds: float = 60.0,
-) -> None:
+) -> float:
     """Minimise a loss; with a folder, continue from the newest checkpoint in it.
 
     The global random state is seeded before every step by `seed` and the step's number and restored afterwards, so a
@@ -75,6 +75,9 @@ def train_network(
         settings: JSON values that a checkpoint must have been written with.
         checkpoint_seconds: time between two checkpoints. The last step is always saved.
 
+    Returns:
+        Seconds that the training took, in this run and in those it continues.
+
     Raises:
         ModelError: if the loss is not finite, or the folder's checkpoint was made with other settings or is damaged.
     """
@@ -83,10 +86,10 @@ def train_network(
         parameters, schedule.learning_rate, weight_decay=schedule.weight_decay, amsgrad=schedule.amsgrad
     )
     identity = {"schedule": asdict(schedule), "seed": seed, "settings": settings or {}}
-    start = _resume(network, optimizer, folder, identity)
+    start, before = _resume(network, optimizer, folder, identity)
     device = parameters[0].device.type
     network.train()
-    saved = time.monotonic()
+    saved = begun = time.monotonic()
     for step in range(start, schedule.steps):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
@@ -102,15 +105,19 @@ def train_network(
             nn.utils.clip_grad_norm_(parameters, schedule.clip)
         optimizer.step()
         if folder is not None and (step + 1 == schedule.steps or time.monotonic() - saved >= checkpoint_seconds):
-            _save(network, optimizer, folder, step + 1, identity)
             saved = time.monotonic()
+            _save(network, optimizer, folder, step + 1, {"identity": identity, "seconds": before + saved - begun})
     network.eval()
+    return before + (time.monotonic() - begun if start < schedule.steps else 0.0)
 
 
-def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, folder: Path | None, identity: dict) -> int:
+def _resume(
+    network: nn.Module, optimizer: torch.optim.Optimizer, folder: Path | None, identity: dict
+) -> tuple[int, float]:
+    """Load the newest checkpoint, if there is one; return its step and the seconds spent until then."""
     checkpoints = list_checkpoints(folder) if folder is not None else []
     if not checkpoints:
-        return 0
+        return 0, 0.0
     tensors, state = load_checkpoint(checkpoints[-1])
     if state.get("identity") != identity:
         raise ModelError(
@@ -121,12 +128,12 @@ def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, folder: Path |
     except RuntimeError as error:
         raise ModelError(f"{checkpoints[-1]}: does not fit the network ({error}); remove {folder}.") from error
     unpack_optimizer(optimizer, tensors["optimizer"])
-    return state["step"]
+    return state["step"], float(state["seconds"])
 
 
-def _save(network: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, step: int, identity: dict) -> None:
+def _save(network: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, step: int, state: dict) -> None:
     older = list_checkpoints(folder)
     tensors = {"model": network.state_dict(), "optimizer": pack_optimizer(optimizer)}
-    save_checkpoint(folder, step, tensors, {"identity": identity})
+    save_checkpoint(folder, step, tensors, state)
     for path in older:
         shutil.rmtree(path, ignore_errors=True)

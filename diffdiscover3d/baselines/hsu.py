@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffdiscover3d.baselines.base import TrainedBaseline, place
-from diffdiscover3d.baselines.fitting import Schedule, train_network
+from diffdiscover3d.baselines.fitting import Schedule
 from diffdiscover3d.baselines.patches import PatchEncoder, encode_volume
 from diffdiscover3d.baselines.poincare import Gyroplanes, ball, poincare_kmeans, wrapped_normal_log_density
 
@@ -124,7 +124,7 @@ class Hsu(TrainedBaseline):
             return bound + c.lambda_triplet * triplet
 
         schedule = Schedule(c.steps, c.learning_rate, amsgrad=True, clip=1e3)
-        train_network(network, loss, schedule, place(folder, "hsu"), self.seed, self.settings())
+        self.train(network, loss, schedule, place(folder, "hsu"))
         self.network = network
 
     def predict(self, volume: torch.Tensor) -> np.ndarray:

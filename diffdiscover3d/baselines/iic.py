@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffdiscover3d.baselines.base import TrainedBaseline, place
-from diffdiscover3d.baselines.fitting import Schedule, train_network
+from diffdiscover3d.baselines.fitting import Schedule
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class IIC(TrainedBaseline):
             return -shifted_mutual_information(first, second, c.max_shift)
 
         schedule = Schedule(c.steps, c.learning_rate)
-        train_network(network, loss, schedule, place(folder, f"iic-{self.num_parts}"), self.seed, self.settings())
+        self.train(network, loss, schedule, place(folder, f"iic-{self.num_parts}"))
         self.network = network
 
     def _copies(self, slices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from diffdiscover3d.baselines.base import TrainedBaseline, place
 from diffdiscover3d.baselines.cicek import draw_labelled, label_volume
-from diffdiscover3d.baselines.fitting import Schedule, train_network
+from diffdiscover3d.baselines.fitting import Schedule
 from diffdiscover3d.baselines.supervision import HIDDEN, best_numbering_loss
 
 _BLOCKS_DOWN, _BLOCKS_UP = (1, 2, 2, 4), (1, 1, 1)
@@ -118,7 +118,7 @@ class Jiang(TrainedBaseline):
 
         schedule = Schedule(c.steps, c.learning_rate, decay="poly", weight_decay=c.weight_decay)
         target = place(folder, f"jiang-{self.num_parts}")
-        train_network(network, loss, schedule, target, self.seed, self.settings())
+        self.train(network, loss, schedule, target)
         self.network = network
 
     def predict(self, volume: torch.Tensor) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import nn
 
 from diffdiscover3d.baselines.agglomeration import affinity_graph, initial_clusters, merge_clusters
 from diffdiscover3d.baselines.base import TrainedBaseline, place
-from diffdiscover3d.baselines.fitting import Schedule, train_network
+from diffdiscover3d.baselines.fitting import Schedule
 from diffdiscover3d.baselines.patches import PatchEncoder, draw_patches, encode_volume
 
 
@@ -121,7 +121,7 @@ class Jule(TrainedBaseline):
             return triplet_loss(a, p, n.reshape(*negatives.shape, -1), c.positive_weight, c.margin)
 
         schedule = Schedule(period * self._periods(), c.learning_rate)
-        train_network(network, loss, schedule, place(folder, "jule"), self.seed, self.settings())
+        self.train(network, loss, schedule, place(folder, "jule"))
         self.network = network
 
     def predict(self, volume: torch.Tensor) -> np.ndarray:

@@ -14,7 +14,7 @@ from sklearn.cluster import MiniBatchKMeans
 from torch import nn
 
 from diffdiscover3d.baselines.base import TrainedBaseline, place
-from diffdiscover3d.baselines.fitting import Schedule, train_network
+from diffdiscover3d.baselines.fitting import Schedule
 from diffdiscover3d.data.transforms import min_max_normalize
 from diffdiscover3d.errors import ModelError, NetworkError
 from diffdiscover3d.losses import photometric_invariance, region_consistency
@@ -224,8 +224,8 @@ class Med3DDiscovery(TrainedBaseline):
             )
 
         schedule = Schedule(c.steps, c.learning_rate)
-        settings = {**self.settings(), "features": _digest(self.features)}
-        train_network(network, loss, schedule, place(folder, f"med3d-{self.num_parts}"), self.seed, settings)
+        settings = {"features": _digest(self.features)}
+        self.train(network, loss, schedule, place(folder, f"med3d-{self.num_parts}"), settings)
         self.network = network
 
     def predict(self, volume: torch.Tensor) -> np.ndarray:

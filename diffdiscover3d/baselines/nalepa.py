@@ -11,7 +11,7 @@ from sklearn.cluster import KMeans
 from torch import nn
 
 from diffdiscover3d.baselines.base import TrainedBaseline, place
-from diffdiscover3d.baselines.fitting import Schedule, train_network
+from diffdiscover3d.baselines.fitting import Schedule
 from diffdiscover3d.baselines.patches import PatchEncoder, draw_patches, encode_volume
 
 
@@ -115,7 +115,7 @@ class Nalepa(TrainedBaseline):
             return F.mse_loss(autoencoder(x)[1], x)
 
         schedule = Schedule(c.pretraining_steps, c.learning_rate)
-        train_network(autoencoder, reconstruction, schedule, place(folder, "pretraining"), self.seed, self.settings())
+        self.train(autoencoder, reconstruction, schedule, place(folder, "pretraining"))
 
         latents = self._latents(autoencoder, patches)
         kmeans = KMeans(self.num_parts, n_init=3, random_state=self.seed).fit(latents.numpy())
@@ -138,7 +138,7 @@ class Nalepa(TrainedBaseline):
 
         schedule = Schedule(epoch * c.clustering_epochs, c.learning_rate)
         target = place(folder, f"clustering-{self.num_parts}")
-        train_network(network, clustering, schedule, target, self.seed, self.settings())
+        self.train(network, clustering, schedule, target)
         self.network = network
 
     def predict(self, volume: torch.Tensor) -> np.ndarray:

@@ -11,7 +11,7 @@ from torch import nn
 
 from diffdiscover3d.baselines.base import TrainedBaseline, place
 from diffdiscover3d.baselines.cicek import label_volume, make_unet
-from diffdiscover3d.baselines.fitting import Schedule, train_network
+from diffdiscover3d.baselines.fitting import Schedule
 from diffdiscover3d.baselines.supervision import HIDDEN, class_weights, sparse_cross_entropy
 from diffdiscover3d.data.transforms import pad_to_multiple
 from diffdiscover3d.errors import InputError
@@ -154,7 +154,7 @@ class Zhao(TrainedBaseline):
 
         schedule = Schedule(c.registration_steps, c.learning_rate)
         target = place(folder, "registration")
-        train_network(transforms.registration, loss, schedule, target, self.seed, self.settings())
+        self.train(transforms.registration, loss, schedule, target)
 
     def _learn_appearances(self, transforms: TransformNetworks, volumes, atlas, labels, folder) -> None:
         c = self.config
@@ -171,7 +171,7 @@ class Zhao(TrainedBaseline):
         transforms.registration.eval().requires_grad_(False)
         schedule = Schedule(c.appearance_steps, c.learning_rate)
         target = place(folder, f"appearance-{self.num_parts}")
-        train_network(transforms.appearance, loss, schedule, target, self.seed, self.settings())
+        self.train(transforms.appearance, loss, schedule, target)
 
     def _learn_to_segment(self, transforms: TransformNetworks, volumes, atlas, labels, number, folder) -> None:
         c = self.config
@@ -189,7 +189,7 @@ class Zhao(TrainedBaseline):
 
         schedule = Schedule(c.segmentation_steps, c.learning_rate, decay="cosine")
         target = place(folder, f"segmenter-{self.num_parts}")
-        train_network(network, loss, schedule, target, self.seed, self.settings())
+        self.train(network, loss, schedule, target)
         self.network = network
 
     @staticmethod

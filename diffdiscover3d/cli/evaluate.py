@@ -68,7 +68,7 @@ def benchmark(
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
 ) -> None:
     """Fill a table of the paper from nothing: train, score, write JSON, Markdown and PNG. Interrupted, it goes on."""
-    from diffdiscover3d.evaluation.paper_tables import TABLES
+    from diffdiscover3d.evaluation.paper_methods import TABLES
     from diffdiscover3d.evaluation.paper_tables import benchmark as run
     from diffdiscover3d.reporting.score_tables import format_table
 

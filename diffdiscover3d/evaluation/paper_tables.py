@@ -4,86 +4,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from diffdiscover3d.baselines.supervision import LimitedLabels
 from diffdiscover3d.data.datasets.synthetic import GENERATOR_VERSION, LEVEL_PARTS
 from diffdiscover3d.data.loading import load_volumes
 from diffdiscover3d.errors import InputError, ModelError
+from diffdiscover3d.evaluation.memory_use import PeakMemory
+from diffdiscover3d.evaluation.paper_methods import METHODS, Method, make_baseline, preset_of, published_dice
 from diffdiscover3d.evaluation.synthetic import score
 from diffdiscover3d.reporting.score_tables import plot_table, write_table
 from diffdiscover3d.training.fingerprints import weights_fingerprint
 from diffdiscover3d.training.recipes import RECIPES, Recipe, Training, diffusion_training, train_level
 from diffdiscover3d.utils.files import read_json, write_json
 from diffdiscover3d.utils.provenance import describe_environment, weights_sha256
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of a table.
-
-    Attributes:
-        title: what the table calls it.
-        baseline: makes a rival, `(num_parts, teacher, seed) -> Baseline`; `None` for a trained network.
-        options: what a trained network changes in the recipe.
-        as_written: take the recipe with the paper's equations instead; where there is none of this size, the recipe
-            has them itself.
-    """
-
-    title: str
-    baseline: Callable | None = None
-    options: dict = field(default_factory=dict)
-    needs_teacher: bool = True
-    as_written: bool = False
-
-
-def _kmeans(num_parts, teacher, seed):
-    from diffdiscover3d.baselines.kmeans import IntensityKMeans
-
-    return IntensityKMeans(num_parts, seed)
-
-
-def _bm4d(num_parts, teacher, seed):
-    from diffdiscover3d.baselines.bm4d_kmeans import BM4DKMeans
-
-    return BM4DKMeans(num_parts, seed)
-
-
-def _features(*stages: int) -> Callable:
-    def make(num_parts, teacher, seed):
-        from diffdiscover3d.baselines.features_kmeans import FeaturesKMeans
-
-        return FeaturesKMeans(num_parts, teacher, stages, seed=seed)
-
-    return make
-
-
-def _denoised(num_parts, teacher, seed):
-    from diffdiscover3d.baselines.denoised_kmeans import DenoisedKMeans
-
-    return DenoisedKMeans(num_parts, teacher, seed=seed)
-
-
-METHODS: dict[str, Method] = {
-    "k-means": Method("k-means", _kmeans, needs_teacher=False),
-    "bm4d-k-means": Method("BM4D + k-means", _bm4d, needs_teacher=False),
-    **{f"features-k-means-{s}": Method(f"features k-means, stage {s}", _features(s)) for s in (1, 2, 3)},
-    "features-k-means-all": Method("features k-means, all stages", _features(1, 2, 3)),
-    "denoised-k-means": Method("k-means on the clean prediction", _denoised),
-    "as-written": Method("Eq. 4 as written", as_written=True),
-    "ours": Method("ours"),
-    "no-visual": Method("ours, λv = 0", options={"lambda_visual": 0.0}),
-    "no-feature": Method("ours, λf = 0", options={"lambda_feature": 0.0}),
-    "no-invariance": Method("ours, λinv = 0", options={"lambda_invariance": 0.0}),
-    **{f"stage-{s}": Method(f"ours, stage {s}", options={"stages": (s,)}) for s in (1, 2, 3)},
-}
-TABLES: dict[int, tuple[str, ...]] = {
-    1: tuple(name for name in METHODS if not name.startswith("stage-")),
-    2: ("stage-1", "stage-2", "stage-3"),
-}
 
 
 @dataclass(frozen=True)
@@ -111,6 +49,8 @@ class Benchmark:
         overrides: options that replace the recipe's in every discovery training.
         diffusion_overrides: likewise in the diffusion training.
         run_training: called with the arguments of a training; default: run it in a process of its own.
+        med3d: file or Hub id of MedicalNet's weights, for the methods that use them.
+        device: for baselines.
     """
 
     def __init__(
@@ -122,12 +62,15 @@ class Benchmark:
         overrides: dict | None = None,
         diffusion_overrides: dict | None = None,
         run_training: Callable[[list[str]], None] | None = None,
+        med3d: str | None = None,
+        device: str = "cpu",
     ):
         if recipe not in RECIPES:
             raise ValueError(f"`recipe` must be one of {tuple(RECIPES)}, got {recipe!r}.")
         self.output, self.recipe, self.split, self.teacher = Path(output), recipe, split, teacher
         self.overrides, self.diffusion_overrides = overrides or {}, diffusion_overrides or {}
         self.run_training = run_training or run_in_process
+        self.med3d, self.device = med3d, device
         self.settings = {
             "recipe": recipe,
             "split": split,
@@ -151,23 +94,27 @@ class Benchmark:
                 raise ModelError(f"{path}: made with other settings ({row['settings']}); choose another --output.")
             return row
         commands, seconds = [], 0.0
-        if method.baseline is None:
-            folder, commands, seconds = self._train(cell, method)
-            predict, sources = _predictor(folder), {"network": weights_sha256(folder)}
-        else:
-            teacher = self._teacher(cell.variant) if method.needs_teacher else None
-            rival = method.baseline(LEVEL_PARTS[cell.level], teacher and _load_teacher(teacher), cell.seed)
-            rival.fit(load_volumes(f"synthetic-{cell.variant}", "train"))
-            predict, sources = rival.predict, {}
+        with PeakMemory() as memory:
+            if method.baseline is None:
+                folder, commands, seconds = self._train(cell, method)
+                predict, sources = _predictor(folder), {"network": weights_sha256(folder)}
+            else:
+                predict, seconds = self._fit(cell, method)
+                sources = {}
+            scores = score(predict, load_volumes(f"synthetic-{cell.variant}", self.split), cell.level)
         row = {
             "method": cell.method,
             "title": method.title,
+            "kind": method.kind,
+            "labels": method.labels,
             "variant": cell.variant,
             "level": cell.level,
             "parts": LEVEL_PARTS[cell.level],
             "seed": cell.seed,
-            **score(predict, load_volumes(f"synthetic-{cell.variant}", self.split), cell.level),
+            **scores,
+            "published": published_dice(cell.method, cell.variant, cell.level),
             "training_seconds": round(seconds, 1),
+            "peak_memory_mib": memory.peak_mib,
             "commands": commands,
             "weights_sha256": sources,
             "settings": settings,
@@ -177,9 +124,27 @@ class Benchmark:
         write_json(path, row)
         return row
 
+    def _fit(self, cell: Cell, method: Method) -> tuple[Callable, float]:
+        """Fit a baseline to the training volumes with the labels it is allowed; return what predicts, and seconds."""
+        teacher = _load_teacher(self._teacher(cell.variant)) if method.needs_teacher else None
+        baseline = make_baseline(
+            method, LEVEL_PARTS[cell.level], cell.seed, teacher, preset_of(self.recipe), self.device, self.med3d
+        )
+        true = load_volumes(f"synthetic-{cell.variant}", "train")
+        volumes = LimitedLabels(true, lambda i: true[i]["labels"][cell.level - 1], method.labels, cell.seed)
+        if not method.trained:
+            baseline.fit(volumes)
+            return baseline.predict, 0.0
+        baseline.fit(volumes, self.output / "models" / cell.variant / f"{cell.method}-seed{cell.seed}")
+        return baseline.predict, baseline.training_seconds
+
     def settings_of(self, method: Method) -> dict:
         """What a row must have been made with, so that figures of two recipes never stand in one table."""
         trained = {} if method.baseline else {"recipe_sha256": self._recipe(method).digest()}
+        if method.trained:
+            trained = {"preset": preset_of(self.recipe), "labels": method.labels}
+        if method.needs_med3d:
+            trained["med3d"] = self.med3d
         return {**self.settings, **trained, **(self._teacher_settings if method.needs_teacher else {})}
 
     @cached_property
@@ -274,7 +239,8 @@ def benchmark(
         **options: of [`Benchmark`].
 
     Returns:
-        `rows`, one for each method, variant, level and seed, and `summary` with the mean and the spread over seeds.
+        `rows`, one for each method, variant, level and seed; `summary` with the mean and the spread over seeds; and
+        `missing`, the methods left out because MedicalNet's weights are not given.
 
     Raises:
         InputError: for a method or variant that does not exist.
@@ -284,11 +250,13 @@ def benchmark(
     if unknown:
         raise InputError(f"unknown: {', '.join(unknown)}; methods are {', '.join(METHODS)}.")
     table = Benchmark(output, **options)
+    missing = [] if table.med3d else [name for name in methods if METHODS[name].needs_med3d]
     cells = [
         Cell(variant, method, level, seed)
         for seed in seeds
         for variant in variants
         for method in methods
+        if method not in missing
         for level in levels
     ]
     rows = []
@@ -296,7 +264,7 @@ def benchmark(
         rows.append(table.fill(cell))
         if report:
             report(rows[-1], number, len(cells))
-    result = {"settings": table.settings, "summary": summarize(rows), "rows": rows}
+    result = {"settings": table.settings, "summary": summarize(rows), "missing": missing, "rows": rows}
     write_json(table.output / "table.json", result)
     write_table(table.output / "table.md", result["summary"])
     plot_table(table.output / "table.png", result["summary"])
@@ -327,6 +295,11 @@ def summarize(rows: Iterable[dict]) -> list[dict]:
                 "dice_one_matching": float(one.mean()),
                 "seconds": float(np.mean([row["seconds"] for row in group])),
                 "training_seconds": float(np.mean([row["training_seconds"] for row in group])),
+                # rows of earlier versions lack these
+                "kind": group[0].get("kind"),
+                "labels": group[0].get("labels"),
+                "published": group[0].get("published"),
+                "peak_memory_mib": max((row.get("peak_memory_mib") or 0.0 for row in group), default=0.0) or None,
             }
         )
     return summary

@@ -8,11 +8,15 @@ from diffdiscover3d.utils.files import atomic_file
 _NOTE = "Mean Dice, parts matched in each volume; ±: spread over seeds; in brackets: one matching for all volumes."
 
 
+LABEL_AMOUNTS = {"none": "none", "slice": "2 % of voxels", "volume": "1 volume", "all": "all"}
+
+
 def format_table(summary: Sequence[dict]) -> str:
     """Markdown: a table for each variant, a row for each method, a column for each level.
 
     Args:
-        summary: rows with variant, title, level, seeds, dice, dice_spread and dice_one_matching.
+        summary: rows with variant, title, level, seeds, dice, dice_spread and dice_one_matching; where a row has them
+            also published, kind, labels, training_seconds and peak_memory_mib.
     """
     levels = sorted({row["level"] for row in summary})
     blocks = []
@@ -21,12 +25,15 @@ def format_table(summary: Sequence[dict]) -> str:
         lines = [
             f"**{variant}**",
             "",
-            "| method | " + " | ".join(f"level {level}" for level in levels) + " |",
-            "| --- |" + " --- |" * len(levels),
+            "| method | "
+            + " | ".join(f"level {level}" for level in levels)
+            + " | published | kind | labels | training (s) | memory (MiB) |",
+            "| --- |" + " --- |" * (len(levels) + 5),
         ]
         for title in dict.fromkeys(row["title"] for row in found):
             cells = {row["level"]: row for row in found if row["title"] == title}
-            lines.append(f"| {title} | " + " | ".join(_cell(cells.get(level)) for level in levels) + " |")
+            scores = " | ".join(_cell(cells.get(level)) for level in levels)
+            lines.append(f"| {title} | {scores} | {_details([cells.get(level) for level in levels])} |")
         blocks.append("\n".join(lines))
     return "\n\n".join([*blocks, _NOTE]) + "\n"
 
@@ -70,6 +77,22 @@ def plot_table(target: Path, summary: Sequence[dict]) -> None:
     with atomic_file(target) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
+
+
+def _details(rows: Sequence[dict | None]) -> str:
+    """Published figures, kind, labels, and the largest cost of a level."""
+    there = [row for row in rows if row is not None]
+    published = [f"{row['published']:.3f}" if row and row.get("published") is not None else "" for row in rows]
+    memory = max((row.get("peak_memory_mib") or 0 for row in there), default=0)
+    return " | ".join(
+        (
+            " / ".join(published) if any(published) else "",
+            there[0].get("kind") or "",
+            LABEL_AMOUNTS.get(there[0].get("labels"), ""),
+            f"{max(row.get('training_seconds') or 0 for row in there):.0f}",
+            f"{memory:.0f}" if memory else "",
+        )
+    )
 
 
 def _cell(row: dict | None) -> str:

@@ -3,7 +3,8 @@
 import pytest
 from tables import GROUPS, LEVELS, cells, collect, format_leads, leads, missing, take_over, write_page
 
-from diffdiscover3d.evaluation.paper_tables import METHODS, TABLES, Benchmark, Cell, summarize
+from diffdiscover3d.evaluation.paper_methods import METHODS, TABLES
+from diffdiscover3d.evaluation.paper_tables import Benchmark, Cell, summarize
 
 
 def row(method, level, dice, variant="regular", seed=0):
