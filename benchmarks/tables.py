@@ -29,11 +29,15 @@ RIVALS = (
     *(f"features-k-means-{s}" for s in (1, 2, 3, "all")),
     "denoised-k-means",
 )
+# methods of other papers; Med3D's are made where MedicalNet's weights are given
+LABEL_FREE = ("nalepa", "iic", "jule", "hsu", "med3d-k-means", "med3d")
+LABELLED = ("cicek", "zhao", "jiang")
 ABLATIONS = ("no-visual", "no-feature", "no-invariance", "as-written")
 STAGES = ("stage-1", "stage-2", "stage-3")
 # table: (methods, variants, seeds), the quick ones first
 GROUPS = (
     (1, RIVALS, BOTH, (0,)),
+    (1, LABEL_FREE + LABELLED, BOTH, (0,)),
     (1, ("ours",), BOTH, (0, 1, 2)),
     (1, ABLATIONS, ("regular",), (0,)),
     (2, STAGES, ("regular",), (0,)),
@@ -63,7 +67,7 @@ def collect(table: Benchmark, fill: bool) -> dict[int, list[dict]]:
     for group in GROUPS:
         for cell in cells(group):
             path = table.output / "cells" / f"{cell.name}.json"
-            if not fill and not path.exists():
+            if not path.exists() and (not fill or (METHODS[cell.method].needs_med3d and not table.med3d)):
                 continue
             row = table.fill(cell)
             print(f"{cell.name}: {row['dice']:.3f}", flush=True)
@@ -91,7 +95,7 @@ def missing(rows: dict[int, list[dict]]) -> list[str]:
 def leads(summary: Sequence[dict]) -> list[dict]:
     """For each variant and level: ours, the best other row without labels, and the lead the paper has over BM4D."""
     found = []
-    rivals = {METHODS[name].title for name in (*RIVALS, "as-written")}
+    rivals = {METHODS[name].title for name in (*RIVALS, *LABEL_FREE, "as-written")}
     for variant in BOTH:
         for level in LEVELS:
             here = [row for row in summary if row["variant"] == variant and row["level"] == level]

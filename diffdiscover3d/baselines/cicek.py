@@ -23,6 +23,7 @@ class CicekConfig:
         crop: side of the cubes cut out for training; a multiple of the coarsest voxel.
         batch_size: cubes in a batch.
         steps, learning_rate: of Adam, its rate falling to zero.
+        bf16: train under bfloat16 autocast.
         max_gamma: intensities are raised to a power between 1 / max_gamma and max_gamma.
     """
 
@@ -31,6 +32,7 @@ class CicekConfig:
     batch_size: int = 1
     steps: int = 70_000
     learning_rate: float = 1e-3
+    bf16: bool = False
     max_gamma: float = 1.5
 
 
@@ -61,7 +63,9 @@ class Cicek(TrainedBaseline):
     name = "Çiçek et al."
     presets = {  # noqa: RUF012
         "paper": CicekConfig(),
-        "small": CicekConfig(channels=(8, 16, 32, 64), crop=48, batch_size=2, steps=600, learning_rate=3e-3),
+        "small": CicekConfig(
+            channels=(8, 16, 32, 64), crop=48, batch_size=2, steps=1_000, learning_rate=3e-3, bf16=True
+        ),
     }
 
     def fit(self, volumes: Sequence[dict], folder: Path | None = None) -> None:
@@ -75,7 +79,7 @@ class Cicek(TrainedBaseline):
             logits = network(x)
             return best_numbering_loss(lambda y: sparse_cross_entropy(logits, y, weights), labels, self.num_parts)
 
-        schedule = Schedule(c.steps, c.learning_rate, decay="cosine")
+        schedule = Schedule(c.steps, c.learning_rate, decay="cosine", bf16=c.bf16)
         settings = {"class_weights": [round(w, 6) for w in weights.tolist()]}
         self.train(network, loss, schedule, place(folder, f"cicek-{self.num_parts}"), settings)
         self.network = network

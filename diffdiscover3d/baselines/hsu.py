@@ -102,7 +102,7 @@ class Hsu(TrainedBaseline):
             channels=(16, 32, 64),
             paddings=(0, 0, 0),
             hidden=64,
-            batch_size=64,
+            batch_size=32,
             steps=3_000,
             learning_rate=5e-4,
         ),

@@ -103,8 +103,8 @@ class IIC(TrainedBaseline):
             channels=(16, 32, None, 64, 64),
             dilations=(1, 1, 1, 2),
             heads_alternate=20,
-            batch_size=24,
-            steps=800,
+            batch_size=16,
+            steps=500,
             learning_rate=1e-3,
         ),
     }

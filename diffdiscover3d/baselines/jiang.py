@@ -26,6 +26,7 @@ class JiangConfig:
         crop: side of the cubes cut out for training, a multiple of 8.
         batch_size: cubes in a batch.
         steps, learning_rate, weight_decay: of Adam, its rate falling to zero with power 0.9.
+        bf16: train under bfloat16 autocast.
         max_gamma: as for [`CicekConfig`].
     """
 
@@ -35,6 +36,7 @@ class JiangConfig:
     steps: int = 135_000
     learning_rate: float = 1e-4
     weight_decay: float = 1e-5
+    bf16: bool = False
     max_gamma: float = 1.2
 
 
@@ -101,7 +103,7 @@ class Jiang(TrainedBaseline):
     name = "Jiang et al."
     presets = {  # noqa: RUF012
         "paper": JiangConfig(),
-        "small": JiangConfig(widths=(8, 8), crop=32, batch_size=2, steps=500, learning_rate=2e-3),
+        "small": JiangConfig(widths=(8, 8), crop=48, batch_size=1, steps=500, learning_rate=2e-3, bf16=True),
     }
 
     def fit(self, volumes: Sequence[dict], folder: Path | None = None) -> None:
@@ -116,7 +118,7 @@ class Jiang(TrainedBaseline):
                 lambda y: sum(soft_dice_losses(logits, y) for logits in outputs), labels, self.num_parts
             )
 
-        schedule = Schedule(c.steps, c.learning_rate, decay="poly", weight_decay=c.weight_decay)
+        schedule = Schedule(c.steps, c.learning_rate, decay="poly", weight_decay=c.weight_decay, bf16=c.bf16)
         target = place(folder, f"jiang-{self.num_parts}")
         self.train(network, loss, schedule, target)
         self.network = network

@@ -30,6 +30,7 @@ class ZhaoConfig:
         lambda_flow: weight of the flow's squared gradient.
         lambda_appearance: weight of the gradient of the change of appearance within parts.
         squarings: by which a velocity is integrated to a flow.
+        bf16: run the three U-Nets, not the losses, under bfloat16 autocast.
     """
 
     channels: tuple[int, ...] = (16, 32, 32, 32)
@@ -42,6 +43,7 @@ class ZhaoConfig:
     lambda_flow: float = 1.0
     lambda_appearance: float = 0.02
     squarings: int = 5
+    bf16: bool = False
 
 
 class TransformNetworks(nn.Module):
@@ -51,7 +53,7 @@ class TransformNetworks(nn.Module):
         super().__init__()
         from monai.networks.blocks import DVF2DDF, Warp
 
-        self.stride = 2 ** (len(config.channels) - 1)
+        self.stride, self.bf16 = 2 ** (len(config.channels) - 1), config.bf16
         self.registration = make_unet(config.channels, 2, 3)
         self.appearance = make_unet(config.channels, 2, 1)
         self.integrate = DVF2DDF(num_steps=config.squarings, mode="bilinear", padding_mode="border")
@@ -73,7 +75,8 @@ class TransformNetworks(nn.Module):
     def _run(self, network: nn.Module, atlas: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         h, w, d = other.shape[2:]
         both = torch.cat([atlas.expand_as(other), other], dim=1)
-        return network(pad_to_multiple(both, self.stride))[..., :h, :w, :d].float()
+        with torch.autocast(both.device.type, torch.bfloat16, enabled=self.bf16):
+            return network(pad_to_multiple(both, self.stride))[..., :h, :w, :d].float()
 
 
 def gradient_penalty(field: torch.Tensor, keep: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
@@ -108,10 +111,11 @@ class Zhao(TrainedBaseline):
         "small": ZhaoConfig(
             channels=(8, 16, 32, 32),
             batch_size=1,
-            registration_steps=400,
-            appearance_steps=300,
+            registration_steps=300,
+            appearance_steps=200,
             segmentation_steps=500,
             learning_rate=2e-3,
+            bf16=True,
         ),
     }
 
@@ -184,7 +188,8 @@ class Zhao(TrainedBaseline):
             with torch.no_grad():
                 x, y = self.synthesize(transforms, atlas, labels, self._draw(volumes), self._draw(volumes))
                 x = pad_to_multiple(x, transforms.stride)
-            logits = network(x)[..., : grid[0], : grid[1], : grid[2]]
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=c.bf16):
+                logits = network(x)[..., : grid[0], : grid[1], : grid[2]]
             return sparse_cross_entropy(logits, y, weights).mean()
 
         schedule = Schedule(c.segmentation_steps, c.learning_rate, decay="cosine")
