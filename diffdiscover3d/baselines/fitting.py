@@ -86,10 +86,11 @@ def train_network(
         parameters, schedule.learning_rate, weight_decay=schedule.weight_decay, amsgrad=schedule.amsgrad
     )
     identity = {"schedule": asdict(schedule), "seed": seed, "settings": settings or {}}
-    start, before = _resume(network, optimizer, folder, identity)
+    start, seconds = _resume(network, optimizer, folder, identity)
     device = parameters[0].device.type
     network.train()
-    saved = begun = time.monotonic()
+    saved = time.monotonic()
+    begun = saved - seconds
     for step in range(start, schedule.steps):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step)
@@ -104,11 +105,12 @@ def train_network(
         if schedule.clip is not None:
             nn.utils.clip_grad_norm_(parameters, schedule.clip)
         optimizer.step()
+        seconds = time.monotonic() - begun
         if folder is not None and (step + 1 == schedule.steps or time.monotonic() - saved >= checkpoint_seconds):
+            _save(network, optimizer, folder, step + 1, {"identity": identity, "seconds": seconds})
             saved = time.monotonic()
-            _save(network, optimizer, folder, step + 1, {"identity": identity, "seconds": before + saved - begun})
     network.eval()
-    return before + (time.monotonic() - begun if start < schedule.steps else 0.0)
+    return seconds
 
 
 def _resume(

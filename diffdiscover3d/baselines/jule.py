@@ -113,7 +113,7 @@ class Jule(TrainedBaseline):
 
         def loss(step: int) -> torch.Tensor:
             if step % period == 0:
-                self._recluster(network, patches)
+                self._recluster(network, patches, step // period == self._periods() - 1)
             anchors, positives, negatives = self._draw_triplets(network.clusters.cpu(), network.others.cpu())
             rows = torch.cat([anchors, positives, negatives.flatten()])
             features = network(patches[rows].to(self.device))
@@ -138,8 +138,8 @@ class Jule(TrainedBaseline):
         return periods
 
     @torch.no_grad()
-    def _recluster(self, network: JuleNetwork, patches: torch.Tensor) -> None:
-        """One period of merging; the first clustering joins nearest neighbours only."""
+    def _recluster(self, network: JuleNetwork, patches: torch.Tensor, last: bool) -> None:
+        """One period of merging: the first only joins nearest neighbours, the last merges to the final number."""
         network.eval()
         features = torch.cat([network(x.to(self.device)).cpu() for x in patches.split(500)]).numpy()
         network.train()
@@ -149,7 +149,8 @@ class Jule(TrainedBaseline):
             clusters = initial_clusters(features)
         else:
             count = clusters.max() + 1
-            wanted = max(self.config.final_clusters, round(count * (1 - self.config.unrolling)))
+            wanted = 0 if last else round(count * (1 - self.config.unrolling))
+            wanted = max(self.config.final_clusters, wanted)
             clusters = merge_clusters(graph, clusters, min(count, wanted))
         network.clusters.copy_(torch.from_numpy(clusters))
         network.others.copy_(torch.from_numpy(nearest_clusters(features, clusters, self.config.negatives)[clusters]))
