@@ -1,6 +1,6 @@
 """Unsupervised discovery of nested structures in 3D volumes with diffusion features.
 
-Names are imported when they are first used, so `import diffdiscover3d` is immediate.
+Public names are imported on first access, so `import diffdiscover3d` is fast.
 """
 
 import importlib
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "UNet3DModel": "models.unet_3d",
     "UNET_PRESETS": "models.unet_3d",
     "StructureDiscoveryModel": "models.structure_discovery",
@@ -27,7 +27,7 @@ _HOMES = {
     "evaluate": "evaluation.synthetic",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_MODULES]
 
 if TYPE_CHECKING:
     from diffdiscover3d.data.datasets.hf_datasets import load_dataset
@@ -47,9 +47,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -1,22 +1,22 @@
-"""The few exceptions users meet. Each carries the exit code the command line ends with."""
+"""Exceptions raised by this package, each with the exit code of the command line."""
 
 import sys
 
 
 class DiffDiscoverError(Exception):
-    """Base of all errors this package raises on purpose: one line with what, where and the remedy."""
+    """Base class of this package's errors. The message is one line with the problem, its location and a remedy."""
 
     exit_code = 1
 
 
 class InputError(DiffDiscoverError, ValueError):
-    """An input file or array cannot be used: missing, damaged, not a 3D volume, without contrast."""
+    """An input file or array cannot be used: missing, damaged, not a 3D volume or without contrast."""
 
     exit_code = 3
 
 
 class OutputError(DiffDiscoverError, OSError):
-    """An output cannot be written: it exists already, the folder is read-only, the disk is full."""
+    """An output cannot be written: it already exists, the folder is read-only or the disk is full."""
 
     exit_code = 4
 
@@ -34,7 +34,7 @@ class NetworkError(DiffDiscoverError, OSError):
 
 
 class MemoryLimitError(DiffDiscoverError, MemoryError):
-    """The work does not fit into this machine's memory."""
+    """The operation needs more memory than this machine has free."""
 
     exit_code = 7
 
@@ -43,19 +43,19 @@ OUT_OF_MEMORY = "out of memory; resample the volume or use a larger machine."
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; on the CPU torch raises a bare RuntimeError then."""
+    """Whether an error is an out-of-memory error; on the CPU, torch raises a plain RuntimeError."""
     if isinstance(error, MemoryError | _torch_out_of_memory()):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def reportable_errors() -> tuple[type[BaseException], ...]:
-    """What the command lines answer with one line: this package's errors, bad values, the disk and the memory."""
+def expected_errors() -> tuple[type[BaseException], ...]:
+    """Error types that the command line reports in one line: package, value, file system and out-of-memory errors."""
     return (DiffDiscoverError, ValueError, OSError, MemoryError, _torch_out_of_memory())
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code of any of [`reportable_errors`]."""
+    """The exit code of an error of one of the [`expected_errors`] types."""
     if isinstance(error, DiffDiscoverError):
         return error.exit_code
     if isinstance(error, MemoryError | _torch_out_of_memory()):
@@ -64,5 +64,5 @@ def exit_code(error: BaseException) -> int:
 
 
 def _torch_out_of_memory() -> type[BaseException]:
-    """torch's error for a full device, without importing torch where nothing else has."""
+    """torch's out-of-memory error, or MemoryError if torch has not been imported."""
     return sys.modules["torch"].OutOfMemoryError if "torch" in sys.modules else MemoryError

@@ -4,11 +4,11 @@ With M the masks, h a representation of the volume and z_k the mean of h in part
 
     C(h) = 1/N sum_k sum_u M_ku |z_k - h_u|^2 = 1/N (sum_u |h_u|^2 - sum_k |sum_u M_ku h_u|^2 / m_k),  m_k = sum_u M_ku
 
-because the masks sum to one. Features live on a coarse grid f and reach the voxels by a linear interpolation, h = U f.
-So sum_u M_ku h_u = f (U^T M_k): the adjoint of the interpolation is applied to the K masks, and never the
-interpolation to the channels. U is one small matrix per axis, which makes U^T M_k and U^T U f three small matrix
-products each. C does not change when a constant is added to h; the channel means are subtracted first, or the
-difference above would cancel badly in float32.
+because the masks sum to one. The features f are defined on a coarse grid and interpolated linearly to the voxels,
+h = U f. Hence sum_u M_ku h_u = f (U^T M_k): instead of upsampling all channels, the adjoint of the interpolation is
+applied to the K masks. U is separable into one small matrix per axis, so U^T M_k and U^T U f are three small matrix
+products each. C is invariant to adding a constant to h; the channel means are subtracted first to avoid cancellation in
+float32.
 """
 
 import functools
@@ -28,23 +28,24 @@ def region_consistency(
 
     Args:
         masks: (B, K, H, W, D) soft parts, summing to 1 over K.
-        features: (B, C, h, w, d) on any grid, usually a coarser one, interpolated linearly with corners aligned; or
-            several of them, which count as their concatenation.
-        extent: the grid of voxels the features span, where it exceeds that of the masks at the far ends (volumes
-            padded by the UNet); default: the masks' own.
-        relative: divide by the variance of the whole volume, so that the result is the share of variance the parts
-            leave unexplained, in [0, 1]; several features are then averaged.
-        within: (B, P, H, W, D) coarser parts which the masks divide further. What these leave unexplained takes the
-            place of the variance of the whole volume; only with `relative`.
+        features: (B, C, h, w, d) on any grid, usually a coarser one, interpolated linearly with aligned corners. A
+            sequence of feature maps is treated as their concatenation.
+        extent: voxel grid spanned by the features. It may exceed the grid of the masks at the far ends if the UNet
+            padded the volume. Default: the grid of the masks.
+        relative: divide by the variance of the whole volume, so that the result is the fraction of variance not
+            explained by the parts, in [0, 1]. With several feature maps, the fractions are averaged.
+        within: (B, P, H, W, D) coarser parts that the masks subdivide. The variance within these parts replaces the
+            variance of the whole volume as the divisor. Requires `relative`.
 
     Returns:
         Scalar, averaged over the batch; float32, or float64 for float64 masks.
 
     Raises:
-        ValueError: if batch sizes differ, the extent is smaller than the masks' grid, or `within` is not relative.
+        ValueError: if batch sizes differ, the extent is smaller than the masks' grid, or `within` is given without
+            `relative`.
     """
     if within is not None and not relative:
-        raise ValueError("`within` is given and `relative` is False; coarser parts only matter to the relative loss.")
+        raise ValueError("`within` is given and `relative` is False; coarser parts affect only the relative loss.")
     if isinstance(features, torch.Tensor):
         features = (features,)
     if not features:
@@ -64,7 +65,7 @@ def region_consistency(
 
 
 def photometric_invariance(masks: torch.Tensor, masks_changed: torch.Tensor) -> torch.Tensor:
-    """Soft Dice distance between the parts of a volume and of its photometric change (Eq. 8).
+    """Soft Dice distance between the parts of a volume and of its photometrically changed copy (Eq. 8).
 
     Args:
         masks, masks_changed: (B, K, H, W, D) soft parts.
@@ -73,7 +74,9 @@ def photometric_invariance(masks: torch.Tensor, masks_changed: torch.Tensor) -> 
         Scalar in [0, 1], averaged over the batch.
     """
     if masks.shape != masks_changed.shape:
-        raise ValueError(f"both must have one shape, got {tuple(masks.shape)} and {tuple(masks_changed.shape)}.")
+        raise ValueError(
+            f"the masks must have the same shape, got {tuple(masks.shape)} and {tuple(masks_changed.shape)}."
+        )
     a, b = masks.flatten(1).float(), masks_changed.flatten(1).float()
     return (1 - 2 * (a * b).sum(dim=1) / (a.square().sum(dim=1) + b.square().sum(dim=1))).mean()
 
@@ -82,14 +85,14 @@ def photometric_invariance(masks: torch.Tensor, masks_changed: torch.Tensor) -> 
 def interpolation_matrix(
     coarse: int, extent: int, fine: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Linear interpolation along one axis with corners aligned, as a matrix.
+    """Linear interpolation along one axis with aligned corners, as a matrix.
 
-    Kept between calls, which a training makes with the same sizes at every step; must not be changed in place.
+    The result is cached because training uses the same sizes at every step; do not modify it in place.
 
     Returns:
-        (fine, coarse): row i holds the weights of voxel i, of the first `fine` of `extent` voxels, on the coarse grid.
+        (fine, coarse): row i holds the weights of voxel i on the coarse grid, for the first `fine` of `extent` voxels.
     """
-    with torch.inference_mode(False):  # a tensor made in that mode would be of no use to a later training
+    with torch.inference_mode(False):  # an inference tensor could not be used in later training
         if coarse == 1:
             return torch.ones(fine, 1, dtype=dtype, device=device)
         position = torch.arange(fine, dtype=torch.float64) * ((coarse - 1) / (extent - 1))
@@ -98,13 +101,13 @@ def interpolation_matrix(
 
 
 def _consistency(masks, features, extent, relative, within) -> torch.Tensor:
-    """Eq. 5 for one feature map, for each volume of the batch: (B,)."""
+    """Eq. 5 of one feature map for each volume of the batch: (B,)."""
     grid, coarse = masks.shape[2:], features.shape[2:]
     if features.ndim != 5 or features.shape[0] != masks.shape[0]:
         raise ValueError(
             f"`features` must be (batch, channel, h, w, d) for {masks.shape[0]} volumes, got {tuple(features.shape)}."
         )
-    level = features.square().mean(dim=(2, 3, 4)).sum(dim=1)
+    power = features.square().mean(dim=(2, 3, 4)).sum(dim=1)
     features = features - features.mean(dim=(2, 3, 4), keepdim=True)
     voxels = grid[0] * grid[1] * grid[2]
     matrices = None
@@ -123,13 +126,13 @@ def _consistency(masks, features, extent, relative, within) -> torch.Tensor:
         variance = energy - voxels * mean.square().sum(dim=1)
     else:
         variance = energy - _explained(within, features, matrices)[1]
-    # features without variance leave nothing to explain; what rounding makes of that must not be divided by
-    rounding = (4 * torch.finfo(variance.dtype).eps) ** 2 * voxels * level
+    # constant features have zero variance: avoid dividing by rounding error
+    rounding = (4 * torch.finfo(variance.dtype).eps) ** 2 * voxels * power
     return unexplained / torch.maximum(variance, rounding).clamp(min=torch.finfo(variance.dtype).tiny)
 
 
 def _explained(masks, features, matrices) -> tuple[torch.Tensor, torch.Tensor]:
-    """sum_u M_ku h_u for every channel and part, (B, C, K), and sum_k |sum_u M_ku h_u|^2 / m_k, (B,)."""
+    """sum_u M_ku h_u for every channel and part, shape (B, C, K), and sum_k |sum_u M_ku h_u|^2 / m_k, shape (B,)."""
     on_coarse = masks if matrices is None else _apply_along_axes(masks, matrices)  # U^T M
     sums = features.flatten(2) @ on_coarse.flatten(2).transpose(1, 2)
     sizes = masks.sum(dim=(2, 3, 4)).clamp(min=torch.finfo(masks.dtype).tiny)

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from diffdiscover3d.errors import MemoryLimitError, exit_code, is_out_of_memory, reportable_errors
+from diffdiscover3d.errors import MemoryLimitError, exit_code, expected_errors, is_out_of_memory
 from diffdiscover3d.training.config import (
     DiffusionConfig,
     DiscoveryConfig,
@@ -17,26 +17,26 @@ from diffdiscover3d.training.config import (
 from diffdiscover3d.utils.files import check_folder
 from diffdiscover3d.utils.signals import end_children, interrupt_on_termination
 
-_STAGES = {"diffusion": DiffusionConfig, "discovery": DiscoveryConfig}
+_PHASES = {"diffusion": DiffusionConfig, "discovery": DiscoveryConfig}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser; every field of the two configs is an option."""
+    """Build the argument parser: one subcommand per phase, one option per config field."""
     parser = argparse.ArgumentParser(prog="diffdiscover3d.train", description=__doc__)
-    stages = parser.add_subparsers(dest="stage", required=True)
-    for name, kind in _STAGES.items():
-        stage = stages.add_parser(name, help=kind.__doc__.splitlines()[0], description=kind.__doc__)
-        stage.add_argument("--config", help="JSON or YAML file of options; options given here go before it")
-        stage.add_argument("--quiet", action="store_true", help="log nothing but warnings")
-        stage.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        add_options(stage, kind)
+    phases = parser.add_subparsers(dest="phase", required=True)
+    for name, kind in _PHASES.items():
+        phase = phases.add_parser(name, help=kind.__doc__.splitlines()[0], description=kind.__doc__)
+        phase.add_argument("--config", help="JSON or YAML file of options; command-line options take precedence")
+        phase.add_argument("--quiet", action="store_true", help="log only warnings")
+        phase.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        add_options(phase, kind)
     return parser
 
 
 def run(config: TrainingConfig) -> str:
-    """Train what the config describes; return the output folder."""
+    """Run the training described by a config and return the output folder."""
     check_folder(Path(config.output_dir))
-    # the heavy imports wait until the options are known to be right
+    # heavy imports follow the validation of the options
     from diffdiscover3d.data.loading import common_grid, has_splits, load_volumes
     from diffdiscover3d.hub.registry import load_discovery, load_teacher
     from diffdiscover3d.training.data_check import read_all
@@ -52,7 +52,7 @@ def run(config: TrainingConfig) -> str:
     logging.getLogger("diffdiscover3d").disabled = not accelerator.is_main_process
     brats = _brats_options(config)
     volumes = load_volumes(config.dataset, "train", brats)
-    read_all(volumes, accelerator)  # a bad file is found now, not in the middle of the night
+    read_all(volumes, accelerator)  # fail fast on unreadable files
     identity = {"dataset": dataset_fingerprint(volumes)}
     if isinstance(config, DiffusionConfig):
         from diffdiscover3d.training.diffusion import DiffusionTraining
@@ -82,7 +82,7 @@ def run(config: TrainingConfig) -> str:
 
 
 def _check_start(config: DiscoveryConfig, start) -> None:
-    """A network to start from brings its own norm and dropout: options that say otherwise would be lost."""
+    """Check that norm and dropout match the initial network, whose architecture takes precedence over the options."""
     for name in ("norm", "dropout"):
         if start is not None and start.config[name] != getattr(config, name):
             raise ValueError(
@@ -92,7 +92,7 @@ def _check_start(config: DiscoveryConfig, start) -> None:
 
 
 def _brats_options(config: TrainingConfig):
-    """The options that say how BraTS is prepared; one not given is the paper's."""
+    """The BraTS preprocessing options; those not given default to the paper's values."""
     from diffdiscover3d.data.datasets.brats import BraTSOptions
 
     given = {name: getattr(config, name) for name in ("modality", "grade", "crop", "clip_percentiles")}
@@ -100,21 +100,21 @@ def _brats_options(config: TrainingConfig):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, train, print where the model is; errors end in one line and their exit code."""
+    """Parse the arguments, train and print the output folder; return the exit code."""
     options = vars(make_parser().parse_args(arguments))
-    stage, file, debug = options.pop("stage"), options.pop("config", None), options.pop("debug")
+    phase, file, debug = options.pop("phase"), options.pop("config", None), options.pop("debug")
     quiet = options.pop("quiet")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("diffdiscover3d").setLevel(logging.WARNING if quiet else logging.INFO)
     try:
-        config = make_config(_STAGES[stage], file=file, **options)
+        config = make_config(_PHASES[phase], file=file, **options)
         folder = run(config)
         if os.environ.get("RANK", "0") == "0":
             print(folder)
-    except reportable_errors() as error:
+    except expected_errors() as error:
         if debug:
             raise
-        # an error in a process that loads volumes arrives with that process's traceback: its last line says it
+        # an error raised in a data-loading worker includes its traceback: print only the last line
         print(f"error: {str(error).strip().splitlines()[-1] if str(error) else type(error).__name__}", file=sys.stderr)
         return exit_code(error)
     except RuntimeError as error:
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
         return MemoryLimitError.exit_code
     except KeyboardInterrupt as stop:
         if os.environ.get("RANK", "0") == "0":
-            print(str(stop) or "interrupted; checkpoints are whole, --resume latest goes on.", file=sys.stderr)
+            print(str(stop) or "interrupted; checkpoints are complete, continue with --resume latest.", file=sys.stderr)
         return 130
     return 0
 

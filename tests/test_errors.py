@@ -24,7 +24,7 @@ from diffdiscover3d.cli.app import main
     ],
 )
 def test_every_error_has_its_code_and_one_line(error, code, monkeypatch, capsys):
-    assert isinstance(error, errors.reportable_errors()) and errors.exit_code(error) == code
+    assert isinstance(error, errors.expected_errors()) and errors.exit_code(error) == code
 
     def fail(*_, **__):
         raise error

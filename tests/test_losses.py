@@ -146,7 +146,7 @@ def test_invariance_by_hand():
 
 
 def test_invariance_refuses_different_shapes():
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="same shape"):
         photometric_invariance(torch.rand(1, 2, 3, 3, 3), torch.rand(1, 3, 3, 3, 3))
 
 

@@ -1,4 +1,4 @@
-"""The interface of every baseline."""
+"""Interface of the baseline methods."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -13,16 +13,16 @@ from diffdiscover3d.baselines.fitting import Schedule, train_network
 
 
 class Baseline(Protocol):
-    """Fit on a training set (or nothing), predict a label map for a volume."""
+    """A method that is optionally fitted on a training set and predicts a label map for a volume."""
 
     name: str
     num_parts: int
 
     def fit(self, volumes: Sequence[dict]) -> None:
-        """Learn from volumes as [`load_volumes`] gives them; methods that work on one volume do nothing."""
+        """Fit on volumes from [`load_volumes`]. Methods that process each volume independently do nothing."""
 
     def predict(self, volume: torch.Tensor) -> np.ndarray:
-        """Label a (1, H, W, D) volume in [0, 1]: (H, W, D) uint8 in [0, num_parts)."""
+        """Segment a (1, H, W, D) volume in [0, 1]; returns (H, W, D) uint8 labels in [0, num_parts)."""
 
 
 class TrainedBaseline:
@@ -72,7 +72,7 @@ class TrainedBaseline:
         raise NotImplementedError
 
     def predict(self, volume: torch.Tensor) -> np.ndarray:
-        """Label a (1, H, W, D) volume in [0, 1]: (H, W, D) uint8 in [0, num_parts)."""
+        """Segment a (1, H, W, D) volume in [0, 1]; returns (H, W, D) uint8 labels in [0, num_parts)."""
         raise NotImplementedError
 
     def settings(self) -> dict:

@@ -1,4 +1,4 @@
-"""BM4D denoising, then k-means on the intensities of each volume."""
+"""BM4D denoising followed by k-means on the intensities of each volume."""
 
 import hashlib
 from collections import OrderedDict
@@ -9,21 +9,21 @@ import torch
 
 from diffdiscover3d.baselines.kmeans import IntensityKMeans
 
-_KEPT = 64  # volumes; a table asks for the same ones at each of its levels, and each takes many seconds
+_CACHE_SIZE = 64  # volumes; tables use the same volumes at every level, and denoising is slow
 _denoised: OrderedDict[bytes, np.ndarray] = OrderedDict()
 
 
 class BM4DKMeans:
     """[`IntensityKMeans`] on a volume denoised by BM4D (Maggioni et al., IEEE TIP 2013).
 
-    BM4D is given the standard deviation of the noise that [`noise_std`] finds in each volume.
+    The noise standard deviation of each volume is estimated by [`noise_std`].
 
     Args:
-        num_parts, seed, restarts: of the k-means.
+        num_parts, seed, restarts: options of [`IntensityKMeans`].
 
     Raises:
-        ValueError: if the package `bm4d` is not installed. It is free for non-commercial use only, and so no
-            dependency of this one.
+        ValueError: if the package `bm4d` is not installed. It is not a dependency because it is free for
+            non-commercial use only.
     """
 
     name = "BM4D + k-means"
@@ -40,28 +40,28 @@ class BM4DKMeans:
         self.num_parts = num_parts
 
     def fit(self, volumes: Sequence[dict]) -> None:
-        """Nothing to learn: each volume is denoised and clustered for itself."""
+        """Does nothing: each volume is denoised and clustered independently."""
 
     def denoise(self, volume: torch.Tensor) -> np.ndarray:
-        """BM4D of a (1, H, W, D) volume: (H, W, D) float32. The last few volumes are remembered."""
+        """Denoise a (1, H, W, D) volume; returns (H, W, D) float32. Recent results are cached."""
         values = volume[0].numpy().astype(np.float64)
         key = hashlib.sha256(repr(values.shape).encode() + values.tobytes()).digest()
         if key not in _denoised:
             _denoised[key] = np.asarray(self._bm4d(values, noise_std(values)), dtype=np.float32)
-            while len(_denoised) > _KEPT:
+            while len(_denoised) > _CACHE_SIZE:
                 _denoised.popitem(last=False)
         return _denoised[key]
 
     def predict(self, volume: torch.Tensor) -> np.ndarray:
-        """Label a (1, H, W, D) volume: (H, W, D) uint8."""
+        """Segment a (1, H, W, D) volume; returns (H, W, D) uint8 labels."""
         return self.kmeans.predict(torch.from_numpy(self.denoise(volume))[None])
 
 
 def noise_std(volume: np.ndarray) -> float:
-    """The standard deviation of the noise in an (H, W, D) volume, from the differences of neighbouring voxels.
+    """Estimate the noise standard deviation of an (H, W, D) volume from the differences of neighbouring voxels.
 
-    The image hardly changes from voxel to voxel; the median absolute deviation ignores where it does (the estimator of
-    Donoho and Johnstone, Biometrika 1994, on the finest Haar coefficients along each axis).
+    Uses the median absolute deviation, which is robust to edges (the estimator of Donoho and Johnstone, Biometrika
+    1994, on the finest Haar coefficients along each axis).
     """
     spreads = [np.median(np.abs(np.diff(volume, axis=axis))) for axis in range(3)]
     return float(np.mean(spreads) / 0.6745 / np.sqrt(2))

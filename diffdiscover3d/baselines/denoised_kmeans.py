@@ -13,10 +13,11 @@ class DenoisedKMeans:
     """[`IntensityKMeans`] on the diffusion model's prediction of the clean volume.
 
     Args:
-        num_parts, seed: of the k-means; the seed also of the noise.
+        num_parts: number of clusters.
+        seed: random seed of the noise and of k-means.
         teacher: the pretrained diffusion model.
-        timestep: noise step t.
-        num_noise: noise draws over which the prediction is averaged.
+        timestep: timestep t of the noise.
+        num_noise: number of noise samples over which the prediction is averaged.
     """
 
     name = "k-means on the clean prediction"
@@ -34,10 +35,10 @@ class DenoisedKMeans:
         self.kmeans = IntensityKMeans(num_parts, seed)
 
     def fit(self, volumes: Sequence[dict]) -> None:
-        """Nothing to learn: each volume is clustered for itself."""
+        """Does nothing: each volume is clustered independently."""
 
     def predict(self, volume: torch.Tensor) -> np.ndarray:
-        """Label a (1, H, W, D) volume: (H, W, D) uint8."""
+        """Segment a (1, H, W, D) volume; returns (H, W, D) uint8 labels."""
         generator = torch.Generator().manual_seed(self.seed)
         found = self.teacher(volume[None], self.timestep, (), generator, self.num_noise, denoised=True)
         return self.kmeans.predict(found.denoised[0].cpu())

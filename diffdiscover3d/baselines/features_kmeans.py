@@ -1,4 +1,4 @@
-"""k-means on a volume's diffusion features."""
+"""k-means on the diffusion features of each volume."""
 
 from collections.abc import Sequence
 
@@ -10,17 +10,18 @@ from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
 
 
 class FeaturesKMeans:
-    """Mini-batch k-means on the features of decoder stages, brought to the voxels.
+    """Mini-batch k-means on diffusion features upsampled to the voxel grid.
 
-    Several stages are first brought to the same total variance, or the one with most channels would speak alone.
+    With several decoder stages, the features of each are scaled to unit total variance, so that stages with many
+    channels do not dominate.
 
     Args:
         num_parts: number of clusters.
         teacher: the pretrained diffusion model.
-        stages: decoder stages, 1 is the coarsest.
-        timestep: noise step t.
-        num_noise: noise draws over which the features are averaged.
-        seed: of the noise and of the clustering.
+        stages: decoder stages; 1 is the coarsest.
+        timestep: timestep t of the noise.
+        num_noise: number of noise samples over which the features are averaged.
+        seed: random seed of the noise and of k-means.
     """
 
     def __init__(
@@ -37,10 +38,10 @@ class FeaturesKMeans:
         self.timestep, self.num_noise, self.seed = timestep, num_noise, seed
 
     def fit(self, volumes: Sequence[dict]) -> None:
-        """Nothing to learn: each volume is clustered for itself."""
+        """Does nothing: each volume is clustered independently."""
 
     def predict(self, volume: torch.Tensor) -> np.ndarray:
-        """Label a (1, H, W, D) volume: (H, W, D) uint8."""
+        """Segment a (1, H, W, D) volume; returns (H, W, D) uint8 labels."""
         generator = torch.Generator().manual_seed(self.seed)
         found = self.teacher(volume[None], self.timestep, self.stages, generator, self.num_noise, upsample=True)
         features = [f[0].flatten(1).T.numpy() for f in found.features]  # (voxels, channels) each
@@ -50,5 +51,5 @@ class FeaturesKMeans:
 
 
 def join_equally(features: Sequence[np.ndarray]) -> np.ndarray:
-    """Put (voxels, channels) features side by side, each with a total variance of 1."""
+    """Concatenate (voxels, channels) features, each scaled to a total variance of 1."""
     return np.concatenate([f / np.sqrt(f.var(axis=0).sum() + 1e-12) for f in features], axis=1)

@@ -8,7 +8,7 @@ from sklearn.cluster import KMeans
 
 
 class IntensityKMeans:
-    """Lloyd's algorithm on voxel intensities, started `restarts` times from k-means++."""
+    """Lloyd's algorithm on voxel intensities with `restarts` k-means++ initialisations."""
 
     name = "k-means"
 
@@ -16,10 +16,10 @@ class IntensityKMeans:
         self.num_parts, self.seed, self.restarts = num_parts, seed, restarts
 
     def fit(self, volumes: Sequence[dict]) -> None:
-        """Nothing to learn: each volume is clustered for itself."""
+        """Does nothing: each volume is clustered independently."""
 
     def predict(self, volume: torch.Tensor) -> np.ndarray:
-        """Label a (1, H, W, D) volume: (H, W, D) uint8."""
+        """Segment a (1, H, W, D) volume; returns (H, W, D) uint8 labels."""
         grid = volume.shape[1:]
         clusters = KMeans(self.num_parts, n_init=self.restarts, random_state=self.seed)
         return clusters.fit_predict(volume.reshape(-1, 1).numpy()).reshape(grid).astype(np.uint8)

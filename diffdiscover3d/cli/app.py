@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, print. Heavy imports wait inside the commands."""
+"""The command line: parse, call one function, print. Heavy imports are inside the commands."""
 
 import os
 import sys
@@ -22,8 +22,8 @@ from diffdiscover3d.errors import (
     DiffDiscoverError,
     MemoryLimitError,
     exit_code,
+    expected_errors,
     is_out_of_memory,
-    reportable_errors,
 )
 from diffdiscover3d.utils.signals import interrupt_on_termination
 
@@ -33,12 +33,12 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-models_app = typer.Typer(help="The pretrained models that come with the package.", no_args_is_help=True)
+models_app = typer.Typer(help="The pretrained models of the package.", no_args_is_help=True)
 app.add_typer(models_app, name="models", rich_help_panel="Models")
 
 
 class Level(StrEnum):
-    """Levels of the hierarchy, as the command line offers them."""
+    """Levels of the hierarchy, as choices of an option."""
 
     ONE = "1"
     TWO = "2"
@@ -76,14 +76,14 @@ def segment(
     ] = None,
     model: Model = "synthetic-regular",
     level: Annotated[
-        Level | None, typer.Option(help="Coarse to fine, of a model with levels; all writes each (default: 2).")
+        Level | None, typer.Option(help="Level of a nested model, 1 the coarsest; all writes each (default: 2).")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     device: Device = "auto",
-    fast: Annotated[bool, typer.Option("--fast", help="At half the resolution: several times faster.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Segment at half the resolution: several times faster.")] = False,
     preview: Annotated[bool, typer.Option("--preview", help="Also write a picture of three slices.")] = False,
     report: Annotated[
-        bool, typer.Option("--report", help="Also write a page with a 3D viewer; opens without a network.")
+        bool, typer.Option("--report", help="Also write an HTML report with a 3D viewer; it needs no network.")
     ] = False,
     statistics: Annotated[
         bool, typer.Option("--statistics", help="Also measure spread, centroid, components and neighbours.")
@@ -98,18 +98,18 @@ def segment(
         str, typer.Option(help="Number parts as the model does (the same in every scan), or by size in each scan.")
     ] = "model",
     overwrite: Overwrite = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Skip scans whose results are there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip scans whose results exist.")] = False,
     volume: VolumeNumber = None,
     nan_to_zero: NanToZero = False,
     ignore_affine: IgnoreAffine = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Take a Hub model from the cache only.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Load a Hub model from the cache only.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Divide volumes into parts: writes STEM_dseg.nii.gz, .json and .tsv, on each input's own grid."""
+    """Segment volumes into parts: write STEM_dseg.nii.gz, .json and .tsv on each input's grid."""
     from diffdiscover3d.segmentation.preflight import refuse_early
 
     if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported, which is still to come
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
     refuse_early(inputs, device, by_slabs=not fast, volume=volume, nan_to_zero=nan_to_zero, ignore_affine=ignore_affine)
     from diffdiscover3d.segmentation.driver import segment as run
 
@@ -165,7 +165,7 @@ def segment(
 
 
 def _register() -> None:
-    """Name the commands that live in `commands`, in the order in which the help lists them."""
+    """Register the commands, in the order of the help."""
     use, scores_panel, models_panel = "Use", "Data and scores", "Models"
     for command, panel, example in (
         (features, use, "features scan.nii.gz --stage 2 -o features"),
@@ -194,11 +194,11 @@ def _print_error(error: BaseException | str) -> None:
 
 
 def main() -> None:
-    """Run a command; errors end in one line on stderr and their exit code, see `errors`."""
+    """Run a command; an error is printed as one line on stderr and sets the exit code, see `errors`."""
     try:
         with interrupt_on_termination():
             app()
-    except reportable_errors() as error:
+    except expected_errors() as error:
         if _debug:
             raise
         _print_error(error if str(error) else OUT_OF_MEMORY)

@@ -11,18 +11,18 @@ from diffdiscover3d.cli.options import Device, Overwrite
 def evaluate_brats(
     dataset: Annotated[str, typer.Argument(help="The unpacked folder of a BraTS edition, training set.")],
     model: Annotated[
-        list[str] | None, typer.Option("--model", "-m", help="NAME=FOLDER or Hub id; repeatable, a row each.")
+        list[str] | None, typer.Option("--model", "-m", help="NAME=FOLDER or NAME=HUB_ID; repeatable, one row each.")
     ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     modality: Annotated[str, typer.Option(help="flair, t1, t1ce or t2.")] = "flair",
-    grade: Annotated[str, typer.Option(help="HGG, LGG or all, where the edition tells them apart.")] = "HGG",
+    grade: Annotated[str, typer.Option(help="HGG, LGG or all, in editions that list grades.")] = "HGG",
     crop: Annotated[tuple[int, int, int], typer.Option(help="Central box in voxels.")] = (200, 200, 155),
     clip_percentiles: Annotated[
         tuple[float, float] | None, typer.Option(help="Clip intensities to these percentiles of the tissue.")
     ] = None,
     kmeans: Annotated[bool, typer.Option(help="Also score k-means on the intensities.")] = True,
     teacher: Annotated[str | None, typer.Option(help="Diffusion model: also score k-means on its features.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the scores as JSON.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of k-means.")] = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -53,7 +53,7 @@ def evaluate_brats(
         teacher,
         seed,
         choose_device(device),
-        report=lambda row: print(format_brats_rows([row]).splitlines()[-1], flush=True),
+        progress_callback=lambda row: print(format_brats_rows([row]).splitlines()[-1], flush=True),
     )
     print("\n" + format_brats_rows(result["rows"]))
     if output is not None:

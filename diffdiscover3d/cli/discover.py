@@ -11,20 +11,20 @@ from diffdiscover3d.cli.options import Device, Quiet
 
 def discover(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Your scans: a folder, glob or text list.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything.")] = Path("discovered"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for all files.")] = Path("discovered"),
     preset: Annotated[
         str, typer.Option(help="quick (a first look within minutes), standard (hours on a CPU), or paper (a GPU).")
     ] = "standard",
     levels: Annotated[
-        int, typer.Option(min=1, max=3, help="How many levels to learn: 2, 4, 8 parts, each within one before.")
+        int, typer.Option(min=1, max=3, help="Number of levels: 2, 4, 8 parts, each nested in the level before.")
     ] = 3,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an earlier run stopped.")] = False,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an earlier run.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of the trainings.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Learn the parts of your own scans from nothing but these scans, then draw and report them."""
+    """Train on your own scans without labels, then segment them and write reports."""
     from diffdiscover3d.errors import DiffDiscoverError
     from diffdiscover3d.workflows.discover import discover as run
 

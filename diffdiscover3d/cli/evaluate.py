@@ -13,11 +13,11 @@ def synthesize(
     variant: Annotated[str, typer.Option(help="regular or irregular.")] = "regular",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     count: Annotated[
-        int | None, typer.Option("--count", "-n", min=1, help="How many (default: the whole split).")
+        int | None, typer.Option("--count", "-n", min=1, help="Number of volumes (default: the whole split).")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write synthetic cells and their three levels of true labels as NIfTI."""
+    """Write synthetic cells and their true labels at three levels as NIfTI."""
     from diffdiscover3d.workflows.synthesize import write_synthetic
 
     for path in write_synthetic(output, variant=variant, split=split, count=count, overwrite=overwrite):
@@ -30,12 +30,12 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     level: Annotated[list[int] | None, typer.Option(min=1, max=3, help="Level to score; repeatable.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON, and bars as PNG beside it.")
+        Path | None, typer.Option("--output", "-o", help="Also write the scores as JSON, and a bar chart as PNG.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of k-means.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Dice of a model on synthetic cells at each level, beside k-means run in the same command."""
+    """Score a model and k-means on synthetic cells: Dice at each level."""
     from diffdiscover3d.utils.files import check_targets, write_json
 
     if output is not None:
@@ -43,7 +43,9 @@ def evaluate(
     from diffdiscover3d.evaluation.synthetic import evaluate as run
     from diffdiscover3d.evaluation.synthetic import format_rows
 
-    result = run(model, dataset, split, level, seed, report=lambda row: print(format_rows([row]).splitlines()[-1]))
+    result = run(
+        model, dataset, split, level, seed, progress_callback=lambda row: print(format_rows([row]).splitlines()[-1])
+    )
     print("\n" + format_rows(result["rows"]))
     if output is not None:
         from diffdiscover3d.reporting.plots import save_dice_bars
@@ -53,21 +55,21 @@ def evaluate(
 
 
 def benchmark(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for models, figures and tables.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for models, scores and tables.")] = Path(
         "benchmark"
     ),
-    table: Annotated[int, typer.Option(min=1, max=2, help="1: methods and ablations; 2: stages.")] = 1,
+    table: Annotated[int, typer.Option(min=1, max=2, help="1: methods and ablations; 2: decoder stages.")] = 1,
     method: Annotated[list[str] | None, typer.Option(help="Only this row; repeatable.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="regular or irregular; repeatable (default: both).")] = None,
     level: Annotated[list[int] | None, typer.Option(min=1, max=3, help="Only this level; repeatable.")] = None,
     seed: Annotated[list[int] | None, typer.Option(min=0, help="Repeatable (default: 0).")] = None,
-    recipe: Annotated[str, typer.Option(help="How networks are trained: small (CPU) or paper (GPU).")] = "small",
+    recipe: Annotated[str, typer.Option(help="Training recipe: small (CPU) or paper (GPU).")] = "small",
     teacher: Annotated[
         str | None, typer.Option(help="Diffusion model to use (default: train one for each variant).")
     ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
 ) -> None:
-    """Fill a table of the paper from nothing: train, score, write JSON, Markdown and PNG. Interrupted, it goes on."""
+    """Reproduce a table of the paper: train, score, write JSON, Markdown and PNG. Can be interrupted and resumed."""
     from diffdiscover3d.evaluation.paper_methods import TABLES
     from diffdiscover3d.evaluation.paper_tables import benchmark as run
     from diffdiscover3d.reporting.score_tables import format_table
@@ -85,7 +87,7 @@ def benchmark(
         variant or ("regular", "irregular"),
         level or (1, 2, 3),
         seed or (0,),
-        report=show,
+        progress_callback=show,
         recipe=recipe,
         teacher=teacher,
         split=split,

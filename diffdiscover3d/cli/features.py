@@ -1,4 +1,4 @@
-"""The commands `features` and `generate`: what a diffusion model gives by itself."""
+"""The commands `features` and `generate`, which use the diffusion model alone."""
 
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ def features(
     ] = None,
     timestep: Annotated[int, typer.Option(help="Noise step t.")] = 25,
     num_noise: Annotated[int, typer.Option(help="Noise draws to average over.")] = 1,
-    upsample: Annotated[bool, typer.Option("--upsample", help="Bring the features to the scan's grid.")] = False,
+    upsample: Annotated[bool, typer.Option("--upsample", help="Resample the features to the scan's grid.")] = False,
     preview: Annotated[
         bool, typer.Option("--preview", help="Also write a picture: three principal components as colours.")
     ] = False,
@@ -38,7 +38,7 @@ def features(
     nan_to_zero: NanToZero = False,
     ignore_affine: IgnoreAffine = False,
 ) -> None:
-    """Write the diffusion features of a scan, one 4-D NIfTI per stage, lying on the scan."""
+    """Write the diffusion features of a scan, one 4-D NIfTI per decoder stage, aligned with the scan."""
     from diffdiscover3d.segmentation.preflight import refuse_early
 
     refuse_early([input], device, volume=volume, nan_to_zero=nan_to_zero, ignore_affine=ignore_affine)
@@ -67,7 +67,7 @@ def features(
 def generate(
     output: OutputFolder = Path("samples"),
     model: Model = "synthetic-regular",
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many volumes.")] = 1,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of volumes.")] = 1,
     grid: Annotated[
         list[int] | None, typer.Option(min=2, help="Voxels: once for a cube, or three times (default: the model's).")
     ] = None,

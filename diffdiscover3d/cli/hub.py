@@ -13,7 +13,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but th
 def push(
     folder: Annotated[Path, typer.Argument(help="A trained model's folder.")],
     repo_id: RepoId,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if it does not exist.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; created if it does not exist.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
     commit_message: Annotated[str | None, typer.Option(help="The commit's first line.")] = None,
@@ -45,7 +45,7 @@ def pull(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that exists.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Download a model, every file verified, and print where it is."""
+    """Download a model, verify every file, and print its folder."""
     from diffdiscover3d.hub.registry import pull as run
 
     _show_progress(not quiet)

@@ -25,7 +25,7 @@ def convert_authors_checkpoint(
     num_train_timesteps: Annotated[int, typer.Option(help="Steps T of its noise schedule.")] = 250,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn a checkpoint released by the paper's authors into a pipeline folder. Nothing in it is executed."""
+    """Convert a checkpoint released by the paper's authors to a pipeline folder. Nothing in it is executed."""
     from diffdiscover3d.utils.files import check_folder, staged_folder
 
     check_folder(output)

@@ -9,9 +9,7 @@ from diffdiscover3d.cli.options import IgnoreAffine, NanToZero, Overwrite, Volum
 
 
 def report(
-    inputs: Annotated[
-        list[str], typer.Argument(metavar="SCAN...", help="Scans that were segmented: files or folders.")
-    ],
+    inputs: Annotated[list[str], typer.Argument(metavar="SCAN...", help="Segmented scans: files or folders.")],
     labels: Annotated[
         list[Path] | None,
         typer.Option("--labels", help="Label map of a single scan; repeatable (default: its *_dseg files)."),
@@ -20,14 +18,14 @@ def report(
         Path | None, typer.Option("--parts", help="Folder of the label maps (default: beside each scan).")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for the pages (default: beside the label maps).")
+        Path | None, typer.Option("--output", "-o", help="Folder for the reports (default: beside the label maps).")
     ] = None,
     overwrite: Overwrite = False,
     volume: VolumeNumber = None,
     nan_to_zero: NanToZero = False,
     ignore_affine: IgnoreAffine = False,
 ) -> None:
-    """Write a page per scan with a 3D viewer of its parts, and an index of several; they open without a network."""
+    """Write an HTML report per scan with a 3D viewer of its parts, and an index of several; they need no network."""
     from diffdiscover3d.workflows.reports import make_reports
 
     reading = {"volume": volume, "nan_to_zero": nan_to_zero, "ignore_affine": ignore_affine}

@@ -1,4 +1,4 @@
-"""Volumes prepared once and read back memory-mapped: an epoch costs a page fault instead of gunzip and resampling."""
+"""Disk cache of preprocessed volumes, read back by memory mapping instead of decompressing and resampling again."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ logger = logging.getLogger("diffdiscover3d")
 
 
 def cache_folder() -> Path:
-    """`$DIFFDISCOVER3D_CACHE`, or `diffdiscover3d` in the user's cache folder."""
+    """The cache folder: `$DIFFDISCOVER3D_CACHE`, or `diffdiscover3d` in the user's cache folder."""
     chosen = os.environ.get("DIFFDISCOVER3D_CACHE")
     if chosen:
         return Path(chosen)
@@ -26,13 +26,15 @@ def cache_folder() -> Path:
 
 
 class CachedVolumes(Sequence):
-    """A sequence of items that are made when first asked for, and mapped from a file afterwards.
+    """A sequence of items that are computed on first access and memory-mapped from a file afterwards.
 
     Args:
-        length: how many.
-        make: makes item i: a dict of tensors and JSON values. Called once for each i, in whichever process asks first.
-        key: JSON values that decide what `make` gives; another key is another cache.
-        folder: where to keep the files; default: [`cache_folder`]. Without room there, items are made every time.
+        length: number of items.
+        make: function that computes item i as a dict of tensors and JSON values. Called once for each i, in the first
+            process that accesses it.
+        key: JSON values that determine the result of `make`; each key has a separate cache.
+        folder: folder of the cache files; default: [`cache_folder`]. If it cannot be written, items are computed on
+            every access.
     """
 
     def __init__(self, length: int, make: Callable[[int], dict], key, folder: str | Path | None = None):
@@ -46,7 +48,7 @@ class CachedVolumes(Sequence):
         return self.length
 
     def fingerprint(self) -> str:
-        """Of the key, which decides what the items are, and their number."""
+        """Fingerprint of the key and the number of items."""
         return f"{self._digest} of {self.length}"
 
     def __getitem__(self, index: int) -> dict:
@@ -57,7 +59,7 @@ class CachedVolumes(Sequence):
             try:
                 return _read(path)
             except (SafetensorError, OSError, ValueError) as error:
-                logger.warning("%s: a damaged cache file is made anew (%s)", path, error)
+                logger.warning("%s: recomputing a damaged cache file (%s)", path, error)
         item = self.make(index)
         if self._writable:
             try:
@@ -78,4 +80,4 @@ def _write(path: Path, item: dict) -> None:
 def _read(path: Path) -> dict:
     with safe_open(path, "pt") as file:
         values = json.loads((file.metadata() or {})["values"])
-        return {**{k: file.get_tensor(k) for k in file.keys()}, **values}  # noqa: SIM118 - no mapping
+        return {**{k: file.get_tensor(k) for k in file.keys()}, **values}  # noqa: SIM118 - not a mapping

@@ -1,4 +1,4 @@
-"""One way to get volumes for training and evaluation, by name or from files."""
+"""Loading of volumes for training and evaluation, by dataset name or from files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from diffdiscover3d.data.formats.nifti.header import check_reachable
 from diffdiscover3d.data.transforms import min_max_normalize
 from diffdiscover3d.errors import DiffDiscoverError, InputError, NetworkError
 
-# "synthetic": the volumes of all variants, one variant after the other
+# "synthetic" concatenates the volumes of all variants
 _VARIANTS_OF = {f"synthetic-{variant}": (variant,) for variant in synthetic.VARIANTS} | {
     "synthetic": synthetic.VARIANTS
 }
@@ -23,12 +23,12 @@ _HUB_PREFIX = "hf://datasets/"
 
 
 class SyntheticVolumes:
-    """The published number of synthetic cells of a split, as a sequence.
+    """Sequence of the synthetic cells of a split, as many as in the paper.
 
     Items are `{"volume": (1, 50, 50, 50) float32 in [0, 1], "labels": (3, 50, 50, 50) uint8, "name": str}`.
 
     Attributes:
-        shapes: of the volumes, known without making them.
+        shapes: shapes of the volumes, available without generating them.
     """
 
     def __init__(self, variant: str, split: str):
@@ -42,7 +42,7 @@ class SyntheticVolumes:
         return synthetic.SPLITS[self.split]
 
     def fingerprint(self) -> str:
-        """What the volumes are, in a line."""
+        """Variant, split and generator version."""
         return f"synthetic-{self.variant} {self.split} version {synthetic.GENERATOR_VERSION}"
 
     def __getitem__(self, index: int) -> dict:
@@ -59,31 +59,31 @@ class SyntheticVolumes:
 
 
 class JoinedVolumes(Sequence):
-    """Synthetic cells of several variants, one variant after the other, as one sequence.
+    """Concatenation of the synthetic cells of several variants.
 
     Attributes:
-        shapes: of the volumes, known without making them.
+        shapes: shapes of the volumes, available without generating them.
     """
 
-    def __init__(self, parts: Sequence[SyntheticVolumes]):
-        self.parts = list(parts)
-        self.shapes = [shape for part in self.parts for shape in part.shapes]
+    def __init__(self, datasets: Sequence[SyntheticVolumes]):
+        self.datasets = list(datasets)
+        self.shapes = [shape for dataset in self.datasets for shape in dataset.shapes]
 
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return sum(map(len, self.datasets))
 
     def fingerprint(self) -> str:
-        """The parts' fingerprints in their order."""
-        return ", ".join(part.fingerprint() for part in self.parts)
+        """The fingerprints of the concatenated datasets, in order."""
+        return ", ".join(dataset.fingerprint() for dataset in self.datasets)
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        for part in self.parts:
-            if index < len(part):
+        for dataset in self.datasets:
+            if index < len(dataset):
                 break
-            index -= len(part)
-        return part[index]
+            index -= len(dataset)
+        return dataset[index]
 
 
 def load_volumes(name_or_path: str, split: str = "train", brats: BraTSOptions | None = None) -> Sequence[dict]:
@@ -91,17 +91,17 @@ def load_volumes(name_or_path: str, split: str = "train", brats: BraTSOptions | 
 
     Args:
         name_or_path: "synthetic-regular", "synthetic-irregular", "synthetic" (both), the folder of a BraTS edition
-            (recognised by itself), a Hub dataset as `hf://datasets/user/name`, or a folder, glob pattern, text list
+            (detected automatically), a Hub dataset as `hf://datasets/user/name`, or a folder, glob pattern, text list
             or file of NIfTI volumes.
-        split: "train", "validation" or "test" of a named dataset or BraTS. Other files have no splits: all are
-            returned.
-        brats: how BraTS is prepared; default: as in the paper.
+        split: "train", "validation" or "test", for a named dataset or BraTS. Other files have no splits; all of them
+            are returned.
+        brats: preprocessing of BraTS; default: as in the paper.
 
     Returns:
         A sequence of dicts with "volume", (1, H, W, D) float32 in [0, 1], "name", and for synthetic data "labels".
 
     Raises:
-        InputError: if there is no such dataset and no such files.
+        InputError: if the dataset or the files do not exist.
         ValueError: if the split does not exist.
     """
     if name_or_path in SYNTHETIC_NAMES:
@@ -134,17 +134,17 @@ def _load_from_hub(repo_id: str, split: str) -> Sequence[dict]:
 
 
 def has_splits(name_or_path: str) -> bool:
-    """Whether a dataset is divided into training, validation and test volumes."""
+    """Whether a dataset has training, validation and test splits."""
     return name_or_path in SYNTHETIC_NAMES or is_brats(name_or_path)
 
 
 def grid_shapes(volumes: Sequence[dict]) -> list[tuple[int, ...]]:
-    """The shapes of all volumes; those of a dataset that does not know them are found by reading it."""
+    """The shapes of all volumes, read from the volumes if the dataset does not provide them."""
     known = getattr(volumes, "shapes", None)
     return known if known is not None else [tuple(volumes[i]["volume"].shape[1:]) for i in range(len(volumes))]
 
 
 def common_grid(volumes: Sequence[dict]) -> tuple[int, int, int] | None:
-    """The shape all volumes share, or `None` if they differ."""
+    """The common shape of all volumes, or `None` if they differ."""
     shapes = set(grid_shapes(volumes))
     return shapes.pop() if len(shapes) == 1 else None

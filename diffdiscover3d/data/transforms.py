@@ -1,4 +1,4 @@
-"""Transforms of volumes shared by training and inference; all take torch tensors with three trailing grid axes."""
+"""Volume transforms for training and inference, for torch tensors with three trailing spatial axes."""
 
 from collections.abc import Sequence
 
@@ -9,28 +9,29 @@ from diffdiscover3d.errors import InputError
 
 
 def min_max_normalize(volume: torch.Tensor, check: bool = True) -> torch.Tensor:
-    """Map each volume's minimum to 0 and its maximum to 1.
+    """Scale each volume linearly to the range [0, 1].
 
     Args:
-        volume: (..., H, W, D); the minimum and maximum are taken over the three grid axes.
-        check: `False` for volumes that are known to be usable: looking at them makes the host wait for a GPU.
+        volume: (..., H, W, D); minimum and maximum are computed over the three spatial axes.
+        check: check for constant and non-finite volumes. The check synchronises with a GPU; disable it for volumes that
+            have been checked before.
 
     Raises:
-        InputError: if a volume is constant or holds NaN or Inf.
+        InputError: if a volume is constant or contains NaN or Inf.
     """
     low = volume.amin(dim=(-3, -2, -1), keepdim=True)
     high = volume.amax(dim=(-3, -2, -1), keepdim=True)
     if not check:
         return (volume - low) / (high - low)
     if not torch.isfinite(high - low).all():
-        raise InputError("the volume holds NaN or Inf voxels; replace them before normalising.")
+        raise InputError("the volume contains NaN or Inf voxels; replace them before normalising.")
     if (high <= low).any():
-        raise InputError("the volume has no contrast: all its voxels have one value, so there is nothing to divide.")
+        raise InputError("the volume has no contrast: all voxels have the same value.")
     return (volume - low) / (high - low)
 
 
 def resize_volume(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-    """Resample (B, C, H, W, D) volumes to `grid`, trilinear, with a Gaussian against aliasing where it shrinks."""
+    """Resample (B, C, H, W, D) volumes to `grid`, trilinearly, with Gaussian anti-aliasing when downsampling."""
     grid = tuple(grid)
     if tuple(volume.shape[2:]) == grid:
         return volume
@@ -42,7 +43,7 @@ def resize_volume(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
 
 
 def pad_to_multiple(volume: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Pad (B, C, H, W, D) at the far end of each axis to a multiple of `multiple`, repeating the border."""
+    """Pad (B, C, H, W, D) at the far end of each axis to a multiple of `multiple`, replicating the border."""
     pad = [(-n) % multiple for n in volume.shape[2:]]
     if not any(pad):
         return volume
@@ -50,13 +51,13 @@ def pad_to_multiple(volume: torch.Tensor, multiple: int) -> torch.Tensor:
 
 
 def draw_flips(generator: torch.Generator) -> torch.Tensor:
-    """Which of the three trailing axes to mirror, each with probability one half: (3,) bool."""
+    """Sample which of the three trailing axes to flip, each with probability 0.5: (3,) bool."""
     return torch.rand(3, generator=generator) < 0.5
 
 
 def flip(volume: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
-    """Mirror the three trailing axes where `flips`, (3,) bool, says so."""
-    axes = [axis for axis, wanted in zip((-3, -2, -1), flips.tolist(), strict=True) if wanted]
+    """Flip those of the three trailing axes for which `flips`, (3,) bool, is true."""
+    axes = [axis for axis, flipped in zip((-3, -2, -1), flips.tolist(), strict=True) if flipped]
     return volume.flip(axes) if axes else volume
 
 

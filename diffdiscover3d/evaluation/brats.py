@@ -1,4 +1,4 @@
-"""Score methods on BraTS, as in Table 3 of the paper: Dice and HD95 of the whole tumour, plain and post-processed."""
+"""Evaluation on BraTS as in Table 3 of the paper: Dice and HD95 of the whole tumour, raw and post-processed."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +14,14 @@ from diffdiscover3d.data.datasets.brats_volumes import BraTSVolumes
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.evaluation.metrics import binary_dice, dice_matrix, hausdorff_95, match_parts
 from diffdiscover3d.evaluation.postprocessing import clean_mask
-from diffdiscover3d.hub.registry import discovery_folder, load_discovery, load_teacher
+from diffdiscover3d.hub.registry import load_discovery, load_teacher
+from diffdiscover3d.hub.resolve import resolve_model
+from diffdiscover3d.reporting.markdown import markdown_table
 from diffdiscover3d.utils.files import read_model_json
-from diffdiscover3d.utils.provenance import describe_environment, weights_sha256
+from diffdiscover3d.utils.provenance import describe_environment
 
 NUM_PARTS = 3  # background, brain, tumour
-WHOLE_TUMOUR = 2  # its number among the true parts
+WHOLE_TUMOUR = 2  # index of the whole tumour in the reference parts
 Predict = Callable[[torch.Tensor], np.ndarray]
 
 
@@ -33,37 +35,39 @@ def evaluate_brats(
     seed: int = 0,
     device: str | torch.device = "cpu",
     more: Mapping[str, Predict] | None = None,
-    report: Callable[[dict], None] | None = None,
+    progress_callback: Callable[[dict], None] | None = None,
 ) -> dict:
-    """Score discovery networks, and k-means run in the same breath, on a split of a BraTS folder.
+    """Evaluate discovery networks, alongside k-means, on a split of a BraTS folder.
 
     Args:
-        root: the folder of a BraTS edition; every case of the split needs a mask.
-        models: for each row's name a folder, Hub id or embedded model of a discovery network.
-        split: train, validation or test, as [`split_cases`] makes them.
-        options: modality, crop and so on; must be those the models were trained with.
-        kmeans: also score k-means on the intensities, with 3 parts.
-        teacher: folder, Hub id or embedded model of a diffusion model; k-means on its stage-2 features is scored too.
-        seed: of k-means and of the teacher's noise.
-        device: for the networks.
-        more: further methods, called with a (1, h, w, d) volume in [0, 1], returning (h, w, d) part numbers.
-        report: called with each row as soon as it is there.
+        root: folder of a BraTS edition; every case of the split requires a mask.
+        models: discovery networks (folder, Hub id or name of an embedded model) by row name.
+        split: train, validation or test, as defined by [`split_cases`].
+        options: modality, crop etc.; must equal those of the training of the models.
+        kmeans: also evaluate k-means on the intensities, with 3 parts.
+        teacher: folder, Hub id or name of a diffusion model. If given, k-means on the features of its decoder stage 2
+            is evaluated too.
+        seed: random seed of k-means and of the teacher's noise.
+        device: device of the networks.
+        more: further methods by row name. Each maps a (1, h, w, d) volume in [0, 1] to (h, w, d) part labels.
+        progress_callback: called with each row when it is complete.
 
     Returns:
-        JSON values: `rows`, the ids of all splits, each case's figures, the arguments, versions, hardware and the
+        JSON values: `rows`, the ids of all splits, the metrics of each case, the arguments, versions, hardware and the
         sha256 of the weights.
 
     Raises:
-        InputError: if a case has no mask or a damaged file, or a model's `split.json` has other cases in this split.
+        InputError: if a case has no mask or a damaged file, or the `split.json` of a model has different cases in this
+            split.
         ModelError, NetworkError: if a model cannot be loaded.
     """
     options = options or BraTSOptions()
     volumes = BraTSVolumes(root, split, options)
     volumes.require_masks()
     networks = {name: load_discovery(source).to(device) for name, source in models.items()}
-    folders = {name: discovery_folder(source) for name, source in models.items()}
-    for folder in folders.values():
-        _check_split(folder, split, volumes.split_ids[split])
+    found = {name: resolve_model(source) for name, source in models.items()}
+    for model in found.values():
+        _check_split(model.folder, split, volumes.split_ids[split])
     methods: dict[str, tuple[Predict, int]] = {
         name: (lambda v, n=network: n.segment(v[None]).labels[0].cpu().numpy(), network.config.num_parts)
         for name, network in networks.items()
@@ -81,8 +85,8 @@ def evaluate_brats(
         both, cases[name] = score_brats(predict, volumes, parts)
         for row in both:
             rows.append({"method": name, "parts": parts, **row})
-            if report:
-                report(rows[-1])
+            if progress_callback:
+                progress_callback(rows[-1])
     return {
         "preset": "brats",
         "dataset": Path(root).name,
@@ -101,23 +105,23 @@ def evaluate_brats(
         "rows": rows,
         "cases": cases,
         "split_ids": volumes.split_ids,
-        "weights_sha256": {name: weights_sha256(folder) for name, folder in folders.items()},
+        "weights_sha256": {name: model.weights_sha256 for name, model in found.items()},
         "environment": describe_environment(),
     }
 
 
 def score_brats(predict: Predict, volumes: BraTSVolumes, num_parts: int = NUM_PARTS) -> tuple[list[dict], list[dict]]:
-    """Run a method over the cases of a split and score the part matched to the whole tumour.
+    """Evaluate a method on the cases of a split, scoring the part matched to the whole tumour.
 
-    In each case the parts are matched to background, brain and tumour by the Hungarian algorithm on the cropped grid;
-    Dice and HD95 are of the whole, uncropped grid, on which tumour beyond the crop counts as missed.
+    In each case the parts are matched to background, brain and tumour by the Hungarian algorithm on the cropped grid.
+    Dice and HD95 are computed on the uncropped grid, where tumour outside the crop counts as missed.
 
     Returns:
-        Two rows, as it is and post-processed: `dice`, `dice_std`, `hd95_mm`, `hd95_std`, `empty` (cases where one of
-        the masks is empty, whose HD95 is the volume's diagonal), `seconds`, and in the first `dice_one_matching`,
-        with one matching for the whole split. And the figures of each case.
+        Two rows, raw and post-processed, and the metrics of each case. The rows contain `dice`, `dice_std`, `hd95_mm`,
+        `hd95_std`, `empty` (number of cases where exactly one mask is empty, whose HD95 is the diagonal of the volume)
+        and `seconds`. The first row also contains `dice_one_matching`, with one matching for the whole split.
     """
-    matrices, figures, seconds = [], [], 0.0
+    matrices, metrics, seconds = [], [], 0.0
     for i in range(len(volumes)):
         item = volumes[i]
         clock = time.perf_counter()
@@ -136,11 +140,11 @@ def score_brats(predict: Predict, volumes: BraTSVolumes, num_parts: int = NUM_PA
                 "hd95_mm": hausdorff_95(candidate, tumour, item["spacing_mm"]),
                 "empty": bool(candidate.any() != tumour.any()),
             }
-        figures.append(case)
+        metrics.append(case)
     rows = []
     for label in ("raw", "postprocessed"):
-        dice = np.array([case[label]["dice"] for case in figures])
-        distance = np.array([case[label]["hd95_mm"] for case in figures])
+        dice = np.array([case[label]["dice"] for case in metrics])
+        distance = np.array([case[label]["hd95_mm"] for case in metrics])
         rows.append(
             {
                 "postprocessed": label == "postprocessed",
@@ -148,46 +152,48 @@ def score_brats(predict: Predict, volumes: BraTSVolumes, num_parts: int = NUM_PA
                 "dice_std": float(dice.std()),
                 "hd95_mm": float(distance.mean()),
                 "hd95_std": float(distance.std()),
-                "empty": sum(case[label]["empty"] for case in figures),
+                "empty": sum(case[label]["empty"] for case in metrics),
                 "seconds": round(seconds, 3),
             }
         )
     mean = np.mean(matrices, axis=0)
     part = _matched(mean)
     rows[0]["dice_one_matching"] = float(mean[part, WHOLE_TUMOUR]) if part is not None else 0.0
-    return rows, figures
+    return rows, metrics
 
 
 def format_brats_rows(rows: Sequence[dict]) -> str:
-    """Rows as a Markdown table."""
-    lines = ["| method | post-processed | Dice WT | std | HD95 (mm) | std | empty |", "| --- " * 7 + "|"]
+    """Format rows as a Markdown table."""
+    header = ["method", "post-processed", "Dice WT", "std", "HD95 (mm)", "std", "empty"]
+    cells = []
     for row in rows:
-        lines.append(
-            f"| {row['method']} | {'yes' if row['postprocessed'] else 'no'} | {row['dice']:.3f} "
-            f"| {row['dice_std']:.3f} | {row['hd95_mm']:.1f} | {row['hd95_std']:.1f} | {row['empty']} |"
+        dice, distance = (
+            (f"{row[k]:.3f}" for k in ("dice", "dice_std")),
+            (f"{row[k]:.1f}" for k in ("hd95_mm", "hd95_std")),
         )
-    return "\n".join(lines)
+        cells.append((row["method"], "yes" if row["postprocessed"] else "no", *dice, *distance, row["empty"]))
+    return markdown_table(header, cells)
 
 
 def _check_split(folder: Path, split: str, ids: Sequence[str]) -> None:
-    """The cases to be scored must be those that the model's training set aside, or it may have seen some of them."""
+    """Check that the cases equal those of the split recorded by the training, so that no training case is evaluated."""
     path = folder / "split.json"
     if not path.is_file():
         return
     recorded = read_model_json(path).get(split)
     if not isinstance(recorded, list):
-        raise InputError(f"{path}: has no {split} split; copy it again from the training's folder.")
+        raise InputError(f"{path}: has no {split} split; copy it again from the training folder.")
     more, fewer = sorted(set(ids) - set(recorded)), sorted(set(recorded) - set(ids))
     if more or fewer:
         differences = [f"{len(d)} {how} ({', '.join(d[:3])})" for d, how in ((more, "more"), (fewer, "missing")) if d]
         raise InputError(
-            f"{path}: the {split} cases are not those of the model's training: {' and '.join(differences)}; give the "
-            "same BraTS folder, complete, with the --grade it was trained with."
+            f"{path}: the {split} cases differ from those of the model's training: {' and '.join(differences)}; give "
+            "the complete BraTS folder and the --grade of the training."
         )
 
 
 def _matched(matrix: np.ndarray) -> int | None:
-    """The predicted part matched to the whole tumour, if any is."""
+    """The predicted part matched to the whole tumour, or `None`."""
     predicted, true = match_parts(matrix)
     hits = predicted[true == WHOLE_TUMOUR]
     return int(hits[0]) if len(hits) else None

@@ -1,4 +1,4 @@
-"""Tables of methods x levels x variants x seeds on synthetic cells, made by one command and resumable."""
+"""Resumable benchmark tables of methods x levels x variants x seeds on synthetic cells."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ from diffdiscover3d.utils.provenance import describe_environment, weights_sha256
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of a table."""
+    """One cell of a table."""
 
     variant: str
     method: str
@@ -38,19 +38,19 @@ class Cell:
         return f"{self.variant}-{self.method}-level{self.level}-seed{self.seed}"
 
 
-class Benchmark:
-    """Fills the cells of a table one by one, each from what is already in the output folder.
+class PaperTable:
+    """Computes the cells of a table, reusing earlier results in the output folder.
 
     Args:
-        output: folder for everything: `models/`, a JSON file for each cell in `cells/`, and the tables.
-        recipe: name of a recipe.
-        split: which volumes are scored.
-        teacher: folder or name of a diffusion model to use in place of training one for each variant.
-        overrides: options that replace the recipe's in every discovery training.
-        diffusion_overrides: likewise in the diffusion training.
-        run_training: called with the arguments of a training; default: run it in a process of its own.
+        output: output folder for `models/`, a JSON file for each cell in `cells/`, and the tables.
+        recipe: name of the recipe.
+        split: split to evaluate.
+        teacher: folder or name of a diffusion model; default: train one for each variant.
+        overrides: options that override the recipe in every discovery training.
+        diffusion_overrides: options that override the recipe in diffusion pretraining.
+        run_training: called with the arguments of a training; default: run it in a separate process.
         med3d: file or Hub id of MedicalNet's weights, for the methods that use them.
-        device: for baselines.
+        device: device for baselines.
     """
 
     def __init__(
@@ -81,17 +81,19 @@ class Benchmark:
         }
 
     def fill(self, cell: Cell) -> dict:
-        """The row of a cell, computed or read from an earlier run with the same settings.
+        """Compute the row of a cell, or read it from an earlier run with the same settings.
 
         Raises:
-            ModelError: if the folder holds results of other settings, or a training fails.
+            ModelError: if the folder contains results of different settings, or a training fails.
         """
         path, method = self.output / "cells" / f"{cell.name}.json", METHODS[cell.method]
         settings = self.settings_of(method)
         if path.exists():
             row = read_json(path)
             if row["settings"] != settings:
-                raise ModelError(f"{path}: made with other settings ({row['settings']}); choose another --output.")
+                raise ModelError(
+                    f"{path}: created with different settings ({row['settings']}); choose another --output."
+                )
             return row
         commands, seconds = [], 0.0
         with PeakMemory() as memory:
@@ -139,7 +141,7 @@ class Benchmark:
         return baseline.predict, baseline.training_seconds
 
     def settings_of(self, method: Method) -> dict:
-        """What a row must have been made with, so that figures of two recipes never stand in one table."""
+        """The settings of a row, which must match for results to be reused."""
         trained = {} if method.baseline else {"recipe_sha256": self._recipe(method).digest()}
         if method.trained:
             trained = {"preset": preset_of(self.recipe), "labels": method.labels}
@@ -149,7 +151,7 @@ class Benchmark:
 
     @cached_property
     def _teacher_settings(self) -> dict:
-        """Which diffusion model is asked: by its weights, or by the options it is trained with."""
+        """Identifies the diffusion model by its weights, or by the options of its training."""
         if self.teacher is None:
             return {"diffusion": {**RECIPES[self.recipe].diffusion, **self.diffusion_overrides}}
         return {"teacher_sha256": weights_fingerprint(_load_teacher(self.teacher).unet)}
@@ -159,7 +161,7 @@ class Benchmark:
         return RECIPES.get(name, RECIPES[self.recipe]).changed(**method.options, **self.overrides)
 
     def _teacher(self, variant: str) -> str:
-        """The diffusion model of a variant, trained if need be; its seed is always 0."""
+        """The diffusion model of a variant, trained if necessary, with seed 0."""
         if self.teacher is not None:
             return self.teacher
         folder = self.output / "models" / variant / "diffusion"
@@ -169,7 +171,7 @@ class Benchmark:
         return str(folder)
 
     def _train(self, cell: Cell, method: Method) -> tuple[Path, list[str], float]:
-        """Train the network of a cell; return its folder, the commands of this level and the seconds they took."""
+        """Train the network of a cell; return its folder, and the commands and training seconds of its level."""
         recipe, base = self._recipe(method), self.output / "models" / cell.variant / f"{cell.method}-seed{cell.seed}"
         parent = None
         if recipe.nested and cell.level > 1:
@@ -185,18 +187,20 @@ class Benchmark:
             base / f"level{cell.level}",
             lambda training: seconds.append(self._run(training)),
         )
-        commands = [self._public(t.arguments()) for t in trainings]
+        commands = [self._strip_output_folder(t.arguments()) for t in trainings]
         return trainings[-1].folder, commands, sum(seconds)
 
     def _run(self, training: Training) -> float:
-        """Train, unless that is done; return the seconds it took, in this run or the one that finished it."""
+        """Run a training unless it has finished before; return its duration in seconds."""
         record, clock = training.folder / "benchmark.json", time.perf_counter()
         arguments = training.arguments()
-        command = self._public(arguments)
+        command = self._strip_output_folder(arguments)
         if record.exists():
             done = read_json(record)
             if done["command"] != command:
-                raise ModelError(f"{record}: trained by other options ({done['command']}); choose another --output.")
+                raise ModelError(
+                    f"{record}: trained with different options ({done['command']}); choose another --output."
+                )
             return done["seconds"]
         if (training.folder / "checkpoints").exists():
             arguments += ["--resume", "latest"]
@@ -205,14 +209,14 @@ class Benchmark:
         write_json(record, {"seconds": seconds, "resumed": "--resume" in arguments, "command": command})
         return seconds
 
-    def _public(self, arguments: Sequence[str]) -> str:
-        """A command line without the folder of the tables: where the models lie is nobody else's business."""
-        inside = f"{self.output}/"
-        return " ".join(word.removeprefix(inside) for word in map(str, arguments))
+    def _strip_output_folder(self, arguments: Sequence[str]) -> str:
+        """A command line without the output folder: local paths are stripped."""
+        prefix = f"{self.output}/"
+        return " ".join(word.removeprefix(prefix) for word in map(str, arguments))
 
 
 def run_in_process(arguments: Sequence[str]) -> None:
-    """Run a training in a process of its own, so that nothing of one can reach the next."""
+    """Run a training in a separate process, isolated from other trainings."""
     command = [sys.executable, "-m", "diffdiscover3d.train", *arguments]
     code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
     if code:
@@ -225,31 +229,34 @@ def benchmark(
     variants: Sequence[str] = ("regular", "irregular"),
     levels: Sequence[int] = (1, 2, 3),
     seeds: Sequence[int] = (0,),
-    report: Callable[[dict, int, int], None] | None = None,
+    progress_callback: Callable[[dict, int, int], None] | None = None,
     **options,
 ) -> dict:
-    """Run methods over variants, levels and seeds; write `table.json`, `table.md` and `table.png`.
+    """Evaluate methods over variants, levels and seeds; write `table.json`, `table.md` and `table.png`.
 
-    Interrupted, the same call goes on where it was.
+    After an interruption, call again with the same arguments to resume.
 
     Args:
-        output: folder for models, figures and tables.
-        methods: names out of `METHODS`.
-        report: called with each row, its number and how many there are.
-        **options: of [`Benchmark`].
+        output: folder for models, metrics and tables.
+        methods: names from `METHODS`.
+        variants: variants of the synthetic cells.
+        levels: levels of the hierarchy.
+        seeds: random seeds.
+        progress_callback: called with each row, its number and the number of rows.
+        **options: options of [`PaperTable`].
 
     Returns:
-        `rows`, one for each method, variant, level and seed; `summary` with the mean and the spread over seeds; and
+        `rows`, one for each method, variant, level and seed; `summary` with mean and standard deviation over seeds; and
         `missing`, the methods left out because MedicalNet's weights are not given.
 
     Raises:
-        InputError: for a method or variant that does not exist.
-        ModelError: as [`Benchmark.fill`].
+        InputError: if a method or variant is unknown.
+        ModelError: as for [`PaperTable.fill`].
     """
     unknown = sorted(set(methods) - set(METHODS)) + sorted(set(variants) - {"regular", "irregular"})
     if unknown:
         raise InputError(f"unknown: {', '.join(unknown)}; methods are {', '.join(METHODS)}.")
-    table = Benchmark(output, **options)
+    table = PaperTable(output, **options)
     missing = [] if table.med3d else [name for name in methods if METHODS[name].needs_med3d]
     cells = [
         Cell(variant, method, level, seed)
@@ -262,20 +269,17 @@ def benchmark(
     rows = []
     for number, cell in enumerate(cells, start=1):
         rows.append(table.fill(cell))
-        if report:
-            report(rows[-1], number, len(cells))
-    result = {"settings": table.settings, "summary": summarize(rows), "missing": missing, "rows": rows}
+        if progress_callback:
+            progress_callback(rows[-1], number, len(cells))
+    result = {"settings": table.settings, "summary": mean_over_seeds(rows), "missing": missing, "rows": rows}
     write_json(table.output / "table.json", result)
     write_table(table.output / "table.md", result["summary"])
     plot_table(table.output / "table.png", result["summary"])
     return result
 
 
-def summarize(rows: Iterable[dict]) -> list[dict]:
-    """Mean and standard deviation over seeds of each method, variant and level, in the order of the rows.
-
-    The deviation is the sample's (divided by one less than the seeds): three seeds are not all there are.
-    """
+def mean_over_seeds(rows: Iterable[dict]) -> list[dict]:
+    """Mean and sample standard deviation over seeds of each method, variant and level, in the order of the rows."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["variant"], row["method"], row["level"]), []).append(row)

@@ -1,4 +1,4 @@
-"""Score models on synthetic cells, beside k-means run in the same breath."""
+"""Evaluation of models on synthetic cells, alongside k-means."""
 
 import json
 import time
@@ -12,9 +12,11 @@ from diffdiscover3d.data.datasets.synthetic import GENERATOR_VERSION, LEVEL_PART
 from diffdiscover3d.data.loading import SYNTHETIC_NAMES, load_volumes
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.evaluation.metrics import dataset_dice, dice_matrix
-from diffdiscover3d.hub.registry import DEFAULT_MODEL, discovery_folder, load_discovery
+from diffdiscover3d.hub.registry import DEFAULT_MODEL, load_discovery
+from diffdiscover3d.hub.resolve import resolve_model
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
-from diffdiscover3d.utils.provenance import describe_environment, weights_sha256
+from diffdiscover3d.reporting.markdown import markdown_table
+from diffdiscover3d.utils.provenance import describe_environment
 
 
 def evaluate(
@@ -23,28 +25,28 @@ def evaluate(
     split: str = "test",
     levels: Sequence[int] | None = None,
     seed: int = 0,
-    report: Callable[[dict], None] | None = None,
+    progress_callback: Callable[[dict], None] | None = None,
 ) -> dict:
-    """Dice of a model and of intensity k-means on a synthetic dataset.
+    """Compute the Dice of a model and of intensity k-means on a synthetic dataset.
 
     Args:
-        model: an embedded model's name, or a folder or Hub id of a discovery network. A network, and each coarser one
-            that it divides, is scored at the level with its number of parts.
-        dataset, split: as for [`load_volumes`]; it must have labels.
-        levels: which levels; default: all the model has.
-        seed: of k-means.
-        report: called with each row as soon as it is there.
+        model: name of an embedded model, or folder or Hub id of a discovery network. The network and its ancestors are
+            evaluated at the levels with their number of parts.
+        dataset, split: as for [`load_volumes`]; the dataset must have labels.
+        levels: levels to evaluate; default: all levels of the model.
+        seed: random seed of k-means.
+        progress_callback: called with each row when it is complete.
 
     Returns:
         JSON values: `rows` (method, level, parts, dice, dice_std, dice_one_matching, seconds), the arguments,
         versions and hardware, and the sha256 of the weights.
 
     Raises:
-        InputError: if the dataset has no labels, or the model's number of parts is that of no level asked for.
+        InputError: if the dataset has no labels, or the model has no network for the requested levels.
         ModelError: if the model cannot be loaded.
     """
     if dataset not in SYNTHETIC_NAMES:
-        raise InputError(f"{dataset}: has no labels to score against; choose one of {', '.join(SYNTHETIC_NAMES)}.")
+        raise InputError(f"{dataset}: has no reference labels; choose one of {', '.join(SYNTHETIC_NAMES)}.")
     networks = _load_levels(model, levels)
     volumes = load_volumes(dataset, split)
     rows = []
@@ -56,8 +58,8 @@ def evaluate(
         }
         for name, predict in methods.items():
             rows.append({"method": name, "level": level, "parts": LEVEL_PARTS[level], **score(predict, volumes, level)})
-            if report:
-                report(rows[-1])
+            if progress_callback:
+                progress_callback(rows[-1])
     return {
         "model": model,
         "dataset": dataset,
@@ -66,13 +68,13 @@ def evaluate(
         "generator_version": GENERATOR_VERSION,
         "seed": seed,
         "rows": rows,
-        "weights_sha256": weights_sha256(discovery_folder(model)),
+        "weights_sha256": resolve_model(model).weights_sha256,
         "environment": describe_environment(),
     }
 
 
 def score(predict: Callable[[torch.Tensor], np.ndarray], volumes: Sequence[dict], level: int) -> dict[str, float]:
-    """Run a method over volumes and score it at a level of the hierarchy."""
+    """Evaluate a method on volumes at one level of the hierarchy."""
     parts, matrices, clock = LEVEL_PARTS[level], [], time.perf_counter()
     for i in range(len(volumes)):
         labels = predict(volumes[i]["volume"])
@@ -81,18 +83,15 @@ def score(predict: Callable[[torch.Tensor], np.ndarray], volumes: Sequence[dict]
 
 
 def format_rows(rows: Sequence[dict]) -> str:
-    """Rows as a Markdown table."""
-    lines = ["| level | parts | method | Dice | std | Dice, one matching |", "| --- | --- | --- | --- | --- | --- |"]
-    for row in rows:
-        lines.append(
-            f"| {row['level']} | {row['parts']} | {row['method']} | {row['dice']:.3f} | {row['dice_std']:.3f} "
-            f"| {row['dice_one_matching']:.3f} |"
-        )
-    return "\n".join(lines)
+    """Format rows as a Markdown table."""
+    header = ["level", "parts", "method", "Dice", "std", "Dice, one matching"]
+    scores = ("dice", "dice_std", "dice_one_matching")
+    cells = [(r["level"], r["parts"], r["method"], *(f"{r[score]:.3f}" for score in scores)) for r in rows]
+    return markdown_table(header, cells)
 
 
 def _load_levels(model: str, levels: Sequence[int] | None) -> dict[int, StructureDiscoveryModel]:
-    """The networks to score, by level."""
+    """The networks to evaluate, by level."""
     networks = {network.config.num_parts: network for network in load_discovery(model).levels}
     found = {level: networks[parts] for level, parts in LEVEL_PARTS.items() if parts in networks}
     chosen = {level: network for level, network in found.items() if not levels or level in levels}

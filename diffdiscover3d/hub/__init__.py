@@ -1,4 +1,4 @@
-"""Models on the Hub, embedded models and model cards. Names are imported when they are first used."""
+"""Models on the Hub, embedded models and model cards; names are imported on first use."""
 
 import importlib
 

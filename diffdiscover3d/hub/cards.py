@@ -1,6 +1,6 @@
-"""Model cards: rendered from the templates in `hub/templates/` with what lies in a model's folder.
+"""Model cards, rendered from the templates in `hub/templates/` and the files of a model's folder.
 
-A figure that is not there leaves out its line; nothing is made up and no placeholder is left.
+A line whose value is missing is left out.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from diffdiscover3d.training.config import PRESETS, DiffusionConfig, DiscoveryCo
 from diffdiscover3d.utils.files import read_model_json, sha256
 
 CARD_NAME, SCORES_NAME, PICTURE_NAME = "README.md", "scores.json", "preview.png"
-DATASETS = ("synthetic-regular", "synthetic-irregular", "synthetic", "brats")  # the others are somebody's own scans
+DATASETS = ("synthetic-regular", "synthetic-irregular", "synthetic", "brats")  # any other is own data
 _OURS = "diffdiscover3d"
 _KINDS = {
     "DiffusionFeaturePipeline": "diffusion",
@@ -23,7 +23,7 @@ _KINDS = {
     "StructureDiscoveryModel": "discovery",
     "UNet3DModel": "unet",
 }
-# column of the table of scores, and how its figures are written
+# keys and headings of the table of scores
 _COLUMNS = {
     "parts": "parts",
     "dice": "Dice",
@@ -34,12 +34,12 @@ _COLUMNS = {
 _FORMATS = {"hd95_mm": ".1f", "parts": "d"}
 _MODALITIES = {"flair": "FLAIR", "t1": "T1", "t1ce": "T1ce", "t2": "T2"}
 _MODALITIES |= {"t2f": "FLAIR", "t1n": "T1", "t1c": "T1ce", "t2w": "T2"}  # the names of 2023
-_BRATS_CROP = (200, 200, 155)  # where the options leave it to the data
+_BRATS_CROP = (200, 200, 155)  # the default of the BraTS data
 _TAGS = ["3d", "diffusion", "unsupervised-segmentation", "biomedical-imaging"]
 
 
 def folder_kind(folder: str | Path) -> str:
-    """What a model folder holds: "diffusion" (a pipeline), "discovery" or "unet".
+    """The kind of model in a folder: "diffusion" (a pipeline), "discovery" or "unet".
 
     Raises:
         ModelError: if it holds none of these.
@@ -60,7 +60,7 @@ def render_card(folder: str | Path, repo_id: str) -> str:
     """The model card of a folder, YAML metadata included.
 
     Args:
-        folder: a model folder; `train_config.json`, `scores.json` and `preview.png` are used if they are there.
+        folder: a model folder; `train_config.json`, `scores.json` and `preview.png` are used if they exist.
         repo_id: `user/name`, for the lines that load the model.
 
     Raises:
@@ -70,9 +70,9 @@ def render_card(folder: str | Path, repo_id: str) -> str:
 
     folder = Path(folder)
     kind = folder_kind(folder)
-    options = _read_if_there(folder / "train_config.json")
+    options = _read_optional(folder / "train_config.json")
     rows = _score_rows(folder, kind)
-    scores = _read_if_there(folder / SCORES_NAME)
+    scores = _read_optional(folder / SCORES_NAME)
     dataset, scored = _dataset_of(options), _dataset_of(scores)
     environment = Environment(
         loader=PackageLoader("diffdiscover3d.hub", "templates"),
@@ -81,7 +81,7 @@ def render_card(folder: str | Path, repo_id: str) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    columns = [c for c in _COLUMNS if c != "parts" and any(_is_figure(row.get(c)) for row in rows)]
+    columns = [c for c in _COLUMNS if c != "parts" and any(_is_number(row.get(c)) for row in rows)]
     if len({row.get("parts") for row in rows}) > 1:  # a nested network is scored at each of its levels
         columns.insert(0, "parts")
     text = environment.get_template(f"{kind}.md.jinja").render(
@@ -98,7 +98,7 @@ def render_card(folder: str | Path, repo_id: str) -> str:
         config=read_model_json(folder / "config.json") if kind != "diffusion" else {},
         command=training_command(kind, options) if options else None,
         header=["method", *(_COLUMNS[c] for c in columns)],
-        rows=[[_method_name(row), *(_figure(row, c) for c in columns)] for row in rows],
+        rows=[[_method_name(row), *(_format_score(row, c) for c in columns)] for row in rows],
         picture=PICTURE_NAME if (folder / PICTURE_NAME).is_file() else None,
         version=__version__,
     )
@@ -113,13 +113,13 @@ def write_card(folder: str | Path, repo_id: str) -> Path:
 
 
 def training_command(kind: str, options: dict) -> str:
-    """The command line that trains with these options: the preset, and what differs from it."""
-    stage, config = ("discovery", DiscoveryConfig) if kind == "discovery" else ("diffusion", DiffusionConfig)
+    """The command line that trains with these options: the preset, and every option that differs from it."""
+    phase, config = ("discovery", DiscoveryConfig) if kind == "discovery" else ("diffusion", DiffusionConfig)
     known = {f.name for f in dataclasses.fields(config)}
     options = {k: v for k, v in options.items() if k in known}
     preset = options.get("preset", config.preset)
     defaults = as_dict(make_config(config, preset=preset)) if preset in PRESETS[config] else {}
-    words = ["accelerate", "launch", "-m", "diffdiscover3d.train", stage, "--preset", preset]
+    words = ["accelerate", "launch", "-m", "diffdiscover3d.train", phase, "--preset", preset]
     quiet = {"preset", "output_dir", "resume", "report_to", "num_workers", "log_every", "checkpoint_every"}
     quiet |= {"keep_checkpoints", "preview_every"}
     for name, value in options.items():
@@ -130,7 +130,7 @@ def training_command(kind: str, options: dict) -> str:
             words.append(flag if value else "--no-" + flag[2:])
         elif value is not None:
             words += [flag, *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join([*words, "--output-dir", f"out/{stage}"])
+    return shlex.join([*words, "--output-dir", f"out/{phase}"])
 
 
 def _metadata(kind: str, dataset: str, repo_id: str, rows: list[dict], scored: str, split: str | None):
@@ -154,7 +154,7 @@ def _metadata(kind: str, dataset: str, repo_id: str, rows: list[dict], scored: s
         )
         for row in ours
         for metric, name in names.items()
-        if _is_figure(row.get(metric))
+        if _is_number(row.get(metric))
     ]
     return ModelCardData(
         library_name="diffdiscover3d",
@@ -168,8 +168,8 @@ def _metadata(kind: str, dataset: str, repo_id: str, rows: list[dict], scored: s
 
 
 def _score_rows(folder: Path, kind: str) -> list[dict]:
-    """Rows of `scores.json` at the numbers of parts the model has; `ours` says whether a row is the model's."""
-    scores = _read_if_there(folder / SCORES_NAME)
+    """Rows of `scores.json` at the numbers of parts of this model; `ours` marks the rows of its own weights."""
+    scores = _read_optional(folder / SCORES_NAME)
     if not scores:
         return []
     recorded = scores.get("weights_sha256") or {}
@@ -190,13 +190,13 @@ def _score_rows(folder: Path, kind: str) -> list[dict]:
 
 
 def _numbers_of_parts(config: dict) -> set[int]:
-    """Of a network, and of each coarser one whose parts it divides."""
+    """The numbers of parts of a network and of its coarser levels."""
     parent = config.get("parent")
     return {config.get("num_parts")} | (_numbers_of_parts(parent) if isinstance(parent, dict) else set())
 
 
 def _dataset_of(source: dict) -> str:
-    """The published dataset in options or scores; "own" for any other, and where nothing is said."""
+    """The published dataset named in options or scores; "own" for any other, or if none is named."""
     if source.get("dataset") in DATASETS:
         return source["dataset"]
     return "brats" if source.get("preset") == "brats" else "own"
@@ -206,13 +206,13 @@ def _method_name(row: dict) -> str:
     return f"{row['method']}, post-processed" if row.get("postprocessed") else str(row["method"])
 
 
-def _is_figure(value) -> bool:
+def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _figure(row: dict, column: str) -> str:
-    return format(row[column], _FORMATS.get(column, ".3f")) if _is_figure(row.get(column)) else ""
+def _format_score(row: dict, column: str) -> str:
+    return format(row[column], _FORMATS.get(column, ".3f")) if _is_number(row.get(column)) else ""
 
 
-def _read_if_there(path: Path) -> dict:
+def _read_optional(path: Path) -> dict:
     return read_model_json(path) if path.is_file() else {}

@@ -1,7 +1,7 @@
-"""Fetch the files of a model repository, whole and verified, or fail; nothing in them is executed.
+"""Download the files of a model repository and verify them; nothing in them is executed.
 
 The Hub lists each file with the sha256 of its content (large files) or its git hash (small ones). A download is
-believed only if every file of the listing is there and has its hash.
+complete only if every listed file exists and has its hash.
 """
 
 import fnmatch
@@ -13,16 +13,19 @@ from pathlib import Path, PurePosixPath
 from diffdiscover3d.errors import ModelError, NetworkError
 from diffdiscover3d.utils.files import sha256
 
-DATA_FILES = ("*.json", "*.safetensors", "*.md", "*.png")  # what a model consists of; nothing else is fetched
+DATA_FILES = ("*.json", "*.safetensors", "*.md", "*.png")  # the files of a model; no others are fetched
 _WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.safetensors.index.json")
-# what is published of a model folder, each at its place
+# files of a model folder that are published, by their paths in it
 MODEL_FILES = (
     "model_index.json",
     "config.json",
+    "checksums.json",
     "unet/config.json",
+    "unet/checksums.json",
     "scheduler/scheduler_config.json",
     *_WEIGHTS,
     *(f"unet/{pattern}" for pattern in _WEIGHTS),
+    "working_grid.json",
     "train_config.json",
     "scores.json",
     "selection.json",
@@ -35,17 +38,17 @@ _SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a name has the form of a Hub id, `user/name`, and cannot be mistaken for a path."""
+    """Whether a name has the form of a Hub id, `user/name`."""
     return bool(REPO_ID.fullmatch(name)) and ".." not in name and "--" not in name
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a path within a model folder, with forward slashes, is that of a file which is published."""
+    """Whether a path within a model folder, with forward slashes, is published."""
     return any(fnmatch.fnmatchcase(name, p) and name.count("/") == p.count("/") for p in MODEL_FILES)
 
 
 def is_data_file(name: str) -> bool:
-    """Whether a path within a repository, with forward slashes, is that of a file which is fetched."""
+    """Whether a path within a repository, with forward slashes, is fetched."""
     return any(PurePosixPath(name).match(pattern) for pattern in DATA_FILES)
 
 
@@ -64,14 +67,14 @@ def fetch_snapshot(
         repo_id: `user/name`.
         revision: branch, tag, pull request (`refs/pr/1`) or commit; default: main.
         cache_dir, token, local_files_only, force_download: as in huggingface_hub; a token normally comes from
-            `hf auth login` or the environment. Without a network, what the cache holds whole is used.
+            `hf auth login` or the environment. Without a network, a complete snapshot in the cache is used.
 
     Returns:
         The snapshot's folder, every file verified.
 
     Raises:
         NetworkError: if the repository does not exist or cannot be reached, or a file arrives damaged twice.
-        ModelError: if the id or a file name in the repository is no proper one.
+        ModelError: if the id or a file name in the repository is invalid.
     """
     from huggingface_hub import snapshot_download
 
@@ -88,14 +91,14 @@ def fetch_snapshot(
             )
         except Exception as error:  # the Hub's client and its HTTP library raise many kinds
             if attempt == 1 and getattr(getattr(error, "response", None), "status_code", 0) >= 500:
-                time.sleep(1)  # broken connections the client retries itself, a server's errors it does not
+                time.sleep(1)  # the client retries broken connections, but not server errors
                 continue
             raise _network_error(repo_id, revision, error) from error
         listing = None if local_files_only else _list_files(repo_id, folder.name, token)
         damaged = _find_damage(repo_id, folder, listing)
         if not damaged:
             return folder
-        # left in the cache, a damaged file would pass for a good one the next time
+        # a damaged file in the cache would be used the next time
         for name in damaged:
             (folder / name).resolve().unlink(missing_ok=True)
             (folder / name).unlink(missing_ok=True)
@@ -116,14 +119,14 @@ def file_hash(path: str | Path, kind: str) -> str:
 
 
 def _list_files(repo_id: str, commit: str, token) -> dict[str, tuple[str, str]] | None:
-    """Hash of each file at a commit, as (kind, value); `None` if the Hub is down or offline mode is on."""
+    """Hash of each file at a commit, as (kind, value); `None` if the Hub is unreachable or offline mode is on."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         entries = list(HfApi(token=token).list_repo_tree(repo_id, recursive=True, revision=commit))
     except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code < 500:  # the Hub is there and refuses
+        if error.response is not None and error.response.status_code < 500:  # the Hub refused the request
             raise _network_error(repo_id, commit, error) from error
         return None
     except (OSError, OfflineModeIsEnabled):
@@ -137,7 +140,17 @@ def _list_files(repo_id: str, commit: str, token) -> dict[str, tuple[str, str]] 
 
 
 def _find_damage(repo_id: str, folder: Path, listing: dict[str, tuple[str, str]] | None) -> list[str]:
-    """Names of the files that are missing or not what the repository lists."""
+    """Names of the files that are missing or differ from the repository's listing.
+
+    `HfApi.verify_repo_checksums` is no substitute: it needs a connection, compares files that were never fetched, and
+    takes names that lead out of the folder.
+
+    Args:
+        listing: hashes by name; `None` to compare with the hashes by which the cache names its files.
+
+    Raises:
+        ModelError: if a name would lie outside the folder.
+    """
     if listing is None:
         return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and not _fits_its_name(p)]
     damaged = []
@@ -154,7 +167,7 @@ def _find_damage(repo_id: str, folder: Path, listing: dict[str, tuple[str, str]]
 
 
 def _fits_its_name(path: Path) -> bool:
-    """The cache keeps each file under the hash it should have, so it can be checked without the Hub."""
+    """Whether a cached file matches its name: the cache names each file by its hash."""
     name = path.resolve().name
     if _SHA256.fullmatch(name):
         return file_hash(path, "sha256") == name
@@ -165,7 +178,7 @@ def _network_error(repo_id: str, revision: str | None, error: Exception) -> Netw
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
-        reason = "access must be asked for on its page, then `hf auth login`"
+        reason = "request access on its page, then `hf auth login`"
     elif isinstance(error, errors.RepositoryNotFoundError):
         reason = "no such repository, or a private one: check the id, or log in with `hf auth login`"
     elif isinstance(error, errors.RevisionNotFoundError):

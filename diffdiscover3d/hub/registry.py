@@ -25,7 +25,7 @@ _MODEL_CLASSES = {"diffusion": DiffusionFeaturePipeline, "discovery": StructureD
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A pretrained model that comes with the package: a diffusion model and one nested discovery network."""
+    """A pretrained model of the package: a diffusion model and one nested discovery network."""
 
     name: str
     folder: Path
@@ -48,7 +48,7 @@ class EmbeddedModel:
 
 
 def embedded_models() -> dict[str, EmbeddedModel]:
-    """The models that come with the package, by name."""
+    """The pretrained models of the package, by name."""
     folders = sorted(p for p in ASSETS.iterdir() if p.is_dir() and (p / "discovery").is_dir())
     return {p.name: EmbeddedModel(p.name, p) for p in folders}
 
@@ -111,31 +111,19 @@ def load_discovery(name: str, level: int | None = None, revision: str | None = N
     return levels[level - 1]
 
 
-def discovery_folder(name: str, revision: str | None = None) -> Path:
-    """The local folder of a discovery network; a Hub repository is fetched, or taken from the cache.
-
-    Args:
-        name, revision: as for [`load_discovery`].
-
-    Raises:
-        ModelError: if there is no such model.
-        NetworkError: if the Hub cannot be reached and the cache does not hold it.
-    """
-    embedded = embedded_models()
-    if name in embedded:
-        return embedded[name].discovery
-    _check_source(StructureDiscoveryModel, folder := _in_folder(Path(name)), name, "config.json", revision)
-    return folder if folder.is_dir() else fetch_snapshot(name, revision=revision)
+def find_discovery(folder: Path) -> Path:
+    """The folder of the discovery network itself, where `discover` put it beside a diffusion model."""
+    return _in_folder(folder)
 
 
 def _in_folder(folder: Path, part: str = "discovery", marker: str = "config.json") -> Path:
-    """The folder of the model itself: `discover` puts both models into one folder, as the embedded ones are."""
+    """The folder of one model: `discover` and the embedded models keep two in one folder."""
     inside = folder / part
     return inside if not (folder / marker).is_file() and (inside / marker).is_file() else folder
 
 
 def push(folder: str | Path, repo_id: str, **options) -> str:
-    """Push a model folder to the Hub after loading it once, so that nothing broken is published.
+    """Push a model folder to the Hub, after loading it once to check that it is complete.
 
     Args:
         folder: a trained discovery network, UNet or diffusion pipeline.
@@ -145,7 +133,7 @@ def push(folder: str | Path, repo_id: str, **options) -> str:
         The address of the commit or pull request.
 
     Raises:
-        ModelError: if the folder holds no whole model, or the id is no proper one.
+        ModelError: if the folder holds no complete model, or the id is invalid.
         NetworkError: if the Hub refuses or cannot be reached.
     """
     kind = folder_kind(folder)
@@ -165,9 +153,9 @@ def pull(
 
     Args:
         repo_id: `user/name`.
-        folder: where to copy it; appears whole or not at all. Default: it stays in the Hub's cache.
+        folder: where to copy it, atomically. Default: it stays in the Hub's cache.
         revision: branch, tag or commit.
-        local_files_only: take what the cache holds, without a network.
+        local_files_only: use the cache, not the network.
         overwrite: replace a model folder that exists.
 
     Returns:
@@ -176,7 +164,7 @@ def pull(
     Raises:
         OutputError: if the folder exists or cannot be written, or holds a training's checkpoints.
         ModelError: if the repository, or a folder to be replaced, holds no model of this package.
-        NetworkError: if it cannot be fetched whole.
+        NetworkError: if it cannot be downloaded completely.
     """
     target = Path(folder) if folder is not None else None
     if target is not None:
@@ -184,7 +172,7 @@ def pull(
         if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
             raise OutputError(f"{target}: exists already; --overwrite replaces it.")
         if target.is_dir() and any(target.iterdir()):
-            folder_kind(target)  # replacing means deleting: only ever a model
+            folder_kind(target)  # it will be deleted, so it must be a model
             if (target / "checkpoints").exists():
                 raise OutputError(
                     f"{target}: holds the checkpoints of a training, which would be lost; choose another."
@@ -194,7 +182,7 @@ def pull(
     if target is None:
         return snapshot
     with replaced_folder(target) as temporary:
-        for path in snapshot.rglob("*"):  # the cache may hold more, fetched by other programs
+        for path in snapshot.rglob("*"):  # other programs may have cached further files
             name = path.relative_to(snapshot)
             if path.is_file() and is_data_file(name.as_posix()):
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
@@ -203,14 +191,14 @@ def pull(
 
 
 def _load_once(folder: str | Path, kind: str) -> None:
-    """Load a model only to know that it can be loaded."""
+    """Check that a model can be loaded."""
     _load(_MODEL_CLASSES[kind], str(folder), marker="model_index.json" if kind == "diffusion" else "config.json")
 
 
 def _load(kind, source: str, marker: str, **options):
-    _check_source(kind, Path(source), source, marker, options.get("revision"))
+    check_source(kind, Path(source), source, marker, options.get("revision"))
     try:
-        with _no_progress_bar():  # two small files: a bar says nothing
+        with _no_progress_bar():  # for two small files
             return kind.from_pretrained(source, **options)
     except (ModelError, NetworkError):
         raise
@@ -219,8 +207,19 @@ def _load(kind, source: str, marker: str, **options):
         raise ModelError(f"{source}: cannot be loaded as {kind.__name__}: {reason}") from error
 
 
-def _check_source(kind, folder: Path, name: str, marker: str, revision: str | None) -> None:
-    """Say what is wrong with a name before anything is loaded from it or asked of the Hub."""
+def check_source(kind, folder: Path, name: str, marker: str, revision: str | None) -> None:
+    """Refuse a name that is neither a model folder nor a Hub id, before anything is loaded or fetched.
+
+    Args:
+        kind: class to be loaded.
+        folder: `name` as a path; the folder of the model itself, if it is one.
+        name: as the user gave it.
+        marker: file that the folder must hold.
+        revision: only a Hub id may have one.
+
+    Raises:
+        ModelError: if it cannot be a source of this model.
+    """
     if folder.is_dir():
         if not (folder / marker).is_file():
             raise ModelError(f"{name}: no {kind.__name__} in this folder ({marker} is missing).")
@@ -233,7 +232,7 @@ def _check_source(kind, folder: Path, name: str, marker: str, revision: str | No
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """diffusers' bars off for a while; whoever uses diffusers beside this package keeps the setting."""
+    """Turn diffusers' progress bars off within the context, and restore the setting after it."""
     enabled = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()
     try:

@@ -1,6 +1,6 @@
-"""Push a model folder to the Hub in one commit: the files a model consists of by name, a card and a picture, no others.
+"""Push a model folder to the Hub in one commit: a fixed list of files, a card and a picture.
 
-A folder of somebody's model may hold more: segmentations, pictures of patients, notes. They stay at home.
+Other files in the folder, such as segmentations, pictures of patients or notes, are never uploaded.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from diffdiscover3d.errors import ModelError, NetworkError
 from diffdiscover3d.hub.cards import CARD_NAME, DATASETS, PICTURE_NAME, SCORES_NAME, folder_kind, write_card
 from diffdiscover3d.hub.download import MODEL_FILES, is_model_file, is_repo_id
+from diffdiscover3d.utils.checksums import update_checksums
 from diffdiscover3d.utils.files import read_model_json
 
 _MODEL_ENTRIES = ("_name_or_path", "teacher", "init_from", "parent", "model")  # they may hold Hub ids
@@ -30,25 +31,25 @@ def push_folder(
     token: str | bool | None = None,
     scores: dict | None = None,
 ) -> str:
-    """Upload a model folder, with a model card rendered from what lies in it, as one commit.
+    """Upload a model folder with a rendered model card, as one commit.
 
     Args:
-        folder: as the trainings write it. `scores.json` (written by `evaluate --output`) goes into the card;
-            a README.md in the folder is kept as the card. Only the files in `MODEL_FILES` go, each from its place;
-            checkpoints, previews, logs and whatever else lies in the folder stay at home, and so do the paths in
-            configs and options. Those of them in the repository that this folder does not have are deleted.
-        repo_id: `user/name`; made if it does not exist.
-        revision: branch to push to, made if it does not exist; default: main.
-        private: of a repository that is made.
+        folder: as the trainings write it. The card shows `scores.json` (written by `evaluate --output`); a README.md
+            in the folder is kept as the card. Only the files in `MODEL_FILES` are uploaded, without the local paths
+            in configs and options; checkpoints, previews, logs and other files are not. Files in `MODEL_FILES` that
+            the repository has and this folder has not are deleted from it.
+        repo_id: `user/name`; created if it does not exist.
+        revision: branch to push to, created if it does not exist; default: main.
+        private: visibility of a repository that is created.
         create_pr: open a pull request instead of committing.
         token: default: that of `hf auth login` or of the environment.
-        scores: what `evaluate` returned for these weights; takes the place of `scores.json` in the folder.
+        scores: as `evaluate` returned them for these weights; replaces `scores.json` of the folder.
 
     Returns:
         The address of the commit, or of the pull request.
 
     Raises:
-        ModelError: if the folder holds no model, the id is no proper one, or the scores are of other weights.
+        ModelError: if the folder holds no model, the id is invalid, or the scores are of other weights.
         NetworkError: if the Hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
@@ -68,6 +69,7 @@ def push_folder(
         if scores is not None:
             (staged / SCORES_NAME).write_text(json.dumps(scores, indent=2), encoding="utf-8")
         _hide_paths(staged)
+        update_checksums(staged)
         _add_picture(folder, staged)
         if not (staged / CARD_NAME).exists():
             write_card(staged, repo_id)
@@ -84,7 +86,7 @@ def push_folder(
                 commit_message=commit_message or f"Upload {kind} model with diffdiscover3d",
                 revision=revision,
                 create_pr=create_pr,
-                # nothing of an earlier model may stay beside this one: shards, an index, scores
+                # shards, an index or scores of an earlier model must not remain
                 delete_patterns=list(MODEL_FILES),
             )
         except Exception as error:  # the Hub's client and its HTTP library raise many kinds
@@ -103,7 +105,7 @@ def _files_to_push(folder: Path) -> Iterator[Path]:
 
 
 def _hide_paths(staged: Path) -> None:
-    """Where data and models lay says who trained; only the last name of a path is published."""
+    """Shorten local paths in JSON files to their last component."""
     for path in staged.rglob("*.json"):
         text = path.read_text(encoding="utf-8")
         if any(f'"{name}"' in text for name in _PATH_ENTRIES):
@@ -111,7 +113,7 @@ def _hide_paths(staged: Path) -> None:
 
 
 def _without_paths(value, name: str = ""):
-    """JSON values with paths shortened wherever they are nested; `name` is the key that holds the value."""
+    """A JSON value with shortened paths at every depth; `name` is the key of the value."""
     if isinstance(value, dict):
         return {key: _without_paths(inner, key) for key, inner in value.items()}
     if isinstance(value, list):
@@ -119,13 +121,13 @@ def _without_paths(value, name: str = ""):
     if not isinstance(value, str) or name not in _PATH_ENTRIES:
         return value
     public = value in DATASETS or value.startswith("hf://") if name == "dataset" else False
-    # a Hub id looks like a relative path of two parts
+    # a Hub id looks like a relative path of two components
     public = public or (name in _MODEL_ENTRIES and is_repo_id(value) and not Path(value).exists())
     return value if public else re.split(r"[/\\]", value.rstrip("/\\"))[-1]
 
 
 def _add_picture(folder: Path, staged: Path) -> None:
-    """The newest preview of the training, unless there is a picture already."""
+    """Add the newest preview of the training, unless the folder has a picture already."""
     pictures = sorted((folder / "previews").glob("*.png"))
     if pictures and not (staged / PICTURE_NAME).exists():
         shutil.copyfile(pictures[-1], staged / PICTURE_NAME)

@@ -36,13 +36,13 @@ _TOP = {
 
 
 def load_authors_checkpoint(path: str | Path) -> UNet3DModel:
-    """Read a `.pt` (or `.safetensors`) checkpoint of the authors' code and return the same network.
+    """Load a `.pt` or `.safetensors` checkpoint of the authors' code as a [`UNet3DModel`].
 
-    The `.pt` file is a pickle; it is read with `weights_only=True`, so nothing in it is executed.
+    A `.pt` file is a pickle; it is loaded with `weights_only=True`, so no code in it is executed.
 
     Raises:
-        InputError: if the file is missing or is not a checkpoint of tensors.
-        ModelError: if its keys are not those of the authors' UNet.
+        InputError: if the file is missing or does not contain only tensors.
+        ModelError: if its keys do not match the authors' UNet.
     """
     path = Path(path)
     if not path.is_file():
@@ -56,33 +56,34 @@ def load_authors_checkpoint(path: str | Path) -> UNet3DModel:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise InputError(f"{path}: not a checkpoint of plain tensors ({error}).") from error
-    except Exception as error:  # safetensors raises its own class for a damaged file
+    except Exception as error:  # safetensors raises its own exception class
         raise InputError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {error}).") from error
     return convert_authors_state_dict(state)
 
 
 def convert_authors_state_dict(state: Mapping) -> UNet3DModel:
-    """Turn the state dict of the authors' code (`{"model": {...}}` or flat, any prefix before `unet.`) into a model.
+    """Convert a state dict of the authors' code (`{"model": {...}}` or flat, any prefix before `unet.`) to a model.
 
-    Width and multipliers are read off the weights; the internal grid is `width` voxels, as in their code.
+    Width and channel multipliers are inferred from the weights; the internal grid has `width` voxels per axis, as in
+    their code.
 
     Raises:
-        ModelError: if keys are missing or unknown, or shapes do not fit.
+        ModelError: if keys are missing or unknown, or shapes do not match.
     """
     state = state.get("model", state)
     weights = {}
     for key, tensor in state.items():
         match = re.search(r"(?:^|\.)unet\.(.+)$", key)
-        if match:  # what lies outside the UNet are the buffers of the noise schedule
+        if match:  # all other keys are buffers of the noise schedule
             new_key = _convert_key(match.group(1))
             is_norm = new_key.rsplit(".", 2)[-2] in ("norm", "norm_out")
             weights[new_key] = tensor.flatten().float() if is_norm else tensor.float()
     if "conv_out.weight" not in weights:
-        raise ModelError("this is no checkpoint of the authors' UNet: it has no key `unet.final_conv.1.weight`.")
+        raise ModelError("not a checkpoint of the authors' UNet: it has no key `unet.final_conv.1.weight`.")
 
     width = weights["conv_out.weight"].shape[1]
-    levels = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("down_levels."))
-    channels = [weights[f"down_levels.{i}.blocks.0.conv2.weight"].shape[0] for i in range(levels)]
+    depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("down_levels."))
+    channels = [weights[f"down_levels.{i}.blocks.0.conv2.weight"].shape[0] for i in range(depth)]
     model = UNet3DModel(
         **{
             **UNET_PRESETS["paper"],
@@ -90,19 +91,19 @@ def convert_authors_state_dict(state: Mapping) -> UNet3DModel:
             "out_channels": weights["conv_out.weight"].shape[0],
             "width": width,
             "channel_multipliers": tuple(c // width for c in channels),
-            "attention": ("linear",) * levels,
+            "attention": ("linear",) * depth,
             "sample_size": width,
         }
     )
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ModelError(f"the checkpoint does not fit the authors' UNet: {str(error)[:300]}") from error
+        raise ModelError(f"the checkpoint does not match the authors' UNet: {str(error)[:300]}") from error
     return model.eval()
 
 
 def _convert_key(key: str) -> str:
-    """One key of the authors' UNet, without its prefix, in our names."""
+    """Map one key of the authors' UNet, without its prefix, to the key of [`UNet3DModel`]."""
     if key.startswith("final_conv.0."):
         return "final_block." + _replace_prefix(key.removeprefix("final_conv.0."), _BLOCK)
     if key.startswith(("mid_block1.", "mid_block2.")):
@@ -112,13 +113,13 @@ def _convert_key(key: str) -> str:
         return "mid_attention." + _replace_prefix(key.removeprefix("mid_attn."), _ATTENTION)
     match = re.match(r"(downs|ups)\.(\d+)\.(\d)\.(.+)$", key)
     if match:
-        side, level, part, rest = match.groups()
+        side, depth, block, rest = match.groups()
         side = side.removesuffix("s")
-        if part in "01":
-            return f"{side}_levels.{level}.blocks.{part}." + _replace_prefix(rest, _BLOCK)
-        if part == "2":
-            return f"{side}_levels.{level}.attention." + _replace_prefix(rest, _ATTENTION)
-        return f"{side}samples.{level}.{rest}"
+        if block in "01":
+            return f"{side}_levels.{depth}.blocks.{block}." + _replace_prefix(rest, _BLOCK)
+        if block == "2":
+            return f"{side}_levels.{depth}.attention." + _replace_prefix(rest, _ATTENTION)
+        return f"{side}samples.{depth}.{rest}"
     return _replace_prefix(key, _TOP)
 
 
@@ -126,4 +127,4 @@ def _replace_prefix(key: str, names: Mapping[str, str]) -> str:
     for old, new in names.items():
         if key == old or key.startswith(old + "."):
             return new + key[len(old) :]
-    raise ModelError(f"this is no checkpoint of the authors' UNet: unknown key {key!r}.")
+    raise ModelError(f"not a checkpoint of the authors' UNet: unknown key {key!r}.")

@@ -1,27 +1,72 @@
-"""Strict loading: missing or unknown weights are errors. Pushing to the Hub.
+"""Mixins for strict loading, where missing or unknown weights are errors, and for pushing to the Hub.
 
-The Hub is reached through the public, lazily imported names `fetch_snapshot` and `push_folder` of the package, so that
-models import neither the Hub nor model cards.
+They call the lazily imported public functions `fetch_snapshot` and `push_folder`, so models depend neither on the Hub
+client nor on model cards.
 """
 
 import os
 import tempfile
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 import diffdiscover3d
 from diffdiscover3d.errors import ModelError
+from diffdiscover3d.models.config_schema import read_config
+from diffdiscover3d.utils.checksums import verify_checksums, write_checksums
 
+CONFIG_NAME = "config.json"
+_CHECKED_FILES = (CONFIG_NAME, "*.safetensors", "*.safetensors.index.json")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_LARGEST_WEIGHT = 1e6
 DOWNLOAD_OPTIONS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
 
 
 def cast_weights(model: torch.nn.Module, dtype: str) -> None:
-    """Turn all floating-point weights into a type given by name, before they are saved."""
-    torch.nn.Module.to(model, getattr(torch, dtype))  # diffusers' own `to` warns about modules it would spare
+    """Cast all floating-point weights to a dtype given by name, before saving."""
+    torch.nn.Module.to(model, getattr(torch, dtype))  # diffusers' `to` warns about modules kept in float32
+
+
+def check_weights(model: torch.nn.Module, source: str | Path) -> None:
+    """Refuse weights that no training of this package writes.
+
+    Raises:
+        ModelError: if a weight is not finite or beyond 1e6 in magnitude, or `part_order` is no permutation.
+    """
+    for name, tensor in model.state_dict().items():
+        if name.rsplit(".", 1)[-1] == "part_order":
+            if sorted(tensor.tolist()) != list(range(len(tensor))):
+                raise ModelError(f"{source}: `{name}` must be a permutation of 0..{len(tensor) - 1}; fetch it again.")
+        elif tensor.is_floating_point():
+            largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+            if not largest <= _LARGEST_WEIGHT:  # also if it is NaN
+                raise ModelError(
+                    f"{source}: the weight {name!r} must be finite and at most {_LARGEST_WEIGHT:.0e} in magnitude, got "
+                    f"{largest:g}; the file is damaged or the training diverged."
+                )
+
+
+def check_stored_types(folder: str | Path) -> None:
+    """Refuse safetensors files whose weights are stored as integers or booleans; reads the headers alone.
+
+    Raises:
+        ModelError: naming the weight and its type.
+    """
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ModelError(f"{path}: cannot be read as safetensors ({error}); fetch the model again.") from error
+        for name, dtype in types.items():
+            counts = name.rsplit(".", 1)[-1] in ("part_order", "num_batches_tracked")
+            if (dtype not in _FLOATS) != counts or (counts and dtype != "I64"):
+                raise ModelError(f"{path}: {name!r} is stored as {dtype}; weights are {', '.join(_FLOATS)}.")
 
 
 class PushMixin:
-    """Gives a model or pipeline `push_to_hub`, as in diffusers, but as one commit and with a card."""
+    """Adds a `push_to_hub` that uploads the weights and a model card in one commit."""
 
     def push_to_hub(
         self,
@@ -34,11 +79,11 @@ class PushMixin:
         max_shard_size: str | int = "10GB",
         scores: dict | None = None,
     ) -> str:
-        """Save, render the card and upload; see [`push_folder`].
+        """Save the model, render its card and upload both; see [`push_folder`].
 
         Args:
             max_shard_size: weights are split into safetensors files of at most this size.
-            scores: what `evaluate` returned for these weights.
+            scores: the result of `evaluate` for these weights.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
@@ -55,39 +100,50 @@ class PushMixin:
 
 
 class StrictLoadingMixin(PushMixin):
-    """Put before `ModelMixin`: strict loading from a folder or a Hub id, pushing with a card."""
+    """Adds strict `from_pretrained` and `from_config`, and `push_to_hub`; must precede `ModelMixin` in the bases."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load from a folder or a Hub id, as in diffusers; only safetensors, and from the Hub only verified files.
+        """Load a model as in diffusers, from safetensors files only; files from the Hub are verified.
 
         Args:
-            pretrained_model_name_or_path: folder or `user/name`.
+            pretrained_model_name_or_path: a folder or a Hub id `user/name`.
             revision, cache_dir, token, local_files_only, force_download: as in huggingface_hub.
 
         Raises:
-            ModelError: if weights are missing, unknown or misshapen, or the configuration has unknown keys.
-            NetworkError: if the repository cannot be fetched whole.
+            ModelError: if weights are missing, unexpected or of a wrong shape, or the configuration has unknown keys.
+            NetworkError: if the repository cannot be downloaded completely.
         """
         if not os.path.isdir(pretrained_model_name_or_path):
             options = {k: kwargs.pop(k) for k in DOWNLOAD_OPTIONS if k in kwargs}
             pretrained_model_name_or_path = diffdiscover3d.fetch_snapshot(str(pretrained_model_name_or_path), **options)
-        kwargs["use_safetensors"] = True  # the other formats are pickles
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("torch_dtype", torch.float32)  # files may be stored in half precision; computing is not
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if (folder / CONFIG_NAME).is_file():  # diffusers reports a missing file
+            read_config(folder / CONFIG_NAME, cls.__name__)
+        check_stored_types(folder)
+        kwargs["use_safetensors"] = True  # other formats are pickles
+        return_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("torch_dtype", torch.float32)  # also for files stored in half precision
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         problems = {kind: keys for kind, keys in info.items() if keys and kind != "error_msgs"}
         if problems or info.get("error_msgs"):
             details = "; ".join(f"{kind}: {sorted(map(str, keys))[:3]}" for kind, keys in problems.items())
             raise ModelError(
-                f"the weights in {str(pretrained_model_name_or_path)!r} do not fit {cls.__name__} ({details}); "
+                f"the weights in {str(pretrained_model_name_or_path)!r} do not match {cls.__name__} ({details}); "
                 "they were written by another version or are damaged."
             )
-        return (model, info) if wants_info else model
+        verify_checksums(folder)  # after the checks that name a faulty entry or weight
+        check_weights(model, folder)
+        return (model, info) if return_info else model
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Save configuration and weights as in diffusers, and their checksums, which loading verifies."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_checksums(save_directory, _CHECKED_FILES)
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
-        """Build from a configuration; unlike the base class, an unknown key is an error and not a warning."""
+        """Build a model from a configuration; unlike in the base class, an unknown key is an error."""
         known = cls._get_init_keys(cls) - {"self"}
         unknown = sorted(k for k in (config or {}) if not k.startswith("_") and k not in known)
         if unknown:
@@ -95,4 +151,7 @@ class StrictLoadingMixin(PushMixin):
                 f"the configuration of {cls.__name__} has unknown keys {unknown}; "
                 "it was written for another class or by a newer version of this package."
             )
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        try:
+            return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        except ValueError as error:
+            raise ModelError(f"the configuration of {cls.__name__} is not valid: {error}") from error

@@ -1,8 +1,8 @@
-"""A window slides over a volume that is not in memory, and what it leaves behind is finished at once.
+"""Out-of-core sliding-window inference that emits each row of voxels as soon as it is complete.
 
-The windows lie, and are blended, as in [`StructureDiscoveryModel.segment`]. They are visited slab by slab along the
-axis along which the file stores its planes, in each slab row by row. So only two sums are kept: of the row of windows
-at hand, and of those planes that the next slab of windows covers as well.
+Window positions and blending weights are those of [`StructureDiscoveryModel.segment`]. Windows are visited slab by slab
+along the last axis of the file, and row by row within a slab. Only two accumulators are kept in memory: one for the
+current row of windows and one for the planes shared with the next slab.
 """
 
 import itertools
@@ -20,7 +20,7 @@ Sink = Callable[[int, int, torch.Tensor], None]
 
 
 def count_windows(grid: RawGrid, window: int) -> int:
-    """How many windows of this side a volume needs."""
+    """The number of windows of this side length that cover a volume."""
     columns, rows, slabs = (len(window_starts(n, window)) for n in grid.shape)
     return columns * rows * slabs
 
@@ -35,17 +35,18 @@ def stream_parts(
     moments: torch.Tensor | None = None,
     on_window: Callable[[], None] = lambda: None,
 ) -> None:
-    """Divide a scan into soft parts, of which no more is in memory than windows still to come will change.
+    """Compute the soft parts of a scan, keeping only rows in memory that later windows still contribute to.
 
     Args:
-        network: in evaluation mode.
-        scan: as [`open_slabs`] opens it.
-        window: side of the windows, in voxels.
-        sink: is given, for every row of every plane of the file once, the plane's number, the first row's number and
-            (K, rows, nx) weighted sums of probabilities; they become probabilities when divided by their sum over K.
-        parents: where the network has a parent, its parts on the same grid.
-        moments: where it has one, the whole volume's mean and standard deviation in each of its parts, as for
-            [`StructureDiscoveryModel.segment_window`].
+        network: discovery network in evaluation mode.
+        scan: scan opened by [`open_slabs`].
+        window: side length of the windows, in voxels.
+        sink: called with the index of a plane, the index of its first row and the (K, rows, nx) weighted sums of
+            probabilities, exactly once for every row of the file. Dividing the sums by their sum over K gives
+            probabilities.
+        parents: part labels of the parent on the same grid; required if the network has a parent.
+        moments: mean and standard deviation of the whole volume in each part of the parent, as for
+            [`StructureDiscoveryModel.segment_window`]; required if the network has a parent.
         on_window: called after each window.
     """
     width, height, depth = scan.grid.shape
@@ -53,26 +54,26 @@ def stream_parts(
     w, h, d = min(window, width), min(window, height), min(window, depth)
     weight = _importance(scan.grid, (w, h, d), network.device)
     parts = network.config.num_parts
-    band = torch.zeros(d, parts, h, width)  # the row of windows at hand
-    shared = torch.zeros(shared_planes(slabs, d), parts, height, width)  # what the slab before adds to this one
-    added = 0  # planes of it
+    band = torch.zeros(d, parts, h, width)  # current row of windows
+    shared = torch.zeros(shared_planes(slabs, d), parts, height, width)  # contribution of the previous slab
+    added = 0  # planes shared with the previous slab
     for z, next_z in itertools.pairwise([*slabs, depth]):
         for y, next_y in itertools.pairwise([*rows, height]):
             for x in columns:
                 region = scan.grid.region(((x, x + w), (y, y + h), (z, z + d)))
-                # 32 bits, because torch compares no 16-bit ones without a sign
+                # int32, because torch does not compare uint16 tensors
                 above = None if parents is None else _as_batch(parents.read(region).astype(np.int32), network)
                 soft = network.segment_window(_as_batch(scan.normalized(region), network), above, moments)
                 band[..., x : x + w] += _to_file(soft[0].mul_(weight), scan.grid).cpu().transpose(0, 1)
                 on_window()
-            done = next_y - y  # rows that no further window of this slab covers
+            done = next_y - y  # rows not covered by later windows of this slab
             for plane in range(d):
                 finished = band[plane, :, :done]
                 if plane < added:
                     finished += shared[plane, :, y:next_y]
                 if z + plane < next_z:
                     sink(z + plane, y, finished)
-                else:  # its place in `shared` was read for this row already: it lies further down
+                else:  # the plane of `shared` overwritten here was already read for this row
                     shared[plane - (next_z - z), :, y:next_y] = finished
                 band[plane, :, : h - done] = band[plane, :, done:].clone()
                 band[plane, :, h - done :] = 0
@@ -80,28 +81,28 @@ def stream_parts(
 
 
 def _file_starts(grid: RawGrid, axis: int, window: int) -> list[int]:
-    """Where windows begin along an axis of the file, in its direction; they are laid out in the canonical one."""
+    """First voxels of the windows along a file axis; window positions are defined in canonical orientation."""
     length = grid.shape[axis]
     starts = window_starts(length, window)
     return [length - s - min(window, length) for s in reversed(starts)] if grid.flipped[axis] else starts
 
 
 def _importance(grid: RawGrid, box: tuple[int, int, int], device: torch.device) -> torch.Tensor:
-    """The weights of a window's voxels in canonical orientation, for a window of that size on the file's axes."""
-    from monai.data.utils import compute_importance_map  # several seconds: a network that is made has imported it
+    """Gaussian blending weights in canonical orientation, for a window of size `box` on the file's axes."""
+    from monai.data.utils import compute_importance_map  # slow import, already done by the network
 
     shape = tuple(box[grid.axes.index(axis)] for axis in range(3))
     return compute_importance_map(shape, mode="gaussian", sigma_scale=0.125, device=device)
 
 
 def _as_batch(box: np.ndarray, network: StructureDiscoveryModel) -> torch.Tensor:
-    # negative strides and other byte orders do not exist in torch
+    # torch supports neither negative strides nor non-native byte orders
     return torch.from_numpy(box.astype(box.dtype.newbyteorder("="), order="C"))[None, None].to(network.device)
 
 
 def _to_file(soft: torch.Tensor, grid: RawGrid) -> torch.Tensor:
-    """(K, h, w, d) in canonical orientation to (K, planes, rows, columns) of the file."""
+    """Permute (K, h, w, d) in canonical orientation to (K, planes, rows, columns) of the file."""
     turned = soft.permute(0, *(1 + axis for axis in reversed(grid.axes)))
-    if against := [1 + i for i, flipped in enumerate(reversed(grid.flipped)) if flipped]:
-        turned = turned.flip(against)
-    return turned.contiguous()  # adding it up as it lies in memory would take ten times as long
+    if flipped_dims := [1 + i for i, flipped in enumerate(reversed(grid.flipped)) if flipped]:
+        turned = turned.flip(flipped_dims)
+    return turned.contiguous()  # adding a strided tensor is ten times slower

@@ -1,6 +1,7 @@
-"""The segmentation network f of the paper: a volume in, K soft parts out."""
+"""The segmentation network f of the paper, which maps a volume to K soft parts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,18 +11,20 @@ from diffusers.utils import BaseOutput
 
 from diffdiscover3d.data.formats.nifti.reading import as_volume_tensor
 from diffdiscover3d.data.transforms import min_max_normalize, pad_to_multiple
-from diffdiscover3d.models.blocks import Conv3d, precise_if_small
+from diffdiscover3d.models.cpu_kernels import Conv3d, precise_if_small
 from diffdiscover3d.models.loading import StrictLoadingMixin
-from diffdiscover3d.models.window_layout import taken_at_once
+from diffdiscover3d.models.window_layout import fits_window
 
-_VIEW_RANGE = 4.0  # standard deviations
+_INPUT_RANGE = 4.0  # standard deviations
 
 
 @dataclass
 class StructureDiscoveryOutput(BaseOutput):
-    """Output of [`StructureDiscoveryModel`]: `logits`, (B, K, H, W, D); their softmax over K are the soft parts.
+    """Output of [`StructureDiscoveryModel`].
 
-    Where a part would lie outside its parent, its logit is minus infinity.
+    Attributes:
+        logits: (B, K, H, W, D); their softmax over K gives the soft parts. The logits of a part are minus infinity
+            outside its parent.
     """
 
     logits: torch.Tensor
@@ -41,25 +44,26 @@ class Segmentation(BaseOutput):
 
 
 class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
-    """3D U-Net that divides a volume into K parts, largest first, or divides the parts of a coarser model further.
+    """3D U-Net that segments a volume into K parts, largest first, or subdivides the parts of a coarser model.
 
     Args:
-        num_parts: K.
-        channels, strides: of the MONAI U-Net, as the authors chose them.
-        dropout: probability.
-        norm: "batch" (the authors' choice) or "instance".
-        window_size: side of a cube that is segmented at once, as is any volume of no more voxels; over a larger one a
-            window of this side slides.
-        parent: configuration of the model whose parts this one divides; `None`: it divides the whole volume. The
-            parent is a part of this model, frozen, and saved with it (not in the paper).
-        children: into how many parts each of the parent's parts is divided; 1 keeps it whole. They sum to K.
+        num_parts: number of parts K.
+        channels, strides: channels and strides of the MONAI U-Net; the defaults are the authors'.
+        dropout: dropout probability.
+        norm: "batch" (as in the authors' code) or "instance".
+        window_size: side length of the sliding window, in voxels. Volumes of at most `window_size`³ voxels are
+            processed in one pass.
+        parent: configuration of the model whose parts are subdivided; `None` segments the whole volume. The parent is a
+            frozen submodule and is saved with this model (not in the paper).
+        children: number of parts into which each part of the parent is divided; 1 leaves it undivided. Sums to K.
 
     Raises:
-        ValueError: if there are fewer than two parts, strides do not fit channels, or children do not fit the parent.
+        ValueError: if `num_parts` is below 2, or the lengths of `strides` and `channels` or the `children` and
+            `parent` do not match.
 
     Example:
         >>> coarse = StructureDiscoveryModel(num_parts=2)
-        >>> fine = StructureDiscoveryModel.inside(coarse, children=(1, 3))
+        >>> fine = StructureDiscoveryModel.from_parent(coarse, children=(1, 3))
         >>> fine.config.num_parts, fine.parents
         (4, (0, 1, 1, 1))
     """
@@ -82,10 +86,10 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         _check_children(num_parts, parent, children)
         if len(strides) != len(channels) - 1:
             raise ValueError(f"`strides` must have {len(channels) - 1} entries, one less than `channels`.")
-        from monai.networks.nets import UNet  # several seconds: only when a network is made
+        from monai.networks.nets import UNet  # slow import
 
         self.stride = int(torch.tensor(list(strides)).prod())
-        # one output for every part that is not simply a part of the parent
+        # one output channel for every part of a divided parent part
         outputs = num_parts if parent is None else sum(c for c in children if c > 1)
         network = UNet(3, 1, outputs, tuple(channels), tuple(strides), dropout=dropout, norm=norm)
         self.network = Conv3d.adopt(network)
@@ -93,8 +97,10 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         self.parent_model = None if parent is None else StructureDiscoveryModel(**parent).requires_grad_(False).eval()
 
     @classmethod
-    def inside(cls, parent: "StructureDiscoveryModel", children: Sequence[int], **config) -> "StructureDiscoveryModel":
-        """A new model that divides the parts of a trained one; `config` as for the class."""
+    def from_parent(
+        cls, parent: "StructureDiscoveryModel", children: Sequence[int], **config
+    ) -> "StructureDiscoveryModel":
+        """Create a model that subdivides the parts of a trained model; `config` as for the class."""
         settings = {k: v for k, v in parent.config.items() if not k.startswith("_")}
         model = cls(num_parts=sum(children), parent=settings, children=tuple(children), **config)
         model.parent_model.load_state_dict(parent.state_dict())
@@ -102,7 +108,7 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
 
     @property
     def parents(self) -> tuple[int, ...] | None:
-        """For each part the part of the parent in which it lies; `None` without a parent."""
+        """For each part, the index of the enclosing part of the parent; `None` without a parent."""
         if self.parent_model is None:
             return None
         of_output = [part for part, count in enumerate(self.config.children) for _ in range(count)]
@@ -110,58 +116,58 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
 
     @property
     def levels(self) -> tuple["StructureDiscoveryModel", ...]:
-        """The models of the hierarchy, the coarsest first, this one last."""
+        """The models of all levels of the hierarchy, coarsest first; the last is this model."""
         return (*(self.parent_model.levels if self.parent_model is not None else ()), self)
 
     def train(self, mode: bool = True) -> "StructureDiscoveryModel":
-        """As for any module; a parent stays in evaluation mode, since it is not trained."""
+        """Set the training mode; a parent stays in evaluation mode because it is frozen."""
         super().train(mode)
         if self.parent_model is not None:
             self.parent_model.eval()
         return self
 
     def forward(self, volume: torch.Tensor, parent_labels: torch.Tensor | None = None) -> StructureDiscoveryOutput:
-        """Logits of the parts.
+        """Compute the logits of the parts.
 
         Args:
-            volume: (B, 1, H, W, D), any grid and any intensities: each volume is min-max normalised.
-            parent_labels: (B, 1, H, W, D) parts of the parent, where they are known already.
+            volume: (B, 1, H, W, D) volumes of any size and intensity range; each is min-max normalised.
+            parent_labels: (B, 1, H, W, D) precomputed part labels of the parent.
 
         Raises:
-            InputError: if a volume has no contrast, or holds NaN or Inf.
+            InputError: if a volume has no contrast or contains NaN or Inf.
         """
         if volume.ndim != 5 or volume.shape[1] != 1:
             raise ValueError(f"`volume` must be (batch, 1, H, W, D), got shape {tuple(volume.shape)}.")
-        normalized = min_max_normalize(volume, check=not self.training)  # a training has checked them all before
+        normalized = min_max_normalize(volume, check=not self.training)  # training volumes are checked in advance
         if parent_labels is None:
             parent_labels = self._parent_labels(normalized)
-        return StructureDiscoveryOutput(logits=self._logits(self._view(normalized, parent_labels), parent_labels))
+        return StructureDiscoveryOutput(
+            logits=self._logits(self._network_input(normalized, parent_labels), parent_labels)
+        )
 
     @torch.no_grad()
     def label_parents(self, volume: torch.Tensor) -> torch.Tensor | None:
-        """The parts of the parent, (B, 1, H, W, D), for volumes as in `forward`; `None` without a parent."""
+        """Part labels of the parent, (B, 1, H, W, D), for volumes as in `forward`; `None` without a parent."""
         return self._parent_labels(min_max_normalize(volume, check=not self.training))
 
     @torch.no_grad()
     def segment(self, volume, progress: bool = False, parent_labels: torch.Tensor | None = None) -> Segmentation:
-        """Divide volumes of any size into parts.
+        """Segment volumes of any size into parts.
 
         Args:
-            volume: an array or tensor of shape (H, W, D), (B, H, W, D) or (B, 1, H, W, D), any intensities; or
-                whatever else [`as_volume_tensor`] takes.
-            progress: show a bar while a window slides.
-            parent_labels: (B, H, W, D) parts of the parent, where they are known already.
+            volume: an array or tensor of shape (H, W, D), (B, H, W, D) or (B, 1, H, W, D) with any intensities, or
+                another input accepted by [`as_volume_tensor`].
+            progress: show a progress bar during sliding-window inference.
+            parent_labels: (B, H, W, D) precomputed part labels of the parent.
 
         Raises:
-            InputError: if a volume has no contrast, or holds NaN or Inf.
+            InputError: if a volume has no contrast or contains NaN or Inf.
         """
         volume = as_volume_tensor(volume)
-        was_training = self.training
-        self.eval()
-        normalized = min_max_normalize(volume.to(self.device))
-        known = None if parent_labels is None else parent_labels[:, None].to(self.device)
-        probabilities = self._probabilities(normalized, progress, known)
-        self.train(was_training)
+        with evaluating(self):
+            normalized = min_max_normalize(volume.to(self.device))
+            known = None if parent_labels is None else parent_labels[:, None].to(self.device)
+            probabilities = self._probabilities(normalized, progress, known)
         dtype = torch.uint8 if self.config.num_parts <= 256 else torch.int32
         return Segmentation(labels=probabilities.max(dim=1).indices.to(dtype), probabilities=probabilities)
 
@@ -172,24 +178,27 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         parent_labels: torch.Tensor | None = None,
         moments: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The soft parts of one window of a volume that is not in memory, from what was found of the whole volume.
+        """Compute the soft parts of one window, given statistics of the whole volume.
 
         Args:
-            normalized: (B, 1, h, w, d), no more voxels than are taken at once, where the whole volume lies in [0, 1].
-            parent_labels: (B, 1, h, w, d) parts of the parent; `None` without a parent.
-            moments: (parts of the parent, 2) mean and standard deviation in each of them over the whole volume,
-                normalised; `None` without a parent.
+            normalized: (B, 1, h, w, d) window of a volume normalised to [0, 1], with at most as many voxels as the
+                network's window.
+            parent_labels: (B, 1, h, w, d) part labels of the parent; `None` without a parent.
+            moments: (parts of the parent, 2) mean and standard deviation of the normalised volume in each part of the
+                parent; `None` without a parent.
 
         Returns:
             (B, K, h, w, d) float32, summing to 1 over K.
         """
-        return self._logits(self._view(normalized, parent_labels, moments), parent_labels).float().softmax(dim=1)
+        return (
+            self._logits(self._network_input(normalized, parent_labels, moments), parent_labels).float().softmax(dim=1)
+        )
 
     def order_parts(self, sizes: torch.Tensor) -> None:
         """Renumber the parts, largest first.
 
         Args:
-            sizes: (K,) mean size of each part, in the present order.
+            sizes: (K,) mean size of each part, in the current order.
         """
         order = torch.argsort(sizes.to(self.part_order.device), descending=True, stable=True)
         self.part_order.copy_(self.part_order[order])
@@ -198,15 +207,15 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
     def _parent_labels(self, normalized: torch.Tensor, progress: bool = False) -> torch.Tensor | None:
         if self.parent_model is None:
             return None
-        # several times faster than argmax on a CPU
+        # max is several times faster than argmax on a CPU
         return self.parent_model._probabilities(normalized, progress).max(dim=1, keepdim=True).indices
 
-    def _view(
+    def _network_input(
         self, normalized: torch.Tensor, parent_labels: torch.Tensor | None, moments: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What the network sees: the volume, or each part that is to be divided, standardised for itself.
+        """The input of the network: the volume or, with a parent, each divided part standardised separately.
 
-        The contrast between parents is already spent: what lies in one of them would be a small ripple beside it.
+        Without standardisation, the contrast between the parts of the parent would dominate the contrast within them.
         """
         if parent_labels is None:
             return normalized
@@ -216,42 +225,42 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
                 within = (parent_labels == part).to(normalized.dtype)
                 mean, spread = _moments(normalized, within) if moments is None else moments[part]
                 centred = (normalized - mean) * within
-                view = view + (centred / spread.clamp(min=1e-6)).clamp(-_VIEW_RANGE, _VIEW_RANGE)
+                view = view + (centred / spread.clamp(min=1e-6)).clamp(-_INPUT_RANGE, _INPUT_RANGE)
         return view
 
     def _logits(self, view: torch.Tensor, parent_labels: torch.Tensor | None) -> torch.Tensor:
         h, w, d = view.shape[2:]
         padded = pad_to_multiple(view, self.stride)
-        if max(padded.shape[2:]) <= self.stride:  # a single voxel would be left on the coarsest grid: nothing to norm
+        if max(padded.shape[2:]) <= self.stride:  # the coarsest grid needs more than one voxel for the norm
             padded = pad_to_multiple(view, 2 * self.stride)
         with precise_if_small(padded, self.stride):
             logits = self.network(padded)[:, :, :h, :w, :d]
         if parent_labels is not None:
-            logits = self._keep_inside(logits, parent_labels)
+            logits = self._mask_outside_parents(logits, parent_labels)
         return logits[:, self.part_order]
 
-    def _keep_inside(self, logits: torch.Tensor, parent_labels: torch.Tensor) -> torch.Tensor:
-        """Logits of all K parts from those of the divided ones: minus infinity outside of each part's parent."""
+    def _mask_outside_parents(self, logits: torch.Tensor, parent_labels: torch.Tensor) -> torch.Tensor:
+        """Expand the network output to the logits of all K parts, minus infinity outside the parent of each part."""
         columns, used = [], 0
         for part, count in enumerate(self.config.children):
             within = parent_labels == part
             if count == 1:
-                inside = torch.zeros_like(logits[:, :1])
+                column = torch.zeros_like(logits[:, :1])
             else:
-                inside = logits[:, used : used + count]
+                column = logits[:, used : used + count]
                 used += count
-            columns.append(inside.masked_fill(~within, -torch.inf))
+            columns.append(column.masked_fill(~within, -torch.inf))
         return torch.cat(columns, dim=1)
 
     def _probabilities(
         self, normalized: torch.Tensor, progress: bool = False, parent_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
         window = self.config.window_size
-        # both of the whole volume, so that windows can neither disagree on a parent nor on what is bright in it
+        # computed on the whole volume, so that all windows use the same parent labels and intensity scale
         if parent_labels is None:
             parent_labels = self._parent_labels(normalized, progress)
-        view = self._view(normalized, parent_labels)
-        if taken_at_once(view.shape[2:], self.config):
+        view = self._network_input(normalized, parent_labels)
+        if fits_window(view.shape[2:], self.config):
             return self._logits(view, parent_labels).float().softmax(dim=1)
         from monai.inferers import sliding_window_inference
 
@@ -269,8 +278,19 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         )
 
 
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Within the context a model is in evaluation mode; after it, also after an error, in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def _moments(normalized: torch.Tensor, within: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each volume's values where `within` is 1, of shape (B, 1, 1, 1, 1)."""
+    """Mean and standard deviation of each volume where `within` is 1, of shape (B, 1, 1, 1, 1)."""
     size = within.sum(dim=(2, 3, 4), keepdim=True).clamp(min=1)
     mean = (normalized * within).sum(dim=(2, 3, 4), keepdim=True) / size
     centred = (normalized - mean) * within
@@ -284,6 +304,6 @@ def _check_children(num_parts: int, parent: dict | None, children: Sequence[int]
         return
     if len(children) != parent["num_parts"] or min(children) < 1 or max(children) < 2 or sum(children) != num_parts:
         raise ValueError(
-            f"`children` must be {parent['num_parts']} numbers of parts, one for each part of the parent, at least one "
-            f"of them above 1, that sum to {num_parts}; got {tuple(children)}."
+            f"`children` must be {parent['num_parts']} positive numbers, one for each part of the parent, at least one "
+            f"of them above 1, with the sum {num_parts}; got {tuple(children)}."
         )

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +13,12 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from diffdiscover3d.data.transforms import pad_to_multiple
-from diffdiscover3d.models.blocks import (
-    ATTENTIONS,
-    Conv3d,
-    FullAttention,
-    ResidualBlock,
-    TimeEmbedding,
-    precise_if_small,
-)
+from diffdiscover3d.models.attention import ATTENTIONS, FullAttention
+from diffdiscover3d.models.blocks import ResidualBlock, TimeEmbedding, project_time
+from diffdiscover3d.models.cpu_kernels import Conv3d, precise_if_small
+from diffdiscover3d.models.fused_kernels import NATIVE, compiled_kernels
 from diffdiscover3d.models.loading import StrictLoadingMixin
+from diffdiscover3d.models.mixed_precision import cast_weights, wants_cast_weights
 
 
 @dataclass
@@ -51,9 +49,9 @@ class _Level(nn.Module):
         )
         self.attention = ATTENTIONS[attention](out_channels, heads, head_dim) if attention else nn.Identity()
 
-    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = block(x, time)
+    def forward(self, x: torch.Tensor, time: torch.Tensor, *shifts: torch.Tensor) -> torch.Tensor:
+        for block, shift in itertools.zip_longest(self.blocks, shifts):
+            x = block(x, time, shift)
         return self.attention(x)
 
 
@@ -164,28 +162,29 @@ class UNet3DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
 
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         x, extent = self._to_internal_grid(sample)
-        with precise_if_small(x, self.stride):
+        with self._mixed_precision(x):
             x, features = self._climb(x, timestep, stages, return_sample)
         prediction = self._to_input_grid(x, sample.shape[2:]) if return_sample else None
         return UNet3DOutput(sample=prediction, features=tuple(features[s] for s in stages), extent=extent)
 
     def _climb(self, x, timestep, stages, return_sample) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """Down the ladder and up again: the prediction on the internal grid, and the features of the stages passed."""
+        """Encoder and decoder: the prediction on the internal grid, and the features of the decoder stages computed."""
         time = self.time_embedding(timestep)
-        x = self.conv_in(x)
+        shifts = self._time_shifts(time)
+        x = self.conv_in(x.to(self.conv_in.weight.dtype))
         skips = []
         for i, level in enumerate(self.down_levels):
-            x = self._run(level, x, time)
+            x = self._run(level, x, time, *shifts.get(level, ()))
             skips.append(x)
             if i < self.num_stages:
                 x = self.downsamples[i](x)
-        x = self._run(self.mid_block1, x, time)
+        x = self._run(self.mid_block1, x, time, *shifts.get(self.mid_block1, ()))
         x = self.mid_attention(x)
-        x = self._run(self.mid_block2, x, time)
+        x = self._run(self.mid_block2, x, time, *shifts.get(self.mid_block2, ()))
 
         features = {}
         for stage, (level, upsample) in enumerate(zip(self.up_levels, self.upsamples, strict=True), start=1):
-            x = self._run(level, torch.cat([x, skips.pop()], dim=1), time)
+            x = self._run(level, torch.cat([x, skips.pop()], dim=1), time, *shifts.get(level, ()))
             features[stage] = x
             if not return_sample and stage == max(stages):
                 return x, features
@@ -201,10 +200,39 @@ class UNet3DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         """Grid to which clean volumes are brought before noise is added; `None` leaves them on their own."""
         return as_grid(self.config.sample_size) if self.config.resize_before_noise else None
 
+    def fuse_kernels(self, enabled: bool = True, dynamic: bool = True) -> None:
+        """Use norms and softmaxes fused by `torch.compile` on an accelerator; see [`compiled_kernels`].
+
+        They are compiled at the first forward pass, in seconds, and serve all blocks. A CPU ignores them.
+        """
+        kernels = compiled_kernels(dynamic) if enabled else NATIVE
+        for module in self.modules():
+            if hasattr(module, "kernels"):
+                module.kernels = kernels
+
+    def _mixed_precision(self, x: torch.Tensor) -> AbstractContextManager:
+        # recomputation in the backward pass would find the weights in their own type
+        if wants_cast_weights(x) and not self._recomputes():
+            return cast_weights(self, torch.bfloat16, x.device)
+        return precise_if_small(x, self.stride)
+
+    def _time_shifts(self, time: torch.Tensor) -> dict[nn.Module, Sequence[torch.Tensor]]:
+        """The time embedding's projection for each block, by level; empty on a CPU, where each block computes its own.
+
+        One product for all blocks sums in another order, and on a CPU it is not faster.
+        """
+        if time.device.type == "cpu" or torch.compiler.is_compiling():
+            return {}
+        owners = [*self.down_levels, self.mid_block1, self.mid_block2, *self.up_levels]
+        blocks = [[m] if isinstance(m, ResidualBlock) else list(m.blocks) for m in owners]
+        shifts = iter(project_time(list(itertools.chain(*blocks)), time))
+        return {owner: [next(shifts) for _ in group] for owner, group in zip(owners, blocks, strict=True)}
+
+    def _recomputes(self) -> bool:
+        return torch.is_grad_enabled() and self.gradient_checkpointing
+
     def _run(self, module: nn.Module, *args: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(module, *args)
-        return module(*args)
+        return self._gradient_checkpointing_func(module, *args) if self._recomputes() else module(*args)
 
     def _to_internal_grid(self, sample: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
         grid = tuple(sample.shape[2:])

@@ -21,11 +21,11 @@ class DiffusionFeatureOutput(BaseOutput):
     """Output of [`DiffusionFeaturePipeline`].
 
     Attributes:
-        features: one (B, c, h, w, d) float32 map per stage asked for; on the volume's grid if upsampled.
-        stages: the stages, in the same order.
-        extent: the grid of voxels the features span with corners aligned: the volume's, or beyond its far ends
-            where the UNet padded it.
-        denoised: (B, 1, H, W, D) the clean volume predicted at this timestep, in [0, 1]; `None` if not asked for.
+        features: one (B, c, h, w, d) float32 feature map per requested decoder stage; on the voxel grid if upsampled.
+        stages: the decoder stages, in the same order.
+        extent: voxel grid spanned by the features with aligned corners: that of the volume, or a larger one if the
+            UNet padded the volume at the far ends.
+        denoised: (B, 1, H, W, D) prediction of the clean volume at this timestep, in [0, 1]; `None` if not requested.
     """
 
     features: tuple[torch.Tensor, ...]
@@ -35,11 +35,11 @@ class DiffusionFeatureOutput(BaseOutput):
 
 
 class DiffusionFeaturePipeline(HubPipelineMixin, DiffusionPipeline):
-    """Noise a volume to a timestep (Eq. 2), run the UNet, return its decoder features.
+    """Pipeline for feature extraction: adds noise to a volume (Eq. 2), runs the UNet and returns decoder features.
 
     Args:
         unet: the pretrained diffusion model.
-        scheduler: the noise schedule it was trained with.
+        scheduler: the noise schedule of its training.
 
     Example:
         >>> import torch
@@ -72,29 +72,30 @@ class DiffusionFeaturePipeline(HubPipelineMixin, DiffusionPipeline):
         """Extract features.
 
         Args:
-            volume: a path or nibabel image (brought to canonical orientation), or an array or tensor of shape
-                (H, W, D), (B, H, W, D) or (B, 1, H, W, D). Any intensities: each volume is min-max normalised.
-            timestep: noise step t in [0, T); the paper uses 25 of 250.
-            stages: decoder stages, 1 is the coarsest.
-            generator: of the noise; a CPU generator gives the same noise on every device.
-            num_noise: draws of noise over which the features are averaged.
-            upsample: bring the features to the volume's grid (trilinear, corners aligned), `chunk_channels` at a
-                time, in host memory.
-            denoised: also return the prediction of the clean volume, averaged likewise; the UNet then runs whole.
+            volume: a path or nibabel image (reoriented to RAS+), or an array or tensor of shape (H, W, D),
+                (B, H, W, D) or (B, 1, H, W, D) with any intensities; each volume is min-max normalised.
+            timestep: timestep t of the noise, in [0, T); the paper uses 25 of 250.
+            stages: decoder stages; 1 is the coarsest.
+            generator: random generator of the noise; a CPU generator gives the same noise on every device.
+            num_noise: number of noise samples over which the features are averaged.
+            upsample: upsample the features to the voxel grid (trilinear, aligned corners) in host memory.
+            denoised: also return the prediction of the clean volume, averaged over the noise samples; requires a full
+                forward pass of the UNet.
+            chunk_channels: number of channels upsampled at a time.
 
         Raises:
-            InputError: if the volume cannot be read, has no contrast, or holds NaN or Inf.
-            ValueError: for a timestep, stage or number of draws out of range.
+            InputError: if the volume cannot be read, has no contrast, or contains NaN or Inf.
+            ValueError: if the timestep, a decoder stage or the number of noise samples is out of range.
         """
         steps = self.scheduler.config.num_train_timesteps
         if not 0 <= timestep < steps:
-            raise ValueError(f"`timestep` must lie in 0..{steps - 1}, got {timestep}.")
+            raise ValueError(f"`timestep` must be in 0..{steps - 1}, got {timestep}.")
         if num_noise < 1:
             raise ValueError(f"`num_noise` must be at least 1, got {num_noise}.")
         volume = min_max_normalize(as_volume_tensor(volume).to(self.device))
         shape = (*volume.shape[:2], *(self.unet.noise_grid or volume.shape[2:]))
         device = generator.device if generator is not None else torch.device("cpu")
-        # one call a draw: more draws then begin with the same ones
+        # one call per sample, so that a larger `num_noise` extends the same sequence
         draws = [torch.randn(shape, generator=generator, device=device) for _ in range(num_noise)]
         noise = torch.stack(draws).to(self.device)
         output = self.extract(volume, noise, timestep, stages, denoised)
@@ -113,11 +114,13 @@ class DiffusionFeaturePipeline(HubPipelineMixin, DiffusionPipeline):
         stages: Sequence[int],
         denoised: bool = False,
     ) -> DiffusionFeatureOutput:
-        """The same for normalised (B, 1, H, W, D) volumes in [0, 1] and given noise.
+        """Extract features of normalised volumes with given noise.
 
         Args:
-            noise: (draws, B, 1, h, w, d) standard normal, on `unet.noise_grid` or, if that is `None`, on the
-                volume's grid.
+            volume: (B, 1, H, W, D) volumes in [0, 1].
+            noise: (num_noise, B, 1, h, w, d) standard normal noise on `unet.noise_grid` or, if that is `None`, on the
+                voxel grid.
+            timestep, stages, denoised: as for calling the pipeline.
         """
         grid = tuple(volume.shape[2:])
         with torch.autocast(volume.device.type, enabled=False):
@@ -127,7 +130,7 @@ class DiffusionFeaturePipeline(HubPipelineMixin, DiffusionPipeline):
         steps = torch.full((volume.shape[0],), timestep, device=volume.device)
         sums, denoised_sum, extent = None, 0, grid
         for draw in noise:
-            noisy = self.scheduler.add_noise(clean, draw, steps)  # float32: bfloat16 would round the noise level
+            noisy = self.scheduler.add_noise(clean, draw, steps)  # in float32, because bfloat16 rounds the noise level
             out = self.unet(noisy.to(self.unet.dtype), steps, stages=stages, return_sample=denoised)
             features = [f.float() for f in out.features]
             sums = features if sums is None else [a + b for a, b in zip(sums, features, strict=True)]
@@ -144,7 +147,7 @@ class DiffusionFeaturePipeline(HubPipelineMixin, DiffusionPipeline):
 
 
 def make_scheduler(num_train_timesteps: int) -> DDPMScheduler:
-    """The paper's noise schedule: cosine, prediction of the clean volume."""
+    """The noise schedule of the paper: cosine, with prediction of the clean volume."""
     return DDPMScheduler(
         num_train_timesteps=num_train_timesteps, beta_schedule="squaredcos_cap_v2", prediction_type="sample"
     )
@@ -153,10 +156,10 @@ def make_scheduler(num_train_timesteps: int) -> DDPMScheduler:
 def upsample_features(
     features: torch.Tensor, grid: Sequence[int], extent: Sequence[int] | None = None, chunk_channels: int = 32
 ) -> torch.Tensor:
-    """Bring (B, C, h, w, d) features that span `extent` to the voxel grid `grid`, corners of the extent aligned.
+    """Upsample (B, C, h, w, d) features that span `extent` to the voxel grid `grid`, with aligned corners.
 
     Returns:
-        (B, C, *grid) float32 in host memory, filled `chunk_channels` at a time.
+        (B, C, *grid) float32 in host memory, computed `chunk_channels` channels at a time.
     """
     extent = tuple(extent or grid)
     out = torch.empty(*features.shape[:2], *grid, dtype=torch.float32)

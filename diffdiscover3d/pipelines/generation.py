@@ -1,4 +1,4 @@
-"""Sample new volumes from a diffusion model."""
+"""Unconditional generation of volumes with a diffusion model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,17 +16,21 @@ register_library()
 
 @dataclass
 class VolumeGenerationOutput(BaseOutput):
-    """Output of [`VolumeGenerationPipeline`]: `volumes`, (B, 1, H, W, D) float32 in [0, 1]."""
+    """Output of [`VolumeGenerationPipeline`].
+
+    Attributes:
+        volumes: (B, 1, H, W, D) float32 in [0, 1].
+    """
 
     volumes: torch.Tensor
 
 
 class VolumeGenerationPipeline(HubPipelineMixin, DiffusionPipeline):
-    """Denoise pure noise step by step into new volumes, by DDPM (all steps) or DDIM (few).
+    """Pipeline for unconditional volume generation with DDPM (all steps) or DDIM (few steps).
 
     Args:
         unet: the pretrained diffusion model.
-        scheduler: `DDPMScheduler` or `DDIMScheduler`; one turns into the other by `DDIMScheduler.from_config`.
+        scheduler: `DDPMScheduler` or `DDIMScheduler`; convert between them with `DDIMScheduler.from_config`.
     """
 
     model_cpu_offload_seq = "unet"
@@ -46,26 +50,27 @@ class VolumeGenerationPipeline(HubPipelineMixin, DiffusionPipeline):
         """Sample volumes.
 
         Args:
-            grid: voxels of the volumes, one integer or three; default: the UNet's internal grid.
-            batch_size: how many volumes.
-            num_inference_steps: denoising steps; default: all of the schedule.
-            generator: of the noise; a CPU generator gives the same noise on every device.
+            grid: shape of the volumes in voxels, one integer or three; default: the UNet's internal grid.
+            batch_size: number of volumes.
+            num_inference_steps: number of denoising steps; default: all steps of the schedule.
+            generator: random generator of the noise; a CPU generator gives the same noise on every device.
 
         Raises:
-            ValueError: if no grid is given and the UNet has none, or steps or batch are out of range.
+            ValueError: if `grid` is missing and the UNet has no internal grid, or the number of steps or volumes is out
+                of range.
         """
         grid = self.unet.config.sample_size if grid is None else grid
         if grid is None:
-            raise ValueError("this UNet takes any grid: say which with `grid`, one integer or three.")
+            raise ValueError("`grid` is missing and this UNet has no internal grid: give one integer or three.")
         total = self.scheduler.config.num_train_timesteps
         steps = total if num_inference_steps is None else num_inference_steps
         if not 1 <= steps <= total:
-            raise ValueError(f"`num_inference_steps` must lie in 1..{total}, got {steps}.")
+            raise ValueError(f"`num_inference_steps` must be in 1..{total}, got {steps}.")
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
 
         device = generator.device if generator is not None else torch.device("cpu")
-        # a model trained on noise of its internal grid is given just that, and the sample is resized
+        # a model with noise on its internal grid samples on that grid; the result is resized
         shape = (batch_size, self.unet.config.in_channels, *(self.unet.noise_grid or as_grid(grid)))
         sample = torch.randn(shape, generator=generator, device=device).to(self.device)
         self.scheduler.set_timesteps(steps, device=self.device)
@@ -76,5 +81,5 @@ class VolumeGenerationPipeline(HubPipelineMixin, DiffusionPipeline):
 
 
 def make_ddim_scheduler(scheduler: DDPMScheduler) -> DDIMScheduler:
-    """DDIM on the same noise schedule; few steps then start from the last timestep, where all is noise."""
+    """Convert to DDIM with the same noise schedule and trailing spacing, which starts sampling at the last timestep."""
     return DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")

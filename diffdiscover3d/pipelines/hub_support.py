@@ -1,9 +1,9 @@
-"""What diffusers needs to load pipelines that hold our UNet, from a folder or from the Hub.
+"""Integration with diffusers for loading pipelines with a [`UNet3DModel`] from a folder or the Hub.
 
-diffusers knows the libraries of its own components only: registering ours makes `model_index.json` say
-`["diffdiscover3d", "UNet3DModel"]`, which survives moving source files. `DiffusionPipeline.download` rejects modules
-it does not know before it would find that entry, so pipelines here fetch the verified snapshot instead; it holds
-nothing but configs and safetensors, and `model_index.json` may name no other classes than the ones expected.
+`register_library` registers this package with diffusers, so that `model_index.json` refers to the UNet as
+`["diffdiscover3d", "UNet3DModel"]`, independent of the source file. `DiffusionPipeline.download` rejects unregistered
+modules before resolving that entry, so the pipelines override it to fetch a verified snapshot. The snapshot contains
+only configs and safetensors, and `model_index.json` may refer only to the expected classes.
 """
 
 import os
@@ -14,8 +14,9 @@ from diffusers.pipelines import pipeline_loading_utils
 
 import diffdiscover3d
 from diffdiscover3d.errors import ModelError
+from diffdiscover3d.models.config_schema import read_config
 from diffdiscover3d.models.loading import DOWNLOAD_OPTIONS, PushMixin
-from diffdiscover3d.utils.files import read_model_json
+from diffdiscover3d.utils.checksums import verify_checksums, write_checksums
 
 LIBRARY = "diffdiscover3d"
 _COMPONENTS = {
@@ -25,47 +26,53 @@ _COMPONENTS = {
 
 
 def register_library() -> None:
-    """Make diffusers import our model classes from the root of this package. Harmless when called again."""
+    """Register this package's model classes with diffusers. Idempotent."""
     entry = {"UNet3DModel": ["save_pretrained", "from_pretrained"]}
     pipeline_loading_utils.LOADABLE_CLASSES.setdefault(LIBRARY, entry)
     pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(entry)
 
 
 class HubPipelineMixin(PushMixin):
-    """Put before `DiffusionPipeline`: loads by Hub id, data only, and pushes with a card."""
+    """Adds strict loading without remote code, and `push_to_hub`; must precede `DiffusionPipeline` in the bases."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load from a folder or a Hub id, as in diffusers; strict, and never running code from the repository.
+        """Load a pipeline as in diffusers, but strictly and without running code from the repository.
 
         Args:
-            pretrained_model_name_or_path: folder or `user/name`.
+            pretrained_model_name_or_path: a folder or a Hub id `user/name`.
             revision, cache_dir, token, local_files_only, force_download: as in huggingface_hub.
 
         Raises:
-            ModelError: if a component is of another class than expected, a config has unknown keys, or weights are
-                missing.
-            NetworkError: if the repository cannot be fetched whole.
-            ValueError: for `custom_pipeline` and `trust_remote_code`.
+            ModelError: if a component has an unexpected class, a config has unknown keys, or weights are missing.
+            NetworkError: if the repository cannot be downloaded completely.
+            ValueError: if `custom_pipeline` or `trust_remote_code` is given.
         """
         for name in ("custom_pipeline", "trust_remote_code"):
             if kwargs.pop(name, None):
-                raise ValueError(f"`{name}` would run code from the repository, which pipelines here never do.")
+                raise ValueError(f"`{name}` would run code from the repository, which is not supported.")
         folder = pretrained_model_name_or_path
         if not os.path.isdir(folder):
             folder = cls.download(folder, **{k: kwargs.pop(k) for k in DOWNLOAD_OPTIONS if k in kwargs})
         _check_scheduler(Path(folder))
-        return super().from_pretrained(folder, **{**kwargs, "use_safetensors": True})
+        pipeline = super().from_pretrained(folder, **{**kwargs, "use_safetensors": True})
+        verify_checksums(folder)  # after the checks that name a faulty entry
+        return pipeline
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """Save as in diffusers, with checksums of the files, which loading verifies."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_checksums(save_directory, ("model_index.json", "scheduler/scheduler_config.json"))
 
     @classmethod
     def download(cls, pretrained_model_name, **kwargs) -> str:
-        """Fetch the configs and safetensors of a repository into the cache, verified; return the snapshot's folder."""
+        """Download and verify the configs and safetensors of a repository; return the snapshot folder in the cache."""
         options = {k: v for k, v in kwargs.items() if k in DOWNLOAD_OPTIONS and v is not None}
         return str(diffdiscover3d.fetch_snapshot(str(pretrained_model_name), **options))
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path, **kwargs):
-        """Read `model_index.json`; a component of an unexpected class is an error, an old module path is brought up."""
+        """Load `model_index.json`, update old module paths and reject components of unexpected classes."""
         found = super().load_config(pretrained_model_name_or_path, **kwargs)
         index = found[0] if isinstance(found, tuple) else found
         for name, value in index.items():
@@ -73,25 +80,26 @@ class HubPipelineMixin(PushMixin):
                 continue
             library, kind = value if isinstance(value, list | tuple) and len(value) == 2 else (None, None)
             if str(library).startswith(f"{LIBRARY}."):
-                library = LIBRARY  # recorded by source file, which may have moved since
+                library = LIBRARY  # early versions recorded the module path
             if (library, kind) not in _COMPONENTS.get(name, ()):
                 expected = sorted(_COMPONENTS.get(name, ())) or "no such entry"
                 raise ModelError(
-                    f"{pretrained_model_name_or_path}: model_index.json says {name!r} is {value!r}, expected "
+                    f"{pretrained_model_name_or_path}: model_index.json has {value!r} for {name!r}, expected "
                     f"{expected}; it was written for another pipeline."
                 )
             index[name] = [library, kind]
         if not isinstance(index.get("_class_name"), str):
-            raise ModelError(f"model_index.json has the class {index.get('_class_name')!r}, which must be a name.")
+            raise ModelError(f"model_index.json has the class {index.get('_class_name')!r}, expected a class name.")
         return found
 
 
 def _check_scheduler(folder: Path) -> None:
-    """diffusers only warns about scheduler options it does not know; they could change every result."""
+    """Reject unknown scheduler options, about which diffusers only warns, because they could change the results."""
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
-        return  # diffusers names what is missing
+        return  # diffusers raises an error for the missing file
+    config = read_config(path)
     known = DDPMScheduler._get_init_keys(DDPMScheduler) | DDIMScheduler._get_init_keys(DDIMScheduler)
-    unknown = sorted(k for k in read_model_json(path) if not k.startswith("_") and k not in known)
+    unknown = sorted(k for k in config if not k.startswith("_") and k not in known)
     if unknown:
         raise ModelError(f"{path}: has unknown keys {unknown}; remove them, or upgrade diffusers.")

@@ -1,6 +1,6 @@
-"""Colours of parts: fixed by number, far apart, readable by most colour-blind people."""
+"""Colours of parts, fixed by number and distinguishable with most kinds of colour blindness."""
 
-# Part 0 is the largest, usually background: grey. Then Okabe and Ito's palette, then Tol's light one.
+# grey for part 0, which is usually background; then Okabe and Ito's palette, then Tol's light one
 _PALETTE = (
     "#7f7f7f", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7",
     "#77aadd", "#ee8866", "#eedd88", "#ffaabb", "#99ddff", "#44bb99", "#bbcc33", "#aaaa00",

@@ -1,4 +1,4 @@
-"""An index page over the reports of several scans."""
+"""An index page of the reports of several scans."""
 
 import glob
 import html
@@ -30,7 +30,7 @@ img {{ background: #000; display: block; height: 180px; object-fit: contain; wid
 
 
 def write_index(path: str | Path, reports: Sequence[str | Path], *, title: str = "Parts found") -> None:
-    """Write a page that links to every report, with its preview picture where one lies beside it.
+    """Write a page that links to every report, with its preview picture if there is one beside it.
 
     Args:
         path: the HTML file.

@@ -1,4 +1,4 @@
-"""Label maps as they lie beside a scan, read and compared with it."""
+"""Read label maps from disk and compare them with their scan."""
 
 import json
 import re
@@ -20,10 +20,10 @@ class LabelMap:
     """A label map on the canonical grid of its scan.
 
     Attributes:
-        level: its level in the hierarchy, `None` if its name tells none.
+        level: its level in the hierarchy, `None` if its name holds none.
         labels: (H, W, D) part numbers.
         num_parts: K.
-        provenance: what its sidecar says, empty if it has none.
+        provenance: the contents of its sidecar, empty if it has none.
     """
 
     level: int | None
@@ -33,7 +33,7 @@ class LabelMap:
 
 
 def read_label_map(path: str | Path, scan: NiftiVolume) -> LabelMap:
-    """Read a label map that lies on the grid of a scan.
+    """Read a label map on the grid of a scan.
 
     Raises:
         InputError: if it cannot be read, or has another shape or affine than the scan.
@@ -47,8 +47,8 @@ def read_label_map(path: str | Path, scan: NiftiVolume) -> LabelMap:
     on_disk = tuple(scan.header.get_data_shape()[:3])
     if array.shape != on_disk:
         raise InputError(f"{path}: has shape {array.shape}, its scan {on_disk}; give the label map of this scan.")
-    if not _lies_on(image, scan):
-        raise InputError(f"{path}: lies elsewhere than its scan (the affines differ); give the label map of this scan.")
+    if not _is_aligned(image, scan):
+        raise InputError(f"{path}: is not aligned with its scan (the affines differ); give the label map of this scan.")
     if array.min() < 0 or (array != np.round(array)).any():
         raise InputError(f"{path}: part numbers must be integers from 0; give a label map.")
     sidecar = path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json")
@@ -62,9 +62,9 @@ def read_label_map(path: str | Path, scan: NiftiVolume) -> LabelMap:
     return LabelMap(int(level.group(1)) if level else None, labels, count, provenance)
 
 
-def _lies_on(image: nib.spatialimages.SpatialImage, scan: NiftiVolume) -> bool:
+def _is_aligned(image: nib.spatialimages.SpatialImage, scan: NiftiVolume) -> bool:
     fields = ("sform_code", "qform_code", "srow_x", "srow_y", "srow_z", "pixdim", "quatern_b", "quatern_c", "quatern_d")
     if all(f in image.header and np.array_equal(image.header[f], scan.header[f], equal_nan=True) for f in fields):
-        return True  # even where the affine itself is unusable
+        return True  # also if the affine is unusable
     canonical = image.affine @ inv_ornt_aff(scan.orientation, image.shape)
     return np.allclose(canonical, scan.affine, atol=1e-2)

@@ -1,4 +1,4 @@
-"""The report: one HTML file with a viewer, the parts, the tables and the provenance; it opens without a network."""
+"""The report: one HTML file with a 3D viewer, the tables of parts and the provenance; it needs no network."""
 
 import base64
 import gzip
@@ -12,26 +12,41 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import torch
 
-from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
-from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.reporting.colours import part_colour, part_rgb
-from diffdiscover3d.reporting.label_maps import read_label_map
-from diffdiscover3d.reporting.parts import PartStatistics, measure_parts, nest_levels
+from diffdiscover3d.reporting.parts import PartStatistics
 from diffdiscover3d.utils.files import atomic_file
 
-MAX_VOXELS = 160**3  # shown at most; a larger scan is resampled for the page, and the page says so
+MAX_VOXELS = 160**3  # a larger scan is resampled for the page, with a line about it
 _VIEWER = Path(__file__).parent / "viewer"
 
 
 @dataclass(frozen=True)
-class ShownLevel:
-    """What the page says of a label map.
+class ShownScan:
+    """A scan as the page shows it.
 
     Attributes:
-        level: its level in the hierarchy, `None` if its name tells none.
-        provenance: what its sidecar says, empty if it has none.
+        name: of the scan.
+        shape: (H, W, D), in voxels.
+        affine: (4, 4), voxels to millimetres.
+        image: its intensities on its [`shown_grid`].
+        notes: sentences about anything unusual in it.
+    """
+
+    name: str
+    shape: Sequence[int]
+    affine: np.ndarray
+    image: np.ndarray
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class ShownLevel:
+    """A label map as the page shows it.
+
+    Attributes:
+        level: its level in the hierarchy; `None` if there is one level only, or it is not known.
+        provenance: the contents of its sidecar, empty if it has none.
         parts: all its parts, with their components and neighbours.
         labels: part numbers at the [`shown_voxels`].
     """
@@ -43,80 +58,36 @@ class ShownLevel:
 
     @property
     def title(self) -> str:
-        """How the page calls it."""
+        """Its name on the page."""
         return f"{len(self.parts)} parts" if self.level is None else f"level {self.level}, {len(self.parts)} parts"
 
 
-def write_report(path: str | Path, scan: NiftiVolume, name: str, label_maps: Sequence[str | Path]) -> None:
-    """Write the report of a scan and its label maps.
+def write_page(path: str | Path, scan: ShownScan, levels: Sequence[ShownLevel], links: Sequence[dict]) -> None:
+    """Write the report from what it shows; its size is bounded however large the scan is.
 
     Args:
         path: the HTML file.
-        scan: as read from its file.
-        name: of the scan, as the page shall call it.
-        label_maps: paths of its label maps, one per level.
-
-    Raises:
-        InputError: see [`read_label_map`].
-        OutputError: if it cannot be written.
-    """
-    maps = [read_label_map(p, scan) for p in label_maps]
-    grid = shown_grid(scan.data.shape)
-    picks = shown_voxels(scan.data.shape, grid)
-    levels = [
-        ShownLevel(
-            m.level,
-            m.provenance,
-            measure_parts(m.labels, scan.data, scan.affine, m.num_parts, topology=True),
-            m.labels[np.ix_(*picks)],
-        )
-        for m in maps
-    ]
-    numbered = {m.level: m for m in maps if m.level is not None}
-    parts = {level: m.num_parts for level, m in numbered.items()}
-    links = nest_levels({level: m.labels for level, m in numbered.items()}, parts)
-    shown = resize_volume(torch.from_numpy(scan.data)[None, None], grid)[0, 0].numpy()
-    write_page(path, name, scan.data.shape, scan.affine, shown, levels, links, scan.notes)
-
-
-def write_page(
-    path: str | Path,
-    name: str,
-    shape: Sequence[int],
-    affine: np.ndarray,
-    shown: np.ndarray,
-    levels: Sequence[ShownLevel],
-    links: Sequence[dict],
-    notes: Sequence[str],
-) -> None:
-    """Write the report from what it shows, which is small however large the scan is.
-
-    Args:
-        path, name: as for [`write_report`].
-        shape: (H, W, D) of the scan.
-        affine: (4, 4) of the scan, voxels to millimetres.
-        shown: the scan on its [`shown_grid`].
-        levels: with labels on the same grid.
+        scan: the scan, with its intensities on the shown grid.
+        levels: its label maps on the same grid, the coarsest first.
         links: of [`nest_levels`], empty if there is one level.
-        notes: what was unusual about the scan.
 
     Raises:
         OutputError: if it cannot be written.
     """
-    spacing = "×".join(f"{s:.3g}" for s in np.linalg.norm(affine[:3, :3], axis=0))
-    summary = f"{'×'.join(map(str, shape))} voxels of {spacing} mm"
-    if shown.shape != tuple(shape):
-        grid = "×".join(map(str, shown.shape))
+    spacing = "×".join(f"{s:.3g}" for s in np.linalg.norm(scan.affine[:3, :3], axis=0))
+    summary = f"{'×'.join(map(str, scan.shape))} voxels of {spacing} mm"
+    if scan.image.shape != tuple(scan.shape):
+        grid = "×".join(map(str, scan.image.shape))
         summary += f"; shown here on {grid} voxels to keep the page small, measured at full resolution"
     fields = {
-        "TITLE": html.escape(f"Parts found in {name}"),
+        "TITLE": html.escape(f"Parts found in {scan.name}"),
         "SUMMARY": html.escape(summary),
         "TABLES": "".join(_table(number, level) for number, level in enumerate(levels)),
         "TREE": _tree(levels, links),
-        "PROVENANCE": _provenance(levels, notes),
+        "PROVENANCE": _provenance(levels, scan.notes),
         "LICENSES": html.escape((_VIEWER / "LICENSES.txt").read_text(encoding="utf-8")),
-        # "<" cannot end the script element it stands in
-        "DATA": json.dumps(_data(shape, affine, shown, levels)).replace("<", "\\u003c"),
+        # "<" could end the script element that holds the data
+        "DATA": json.dumps(_data(scan, levels)).replace("<", "\\u003c"),
         "NIIVUE": _niivue(),
         "SCRIPT": (_VIEWER / "report.js").read_text(encoding="utf-8"),
     }
@@ -132,13 +103,13 @@ def _niivue() -> str:
 
 
 def shown_grid(shape: Sequence[int]) -> tuple[int, ...]:
-    """The grid on which a scan of this shape is shown: its own, or a coarser one over the same extent."""
+    """The grid on which a scan of this shape is shown: its own, or a coarser one with the same extent."""
     scale = min(1.0, (MAX_VOXELS / np.prod(shape)) ** (1 / 3))
     return tuple(max(1, int(n * scale)) for n in shape) if scale < 1 else tuple(shape)
 
 
 def shown_voxels(shape: Sequence[int], grid: Sequence[int]) -> list[np.ndarray]:
-    """Along each axis the voxels of a scan that lie nearest to the centres of the shown ones."""
+    """The indices along each axis of the voxels nearest to the centres of the shown voxels."""
     factors = [n / count for n, count in zip(shape, grid, strict=True)]
     return [
         np.clip(np.round(np.arange(count) * f + (f - 1) / 2), 0, None).astype(int)
@@ -146,12 +117,13 @@ def shown_voxels(shape: Sequence[int], grid: Sequence[int]) -> list[np.ndarray]:
     ]
 
 
-def _data(shape: Sequence[int], affine: np.ndarray, shown: np.ndarray, shown_levels: Sequence[ShownLevel]) -> dict:
-    factor = np.array(shape) / np.array(shown.shape)
-    # voxel i of the shown grid covers the voxels from i * factor on, so its centre lies half a factor further
+def _data(scan: ShownScan, shown_levels: Sequence[ShownLevel]) -> dict:
+    shown = scan.image
+    factor = np.array(scan.shape) / np.array(shown.shape)
+    # voxel i of the shown grid starts at voxel i * factor, so its centre is shifted by (factor - 1) / 2
     move = np.eye(4)
     move[:3, :3], move[:3, 3] = np.diag(factor), (factor - 1) / 2
-    affine = affine @ move
+    affine = scan.affine @ move
     low, high = float(shown.min()), float(shown.max())
     slope = (high - low) / 255 or 1.0
     window = [float(x) for x in np.percentile(shown, (0.5, 99.5))]
@@ -211,7 +183,7 @@ def _table(key: int, level: ShownLevel) -> str:
 
 
 def _tree(levels: Sequence[ShownLevel], links: Sequence[dict]) -> str:
-    """The nested list of parts, where several levels are there."""
+    """The nested list of parts, if there are several levels."""
     if not links:
         return ""
 

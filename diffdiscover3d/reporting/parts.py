@@ -1,4 +1,4 @@
-"""What a label map says in numbers: sizes, intensities, places and neighbours of parts, and how levels nest."""
+"""Statistics of parts: sizes, intensities, positions, components and neighbours; and how levels are nested."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -10,15 +10,16 @@ from scipy import ndimage
 
 @dataclass(frozen=True)
 class PartStatistics:
-    """One part of one scan. Figures of an empty part that cannot be told are NaN.
+    """The statistics of one part of one scan; those that an empty part does not have are NaN.
 
     Attributes:
         index: the part's number in the label map.
-        voxels: how many it has; `volume_ml`: their volume in millilitres.
-        mean_intensity, std_intensity: of the scan's own values in it (population standard deviation).
+        voxels: number of voxels.
+        volume_ml: their volume in millilitres.
+        mean_intensity, std_intensity: of the scan's intensities in it (population standard deviation).
         centroid_mm: mean position of its voxels in the scan's world space (right, anterior, superior).
-        components: pieces that hang together through voxel faces; `None` if not asked for.
-        neighbours: numbers of the parts it shares voxel faces with; `None` if not asked for.
+        components: number of components connected through voxel faces; `None` if not measured.
+        neighbours: indices of the parts that share voxel faces with it; `None` if not measured.
     """
 
     index: int
@@ -41,10 +42,10 @@ def measure_parts(
         intensities: (H, W, D), of the scan.
         affine: (4, 4), voxels to millimetres.
         num_parts: K; parts without a voxel are listed too.
-        topology: also count components and find neighbours, which takes longer.
+        topology: also count components and find neighbours, which is slower.
 
     Raises:
-        ValueError: if the shapes differ or a number lies beyond `num_parts`.
+        ValueError: if the shapes differ or a label is not below `num_parts`.
     """
     if labels.shape != intensities.shape:
         raise ValueError(f"`labels` {labels.shape} and `intensities` {intensities.shape} must have one shape.")
@@ -54,7 +55,7 @@ def measure_parts(
     voxels = np.bincount(flat, minlength=num_parts)
     divisor = np.where(voxels > 0, voxels, np.nan)
     mean = np.bincount(flat, weights=intensities.ravel(), minlength=num_parts) / divisor
-    # the second pass costs little and does not cancel, as a difference of squares would
+    # a second pass avoids the cancellation of a difference of squares
     deviations = (intensities.ravel().astype(np.float64) - mean[flat]) ** 2
     std = np.sqrt(np.bincount(flat, weights=deviations, minlength=num_parts) / divisor)
     return describe_parts(
@@ -77,13 +78,13 @@ def describe_parts(
     components: Sequence[int] | None = None,
     neighbours: Sequence[tuple[int, ...]] | None = None,
 ) -> list[PartStatistics]:
-    """Put figures of K parts into words and units.
+    """The statistics of K parts, with volumes and positions in physical units.
 
     Args:
         voxels, mean, std: (K,) sizes, and mean and standard deviation of the intensities.
         centroids: (3, K) mean voxel indices.
         affine: (4, 4), voxels to millimetres.
-        components, neighbours: of each part, where they were found.
+        components, neighbours: of each part, if they were measured.
     """
     voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
     centroids = (affine[:3, :3] @ centroids + affine[:3, 3:]).T
@@ -103,7 +104,7 @@ def describe_parts(
 
 
 def number_by_size(labels: np.ndarray, num_parts: int) -> np.ndarray:
-    """The order that numbers parts by size: largest first, ties by centroid (first axis first, then the others).
+    """The order of parts by size: largest first, ties by centroid (first axis first).
 
     Returns:
         (num_parts,) the old number of each new part; empty parts come last, by their old number.
@@ -113,12 +114,12 @@ def number_by_size(labels: np.ndarray, num_parts: int) -> np.ndarray:
 
 
 def order_by_size(voxels: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """The same order from (K,) sizes and (3, K) mean voxel indices, any numbers where a part is empty."""
+    """The order of [`number_by_size`] from (K,) sizes and (3, K) mean voxel indices; empty parts come last."""
     return np.lexsort((np.arange(len(voxels)), centroids[2], centroids[1], centroids[0], -voxels))
 
 
 def nest_levels(levels: Mapping[int, np.ndarray], num_parts: Mapping[int, int]) -> list[dict]:
-    """The tree of parts: in which coarser part each finer part mostly lies.
+    """The tree of parts: for each finer part, the coarser part that holds most of it.
 
     Args:
         levels: label map of each level, all of one shape; a lower number is coarser.
@@ -138,13 +139,13 @@ def nest_levels(levels: Mapping[int, np.ndarray], num_parts: Mapping[int, int]) 
 
 
 def count_pairs(fine: np.ndarray, coarse: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """(rows, columns) voxels for every pair of a part of one label map and a part of another."""
+    """(rows, columns) numbers of voxels for every pair of parts of two label maps."""
     pairs = fine.ravel().astype(np.int64) * columns + coarse.ravel()
     return np.bincount(pairs, minlength=rows * columns).reshape(rows, columns)
 
 
 def nest_counts(fine: int, coarse: int, counts: np.ndarray) -> list[dict]:
-    """The links of [`nest_levels`] from one level to the next coarser one, from what [`count_pairs`] counted."""
+    """The links of [`nest_levels`] from one level to the next coarser one, from the counts of [`count_pairs`]."""
     links = []
     for part, row in enumerate(counts):
         total = int(row.sum())
@@ -168,7 +169,7 @@ def _centroids(labels: np.ndarray, num_parts: int, divisor: np.ndarray) -> np.nd
     means = []
     for axis in range(3):
         size = labels.shape[axis]
-        # voxels of each part in each plane: weights on planes instead of on voxels
+        # counting voxels by plane is faster than weighting every voxel
         planes = np.moveaxis(labels, axis, 0).reshape(size, -1)
         counts = np.stack([np.bincount(plane, minlength=num_parts) for plane in planes], axis=1)
         means.append(counts @ np.arange(size) / divisor)

@@ -1,4 +1,4 @@
-"""Pictures of volumes: three orthogonal slices through the centre, with or without parts over them."""
+"""Pictures of volumes: three orthogonal slices through the centre, with or without overlaid parts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,13 +31,13 @@ def save_slices(
         labels: (H, W, D) part numbers for each volume.
         spacing_mm: of the voxels, so that anisotropic ones are drawn in proportion.
         titles: one for each row.
-        num_parts: length of the legend (default: the largest part number seen).
+        num_parts: length of the legend (default: from the largest label).
     """
     labels = [None] * len(volumes) if labels is None else labels
     if num_parts is None and any(x is not None for x in labels):
         num_parts = 1 + max(int(x.max()) for x in labels if x is not None)
-    cuts = [_middle(volume) for volume in volumes]
-    overlays = [None if x is None else _middle(x) for x in labels]
+    cuts = [middle_slices(volume) for volume in volumes]
+    overlays = [None if x is None else middle_slices(x) for x in labels]
     save_cuts(path, cuts, overlays, spacing_mm=spacing_mm, titles=titles, num_parts=num_parts)
 
 
@@ -50,11 +50,11 @@ def save_cuts(
     titles: Sequence[str] | None,
     num_parts: int | None,
 ) -> None:
-    """The same from slices that were cut already, for volumes that are not in memory.
+    """Write the same picture from slices, for volumes that are not in memory.
 
     Args:
-        cuts: for each row the middle slices across the first, second and third axis, (W, D), (H, D) and (H, W), or
-            with a first axis of three colours.
+        cuts: for each row the middle slices across the first, second and third axis, (W, D), (H, D) and (H, W); RGB
+            ones have a first axis of length 3.
         labels: the same slices of the label maps, all of them or none.
     """
     overlaid = any(x is not None for x in labels)
@@ -83,13 +83,13 @@ def save_cuts(
         figure.savefig(temporary, dpi=100, format="png", metadata={"Software": "diffdiscover3d"})
 
 
-def _middle(volume: np.ndarray) -> list[np.ndarray]:
+def middle_slices(volume: np.ndarray) -> list[np.ndarray]:
     """The middle slice across each of the last three axes."""
     return [np.take(volume, volume.shape[axis] // 2, axis=axis) for axis in range(volume.ndim - 3, volume.ndim)]
 
 
 def _upright(cut: np.ndarray) -> np.ndarray:
-    """A slice turned so that superior (or anterior) is up; channels go last."""
+    """Rotate a slice so that superior (or anterior) is up; channels go last."""
     return np.rot90(np.moveaxis(cut, 0, -1) if cut.ndim == 3 else cut)
 
 
@@ -99,7 +99,7 @@ def _aspect(spacing_mm: Sequence[float], plane: int) -> float:
 
 
 def _to_grey(cut: np.ndarray) -> np.ndarray:
-    """Intensities to [0, 1] between the 0.5th and 99.5th percentile: one hot voxel must not blacken the rest."""
+    """Scale intensities from the 0.5th and 99.5th percentile to [0, 1], so that outliers do not darken the rest."""
     if cut.ndim == 3:
         return np.clip(cut, 0, 1)
     low, high = np.percentile(cut, (0.5, 99.5))

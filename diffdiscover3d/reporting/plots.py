@@ -1,4 +1,4 @@
-"""Curves and bars for those who look rather than read."""
+"""Loss curves, Dice bars and principal components of features."""
 
 import json
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def save_loss_curves(path: str | Path, log: str | Path) -> None:
 
     Args:
         path: the PNG to write; nothing is written if the log has no line.
-        log: one JSON object a line with "step" and figures; a torn last line is passed over.
+        log: JSON lines with "step" and metrics; an incomplete last line is skipped.
     """
     rows = _read_log(Path(log))
     if not rows:
@@ -49,7 +49,7 @@ def save_loss_curves(path: str | Path, log: str | Path) -> None:
 
 
 def save_dice_bars(path: str | Path, rows: Sequence[dict]) -> None:
-    """Write a PNG with a group of bars per level: mean Dice of each method, its spread over volumes as a whisker.
+    """Write a PNG with a group of bars per level: mean Dice of each method, and its spread over volumes as error bar.
 
     Args:
         rows: dicts with "level", "parts", "method", "dice" and "dice_std", as [`evaluate`] returns them.
@@ -91,8 +91,8 @@ def components_as_rgb(features: np.ndarray) -> np.ndarray:
         features: (C, h, w, d) with at least one channel.
 
     Returns:
-        (3, h, w, d) in [0, 1], each component spread between its 1st and 99th percentile. A component's sign is
-        free; it is chosen so that its largest weight is positive. Missing components are 0.5.
+        (3, h, w, d) in [0, 1], each component spread between its 1st and 99th percentile. The sign of a
+        component is chosen so that its largest weight is positive. Missing components are 0.5.
     """
     channels = features.reshape(len(features), -1).astype(np.float64)
     centred = channels - channels.mean(axis=1, keepdims=True)
@@ -112,7 +112,7 @@ def _read_log(log: Path) -> list[dict]:
     for line in log.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
-        except ValueError:  # torn by an interruption
+        except ValueError:  # incomplete after an interruption
             continue
     return rows
 

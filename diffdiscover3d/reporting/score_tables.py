@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffdiscover3d.reporting.markdown import markdown_table
 from diffdiscover3d.utils.files import atomic_file
 
 _NOTE = "Mean Dice, parts matched in each volume; ±: spread over seeds; in brackets: one matching for all volumes."
@@ -19,22 +20,17 @@ def format_table(summary: Sequence[dict]) -> str:
             also published, kind, labels, training_seconds and peak_memory_mib.
     """
     levels = sorted({row["level"] for row in summary})
+    header = ["method", *(f"level {n}" for n in levels), "published", "kind", "labels", "training (s)", "memory (MiB)"]
     blocks = []
     for variant in dict.fromkeys(row["variant"] for row in summary):
         found = [row for row in summary if row["variant"] == variant]
-        lines = [
-            f"**{variant}**",
-            "",
-            "| method | "
-            + " | ".join(f"level {level}" for level in levels)
-            + " | published | kind | labels | training (s) | memory (MiB) |",
-            "| --- |" + " --- |" * (len(levels) + 5),
-        ]
-        for title in dict.fromkeys(row["title"] for row in found):
-            cells = {row["level"]: row for row in found if row["title"] == title}
-            scores = " | ".join(_cell(cells.get(level)) for level in levels)
-            lines.append(f"| {title} | {scores} | {_details([cells.get(level) for level in levels])} |")
-        blocks.append("\n".join(lines))
+        cells = {(row["title"], row["level"]): row for row in found}
+        titles = dict.fromkeys(row["title"] for row in found)
+        table = []
+        for title in titles:
+            of_title = [cells.get((title, level)) for level in levels]
+            table.append((title, *map(_cell, of_title), *_details(of_title)))
+        blocks.append(f"**{variant}**\n\n{markdown_table(header, table)}")
     return "\n\n".join([*blocks, _NOTE]) + "\n"
 
 
@@ -45,7 +41,7 @@ def write_table(target: Path, summary: Sequence[dict]) -> None:
 
 
 def plot_table(target: Path, summary: Sequence[dict]) -> None:
-    """Bars of the Dice of each method at each level, a panel for each variant, whiskers for the spread over seeds."""
+    """Bars of the Dice of each method at each level, a panel per variant, error bars for the spread over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -64,7 +60,7 @@ def plot_table(target: Path, summary: Sequence[dict]) -> None:
         for i, title in enumerate(here):
             found = {r["level"]: r for r in summary if r["variant"] == variant and r["title"] == title}
             heights = [found[n]["dice"] if n in found else np.nan for n in levels]
-            # nan: one seed has no spread, and no whisker
+            # NaN draws no error bar: one seed has no spread
             spreads = [found[n]["dice_spread"] if n in found and len(found[n]["seeds"]) > 1 else np.nan for n in levels]
             places = np.arange(len(levels)) + (i - (len(here) - 1) / 2) * width
             handles[title] = axis.bar(places, heights, width, yerr=spreads, color=colours[title], capsize=1.5)
@@ -79,19 +75,18 @@ def plot_table(target: Path, summary: Sequence[dict]) -> None:
     plt.close(figure)
 
 
-def _details(rows: Sequence[dict | None]) -> str:
-    """Published figures, kind, labels, and the largest cost of a level."""
+def _details(rows: Sequence[dict | None]) -> tuple[str, ...]:
+    """Published scores, kind, labels, and the largest cost of a level."""
     there = [row for row in rows if row is not None]
     published = [f"{row['published']:.3f}" if row and row.get("published") is not None else "" for row in rows]
     memory = max((row.get("peak_memory_mib") or 0 for row in there), default=0)
-    return " | ".join(
-        (
-            " / ".join(published) if any(published) else "",
-            there[0].get("kind") or "",
-            LABEL_AMOUNTS.get(there[0].get("labels"), ""),
-            f"{max(row.get('training_seconds') or 0 for row in there):.0f}",
-            f"{memory:.0f}" if memory else "",
-        )
+    seconds = max(row.get("training_seconds") or 0 for row in there)
+    return (
+        " / ".join(published) if any(published) else "",
+        there[0].get("kind") or "",
+        LABEL_AMOUNTS.get(there[0].get("labels"), ""),
+        f"{seconds:.0f}",
+        f"{memory:.0f}" if memory else "",
     )
 
 

@@ -1,4 +1,4 @@
-"""The figures of `parts.py` for label maps larger than memory, gathered slab by slab."""
+"""The statistics of `parts.py` for label maps larger than memory, accumulated slab by slab."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from diffdiscover3d.reporting.parts import PartStatistics, describe_parts, order
 
 
 class PartSums:
-    """Size, place and intensity of every part, from regions that together cover a volume once.
+    """Size, position and intensity of every part, from regions that together cover a volume once.
 
     Args:
         num_parts: K.
@@ -30,10 +30,10 @@ class PartSums:
         return self._planes[0].sum(axis=0)
 
     def add(self, region: Sequence[slice], labels: np.ndarray, intensities: np.ndarray) -> None:
-        """Count a region's (h, w, d) part numbers and intensities.
+        """Add a region's (h, w, d) part numbers and intensities.
 
         Raises:
-            ValueError: if a number lies beyond K.
+            ValueError: if a label is not below K.
         """
         if labels.max() >= self.num_parts:
             raise ValueError(f"`labels` must lie below {self.num_parts}, got {labels.max()}.")
@@ -46,7 +46,7 @@ class PartSums:
         sums = np.bincount(flat, weights=values, minlength=self.num_parts)
         mean = sums / np.maximum(own, 1)
         squares = np.bincount(flat, weights=(values - mean[flat]) ** 2, minlength=self.num_parts)
-        # Chan's formula joins the deviations from two means without the cancelling of a difference of squares
+        # Chan's formula combines deviations from two means without cancellation
         apart = mean - self._sums / np.maximum(before, 1)
         self._squares += squares + apart**2 * before * own / np.maximum(before + own, 1)
         self._sums += sums
@@ -63,12 +63,12 @@ class PartSums:
     def statistics(
         self, affine: np.ndarray, numbers: Sequence[int], topology: "Topology | None" = None
     ) -> list[PartStatistics]:
-        """The figures of [`measure_parts`].
+        """The statistics of [`measure_parts`].
 
         Args:
             affine: (4, 4), voxels to millimetres.
-            numbers: (K,) the number under which each part was counted, in the order in which they are listed.
-            topology: of the same label map under its new numbers, where it was looked at.
+            numbers: (K,) for each listed part, the label under which it was added.
+            topology: of the same label map with its new numbers, if it was measured.
         """
         divisor = np.where(self.voxels > 0, self.voxels, np.nan)
         mean, std = self.moments()
@@ -82,9 +82,9 @@ class PartSums:
 
 
 class Topology:
-    """Connected pieces and neighbours of every part, from slabs that are given in order.
+    """Connected components and neighbours of every part, from consecutive slabs.
 
-    Of what was before only the last plane is kept: the pieces that reach it, which may grow or join, and their number.
+    Of the slabs before, only the last plane and the components that reach it are kept: these may grow or merge.
 
     Args:
         num_parts: K.
@@ -94,10 +94,10 @@ class Topology:
         self._touching = np.zeros((num_parts, num_parts), dtype=bool)
         self._counts = np.zeros(num_parts, dtype=np.int64)
         self._last: np.ndarray | None = None  # part numbers
-        self._pieces = np.zeros((0, 0), dtype=np.int32)  # in it, from 1 within each part, 0 elsewhere
+        self._pieces = np.zeros((0, 0), dtype=np.int32)  # components in it, from 1 within each part
 
     def add(self, planes: np.ndarray) -> None:
-        """Look at the next slab, (planes, rows, columns) part numbers."""
+        """Add the next slab, (planes, rows, columns) part numbers."""
         joined = planes if self._last is None else np.concatenate([self._last[None], planes])
         for axis in range(3):
             low, high = (np.moveaxis(joined, axis, 0)[s] for s in (slice(None, -1), slice(1, None)))
@@ -110,16 +110,16 @@ class Topology:
 
     @property
     def components(self) -> list[int]:
-        """Of each part the number of pieces that hang together through voxel faces."""
+        """For each part, the number of components connected through voxel faces."""
         return self._counts.tolist()
 
     @property
     def neighbours(self) -> list[tuple[int, ...]]:
-        """Of each part the numbers of those it shares voxel faces with."""
+        """For each part, the indices of the parts that share voxel faces with it."""
         return [tuple(map(int, np.flatnonzero(row))) for row in self._touching | self._touching.T]
 
     def _count_pieces(self, part: int, own: np.ndarray, last_pieces: np.ndarray) -> None:
-        """Add the pieces in a slab, less one for every time that something hangs together already."""
+        """Count the components of a part in a slab, less those that continue or merge earlier ones."""
         found, count = ndimage.label(own)
         self._counts[part] += count
         if self._last is None:
@@ -128,12 +128,12 @@ class Topology:
             older = np.where(self._last == part, self._pieces, 0)
         meet = (older > 0) & (found[0] > 0)
         open_before = int(older.max(initial=0))
-        # a graph of the pieces before, then those of the slab; an edge where one continues the other
+        # nodes: the earlier components, then those of the slab; edges: where one continues the other
         edges = (older[meet] - 1, open_before + found[0][meet] - 1)
         size = open_before + count
         graph = coo_matrix((np.ones(len(edges[0]), dtype=bool), edges), shape=(size, size))
         groups, group_of = connected_components(graph, directed=False)
         self._counts[part] -= size - groups
-        # pieces that reach the last plane, numbered anew so that the numbers do not grow with the volume
+        # renumber the components that reach the last plane, so that numbers do not grow with the volume
         bottom = found[-1] > 0
         last_pieces[bottom] = np.unique(group_of[open_before + found[-1][bottom] - 1], return_inverse=True)[1] + 1

@@ -1,4 +1,4 @@
-"""Tables of parts that other tools read: BIDS TSV, ITK-SNAP labels, a colour table of 3D Slicer."""
+"""Tables of parts for other tools: BIDS TSV, ITK-SNAP labels, a colour table of 3D Slicer."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from diffdiscover3d.reporting.colours import part_colour, part_rgb
 from diffdiscover3d.reporting.parts import PartStatistics
 from diffdiscover3d.utils.files import atomic_file
 
-# the columns beyond those BIDS itself defines, described as a BIDS sidecar describes them
+# columns beyond those of BIDS, with their descriptions in the sidecar
 COLUMNS = {
     "volume_ml": {"Description": "Volume of the part", "Units": "mL"},
     "voxels": {"Description": "Number of voxels"},
@@ -25,14 +25,14 @@ STATISTICS_COLUMNS = {
 
 
 def part_name(part: int) -> str:
-    """What a part is called: nothing was labelled, so it is its number."""
+    """The name of a part, which is its number: parts are found without labels."""
     return f"part {part}"
 
 
 def write_part_table(path: str | Path, parts: Sequence[PartStatistics]) -> None:
-    """Write the lookup table of BIDS for a `_dseg.nii.gz`: index, name, abbreviation, color and the figures.
+    """Write the lookup table of BIDS for a `_dseg.nii.gz`: index, name, abbreviation, color and statistics.
 
-    Components and neighbours are columns where they were measured, and with them all of `STATISTICS_COLUMNS`.
+    The columns of `STATISTICS_COLUMNS` are added if components and neighbours were measured.
     See https://bids-specification.readthedocs.io, "Common image-derived labels".
     """
     topology = all(p.components is not None for p in parts)
@@ -82,7 +82,7 @@ def _rgb255(part: int) -> tuple[int, int, int]:
 
 
 def _number(value: float) -> str:
-    """BIDS writes n/a for what is not there."""
+    """A number as text; BIDS writes n/a for missing values."""
     return "n/a" if math.isnan(value) else f"{value:.6g}"
 
 

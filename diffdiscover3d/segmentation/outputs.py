@@ -1,4 +1,4 @@
-"""Which files a segmented scan gets, and whether they may be or have been written."""
+"""The names of a scan's result files, and checks before they are written."""
 
 import json
 import os
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from diffdiscover3d.data.formats.nifti.header import SUFFIXES
 from diffdiscover3d.errors import ModelError, OutputError
-from diffdiscover3d.utils.files import check_targets, sha256
+from diffdiscover3d.utils.files import check_targets
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What is written on request: see the options of the same names of [`segment`]."""
+    """The files written on request; see the options of the same names of [`segment`]."""
 
     preview: bool = False
     statistics: bool = False
@@ -24,7 +24,7 @@ class Extras:
 
 @dataclass(frozen=True)
 class LevelFiles:
-    """The files of one level of one scan; `None` for those not asked for."""
+    """The files of one level of one scan; `None` for those not requested."""
 
     labels: Path
     sidecar: Path
@@ -36,13 +36,18 @@ class LevelFiles:
 
 @dataclass(frozen=True)
 class CaseFiles:
-    """One scan and the files it gets."""
+    """One scan and its result files."""
 
     input: Path
     levels: dict[int | None, LevelFiles]
     preview: Path | None
     tree: Path | None
     report: Path | None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of all these files."""
+        return next(iter(self)).parent
 
     def __iter__(self) -> Iterator[Path]:
         for level in self.levels.values():
@@ -84,14 +89,14 @@ def plan_case(path: Path, output: str | Path | None, levels: Sequence[int | None
 
 
 def check_cases(cases: Sequence[CaseFiles], mine: Sequence[CaseFiles], overwrite: bool) -> None:
-    """Find what would stop the writing before the work starts.
+    """Check that all files can be written, before the work starts.
 
     Args:
-        cases: all scans; no two may write one file, and none may write over a scan.
-        mine: those this process works on, whose files must not exist yet unless `overwrite`.
+        cases: all scans; no two may write the same file, and none may overwrite a scan.
+        mine: those of this process, whose files must not exist unless `overwrite`.
 
     Raises:
-        OutputError: if something would.
+        OutputError: if one cannot be written.
     """
     seen: dict[Path, Path] = {}
     inputs = {case.input.resolve() for case in cases}
@@ -109,20 +114,21 @@ def check_cases(cases: Sequence[CaseFiles], mine: Sequence[CaseFiles], overwrite
     check_targets((target for case in mine for target in case), overwrite)
 
 
-def is_finished(case: CaseFiles, provenance: dict[int | None, dict]) -> bool:
-    """Whether all files of a scan are there, made from this very input.
+def is_finished(case: CaseFiles, provenance: dict[int | None, dict], sha256: str) -> bool:
+    """Whether all files of a scan exist and were made from this very input.
 
-    A sidecar is the last file of its level that is written, so a level without one is not finished.
+    The sidecar of a level is written last, so a level without one is not finished.
 
     Args:
-        provenance: of each level, what would be written into its sidecar about model and arguments.
+        case: the scan and its files.
+        provenance: by level, what its sidecar would record about model and arguments.
+        sha256: of the scan's file.
 
     Raises:
         ModelError: if a result is of another model or other arguments.
     """
     if not all(target.exists() for target in case):
         return False
-    digest = None
     for level, files in case.levels.items():
         try:
             written = json.loads(files.sidecar.read_text(encoding="utf-8"))
@@ -136,13 +142,12 @@ def is_finished(case: CaseFiles, provenance: dict[int | None, dict]) -> bool:
                     f"{files.sidecar}: was made with another {key.rstrip('s')}; "
                     "use --overwrite instead of --resume, or choose another --output folder."
                 )
-        digest = digest or sha256(case.input)
-        if written.get("input", {}).get("sha256") != digest:
+        if written.get("input", {}).get("sha256") != sha256:
             return False
     return True
 
 
 def shard(cases: Sequence[CaseFiles]) -> list[CaseFiles]:
-    """The share of this process where `accelerate launch` or torchrun started several; otherwise all."""
+    """The cases of this process, if `accelerate launch` or torchrun started several; otherwise all."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     return list(cases[rank::world])

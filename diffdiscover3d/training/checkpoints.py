@@ -1,4 +1,4 @@
-"""Training checkpoints without pickle: safetensors and JSON in a folder that appears whole or not at all."""
+"""Training checkpoints as atomically written folders of safetensors and JSON, without pickle."""
 
 import json
 import re
@@ -20,11 +20,15 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, torch.
     """Write `checkpoint-<step>` under `folder`.
 
     Args:
-        tensors: for each file (without its ending) a flat dict of tensors.
-        state: JSON values; the step and each file's sha256 are added.
+        step: training step, part of the folder name.
+        tensors: flat dicts of tensors, one for each file, by file name without suffix.
+        state: JSON values. The step and the sha256 of each file are added.
+
+    Returns:
+        The checkpoint folder. An existing checkpoint of this step is left unchanged.
 
     Raises:
-        OutputError: if it cannot be written; the checkpoints before are untouched.
+        OutputError: if the checkpoint cannot be written. Earlier checkpoints are unaffected.
     """
     target = folder / f"checkpoint-{step:08d}"
     if target.exists():
@@ -40,10 +44,13 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, torch.
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
-    """Read a checkpoint back: its tensors by file and its state.
+    """Load a checkpoint.
+
+    Returns:
+        The tensors by file name, and the state.
 
     Raises:
-        ModelError: if a file is missing, is damaged or is not the one that was written.
+        ModelError: if a file is missing or damaged, or its sha256 does not match.
     """
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
@@ -51,7 +58,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
         tensors = {}
         for name, expected in state["files"].items():
             if sha256(path / name) != expected:
-                raise ModelError(f"{path / name}: damaged, its sha256 is not the one recorded.")
+                raise ModelError(f"{path / name}: damaged: its sha256 differs from the recorded one.")
             tensors[name.removesuffix(".safetensors")] = load_file(path / name)
     except (OSError, KeyError, AttributeError, TypeError, ValueError, SafetensorError) as error:
         if isinstance(error, ModelError):
@@ -61,16 +68,16 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
 
 
 def _check_state(path: Path, state: dict) -> None:
-    """Raise ValueError if it does not say what a checkpoint's state must, whatever else it says."""
+    """Raise ValueError if the state of a checkpoint lacks a required entry or an entry is invalid."""
     step, named = state["step"], _NAME.fullmatch(path.name)
     if type(step) is not int or step < 0 or (named and step != int(named.group(1))):
-        raise ValueError(f"its state is of step {step!r}")
+        raise ValueError(f"its state has the step {step!r}")
     missing = sorted({"model.safetensors", "optimizer.safetensors"} - state["files"].keys())
     if missing:
         raise ValueError(f"its state lists no {missing[0]}")
     for name in ("config", "identity"):
         if not isinstance(state.get(name, {}), dict):
-            raise ValueError(f"its {name} is no mapping")
+            raise ValueError(f"its {name} is not a mapping")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -87,16 +94,18 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 
 
 def find_checkpoint(folder: Path, resume: str, warn) -> tuple[dict, dict] | None:
-    """The checkpoint to go on from: a folder, or with `latest` the newest under `folder` that is whole.
+    """Load the checkpoint to resume from.
 
     Args:
-        warn: called with a line for each damaged checkpoint that is passed over.
+        folder: folder of the checkpoints.
+        resume: a checkpoint folder, or `latest` for the newest intact checkpoint under `folder`.
+        warn: called with a message for each damaged checkpoint that is skipped.
 
     Returns:
-        Tensors and state, or `None` if `latest` finds no checkpoint at all.
+        Tensors and state, or `None` if `resume` is `latest` and there are no checkpoints.
 
     Raises:
-        ModelError: if the folder named is no checkpoint, or all checkpoints under `folder` are damaged.
+        ModelError: if `resume` is not a valid checkpoint, or all checkpoints under `folder` are damaged.
     """
     if resume != "latest":
         return load_checkpoint(Path(resume))
@@ -107,31 +116,31 @@ def find_checkpoint(folder: Path, resume: str, warn) -> tuple[dict, dict] | None
         except ModelError as error:
             warn(f"skipping {path.name}: {error}")
     if candidates:
-        raise ModelError(f"{folder}: every checkpoint is damaged; remove them to start anew.")
+        raise ModelError(f"{folder}: every checkpoint is damaged; remove them to restart the training.")
     return None
 
 
 def later_checkpoints(folder: Path, step: int) -> tuple[list[Path], list[Path]]:
-    """The checkpoints of later steps: those that are whole, and those that are damaged."""
-    whole, damaged = [], []
+    """The intact and the damaged checkpoints of later steps."""
+    intact, damaged = [], []
     for path in list_checkpoints(folder):
         if int(_NAME.fullmatch(path.name).group(1)) > step:
             try:
                 load_checkpoint(path)
-                whole.append(path)
+                intact.append(path)
             except ModelError:
                 damaged.append(path)
-    return whole, damaged
+    return intact, damaged
 
 
-def remove_torn(folder: Path) -> None:
-    """Delete what an interrupted write left behind."""
+def remove_partial(folder: Path) -> None:
+    """Delete the staging folders of interrupted writes."""
     for path in folder.glob(".checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's tensors under flat names; hyper-parameters come from the config and are not stored."""
+    """Flatten the state tensors of an optimiser. Hyper-parameters are part of the config and are not included."""
     return {
         f"{index}.{name}": value
         for index, values in optimizer.state_dict()["state"].items()
@@ -141,9 +150,9 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Put tensors packed by [`pack_optimizer`] back, in the memory layout of their parameters.
+    """Load tensors packed by [`pack_optimizer`], in the memory layout of their parameters.
 
-    A fused optimiser takes it for granted that a parameter and its moments lie alike.
+    Fused optimisers require a parameter and its moments to have the same memory layout.
     """
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():

@@ -1,4 +1,4 @@
-"""Options of the two trainings: frozen dataclasses, checked when they are made, read from presets, files and flags."""
+"""Training options of both phases: validated frozen dataclasses, filled from presets, config files and the CLI."""
 
 import dataclasses
 import json
@@ -23,40 +23,42 @@ def option(default, help: str, choices: tuple | None = None):
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What both trainings share. Every field is an option of `python -m diffdiscover3d.train`."""
+    """Options common to both phases. Every field is an option of `python -m diffdiscover3d.train`."""
 
     dataset: str = option("synthetic-regular", "a named dataset, or a folder, glob or text list of NIfTI volumes")
-    output_dir: str = option("outputs", "folder for the trained model, checkpoints, pictures and logs")
-    max_steps: int = option(50_000, "optimiser steps")
-    batch_size: int = option(4, "volumes per optimiser step, over all processes and accumulation steps together")
-    gradient_accumulation_steps: int = option(1, "micro-batches summed into one optimiser step")
-    learning_rate: float = option(1e-4, "Adam's learning rate; the peak of a one_cycle schedule")
-    lr_schedule: str = option("constant", "how the rate changes over the steps", SCHEDULES)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 switches clipping off")
+    output_dir: str = option("outputs", "folder for the trained model, checkpoints, preview images and logs")
+    max_steps: int = option(50_000, "number of optimiser steps")
+    batch_size: int = option(4, "volumes per optimiser step, in total over all processes and accumulation steps")
+    gradient_accumulation_steps: int = option(1, "micro-batches accumulated per optimiser step")
+    learning_rate: float = option(1e-4, "learning rate of Adam; the maximum of a one_cycle schedule")
+    lr_schedule: str = option("constant", "learning rate schedule", SCHEDULES)
+    max_grad_norm: float = option(1.0, "maximum gradient norm for clipping; 0 disables clipping")
     mixed_precision: str = option(
         "auto",
-        "precision of the forward pass; auto: as launched, or bf16 where it is measured to be faster",
+        "precision of the forward pass; auto: as set by the launcher, otherwise bf16 if it is measurably faster",
         PRECISIONS,
     )
-    memory_format: str = option("auto", "layout of weights and volumes; auto: the faster as measured", MEMORY_FORMATS)
-    compile: bool = option(False, "compile the networks with torch.compile: minutes at the start, faster steps")
-    volume_size: tuple[int, ...] | None = option(None, "resample every volume to this grid (one or three integers)")
-    modality: str | None = option(None, "of BraTS: flair (the default), t1, t1ce or t2")
-    grade: str | None = option(None, "of BraTS 2019: HGG (the default), LGG or all", ("HGG", "LGG", "all"))
-    crop: tuple[int, ...] | None = option(None, "central box of BraTS volumes, three integers (default: 200 200 155)")
-    clip_percentiles: tuple[float, ...] | None = option(
-        None, "of BraTS: clip intensities to these two percentiles of the tissue (default: no clipping)"
+    memory_format: str = option(
+        "auto", "memory format of weights and volumes; auto: measure and use the faster", MEMORY_FORMATS
     )
-    flips: bool = option(True, "mirror volumes at random along their three axes")
-    num_workers: int = option(0, "processes that load volumes, for each training process")
-    seed: int = option(0, "seed of the weights, the order of the data, the noise and the augmentation")
+    compile: bool = option(False, "compile the networks with torch.compile: slower start, faster steps")
+    volume_size: tuple[int, ...] | None = option(None, "resample all volumes to this grid (one or three integers)")
+    modality: str | None = option(None, "BraTS modality: flair (default), t1, t1ce or t2")
+    grade: str | None = option(None, "grade of BraTS 2017 to 2019: HGG (default), LGG or all", ("HGG", "LGG", "all"))
+    crop: tuple[int, ...] | None = option(None, "central crop of BraTS volumes, three integers (default: 200 200 155)")
+    clip_percentiles: tuple[float, ...] | None = option(
+        None, "clip BraTS intensities to these two percentiles of the tissue (default: no clipping)"
+    )
+    flips: bool = option(True, "randomly flip volumes along each axis")
+    num_workers: int = option(0, "data-loading workers per training process")
+    seed: int = option(0, "random seed of weights, data order, noise and augmentation")
     log_every: int = option(50, "steps between log lines")
     checkpoint_every: int = option(500, "steps between checkpoints")
-    keep_checkpoints: int = option(2, "newest checkpoints kept")
-    preview_every: int = option(500, "steps between pictures; 0 writes none")
-    resume: str | None = option(None, "`latest`, or the folder of a checkpoint, to go on from")
+    keep_checkpoints: int = option(2, "number of newest checkpoints to keep")
+    preview_every: int = option(500, "steps between preview images; 0 disables them")
+    resume: str | None = option(None, "checkpoint folder to resume from, or `latest`")
     report_to: str | None = option(None, "experiment tracker", TRACKERS)
-    save_dtype: str = option("float32", "type in which the final weights are stored", SAVE_DTYPES)
+    save_dtype: str = option("float32", "data type of the saved weights", SAVE_DTYPES)
 
     def __post_init__(self):
         if isinstance(self.volume_size, int):
@@ -88,17 +90,17 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig(TrainingConfig):
-    """Stage 1: the denoiser. The defaults are the paper's."""
+    """Options of diffusion pretraining. The defaults are those of the paper."""
 
     num_train_timesteps: int = option(250, "length T of the noise schedule")
-    ema_decay: float = option(0.9999, "decay of the moving average of the weights, which is what is saved")
-    width: int | None = option(None, "channels of the UNet's finest level (default: the preset's)")
+    ema_decay: float = option(0.9999, "decay of the moving average of the weights, which is the saved model")
+    width: int | None = option(None, "channels of the UNet at full resolution (default: from the preset)")
     sample_size: tuple[int, ...] | None = option(
-        None, "internal grid of the UNet, one or three integers (default: the preset's)"
+        None, "internal grid of the UNet, one or three integers (default: from the preset)"
     )
     pad: bool = option(False, "pad volumes to the stride instead of resizing them to the internal grid")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
-    preset: str = option("paper", "the UNet and these options' defaults", ("paper", "small", "brats"))
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to reduce memory")
+    preset: str = option("paper", "preset of the UNet and of the option defaults", ("paper", "small", "brats"))
 
     def __post_init__(self):
         super().__post_init__()
@@ -113,42 +115,44 @@ class DiffusionConfig(TrainingConfig):
 
 @dataclass(frozen=True)
 class DiscoveryConfig(TrainingConfig):
-    """Stage 2: the segmentation network. The defaults are the paper's; Eq. 4 to 8 name the terms."""
+    """Options of structure discovery. The defaults are those of the paper; the loss terms are Eq. 4 to 8."""
 
-    max_steps: int = option(2_000, "optimiser steps (the paper: 100 epochs of 80 volumes in batches of 4)")
-    learning_rate: float = option(3e-4, "Adam's learning rate; the peak of a one_cycle schedule")
-    teacher: str = option("", "folder or Hub id of the diffusion model, or the name of an embedded one")
-    init_from: str | None = option(None, "folder or Hub id of a discovery network whose weights to start from")
+    max_steps: int = option(2_000, "number of optimiser steps (paper: 100 epochs of 80 volumes in batches of 4)")
+    learning_rate: float = option(3e-4, "learning rate of Adam; the maximum of a one_cycle schedule")
+    teacher: str = option("", "folder or Hub id of the diffusion model, or the name of an embedded model")
+    init_from: str | None = option(None, "folder or Hub id of a discovery network that provides the initial weights")
     num_parts: int = option(2, "number K of parts to discover")
-    stages: tuple[int, ...] = option((1,), "decoder stages whose features must be consistent, 1 is the coarsest")
-    timestep: int = option(25, "noise step t at which the teacher sees the volumes")
-    num_noise: int = option(1, "noise draws over which the teacher's features are averaged")
+    stages: tuple[int, ...] = option((1,), "decoder stages of the feature consistency; 1 is the coarsest")
+    timestep: int = option(25, "timestep t of the noise added to the volumes for the teacher")
+    num_noise: int = option(1, "noise samples over which the teacher's features are averaged")
     lambda_feature: float = option(1.0, "weight of the feature consistency, Eq. 6")
     lambda_visual: float = option(1.0, "weight of the visual consistency, Eq. 7")
     lambda_invariance: float = option(1.0, "weight of the photometric invariance, Eq. 8")
     lambda_denoised: float = option(
         0.0, "weight of the consistency of the teacher's clean prediction (not in the paper)"
     )
-    denoised_timesteps: tuple[int, ...] = option((60,), "noise steps of that clean prediction, which is their mean")
+    denoised_timesteps: tuple[int, ...] = option((60,), "timesteps over which the clean prediction is averaged")
     teacher_noise: str = option(
-        "fresh", "draw the teacher's noise at every step, or once for each volume, which is faster", ("fresh", "fixed")
+        "fresh",
+        "sample the teacher's noise at every step or once per volume (faster)",
+        ("fresh", "fixed"),
     )
     parent: str | None = option(
-        None, "folder or Hub id of a discovery network whose parts are divided further (not in the paper)"
+        None, "folder or Hub id of a discovery network whose parts are subdivided (not in the paper)"
     )
     children: tuple[int, ...] | None = option(
         None,
-        "into how many parts each part of --parent is divided (default: half of them are kept)",
+        "number of parts for each part of --parent (default: chosen automatically, half stay undivided)",
     )
-    gamma_range: tuple[float, ...] = option((0.9, 1.1), "range of the exponent of the photometric change")
+    gamma_range: tuple[float, ...] = option((0.9, 1.1), "range of the gamma exponent of the photometric change")
     invert_probability: float = option(
         0.0, "probability that the photometric change also inverts the intensities (not in the paper)"
     )
-    relative_consistency: bool = option(False, "divide each consistency by its representation's total variance")
-    norm: str = option("batch", "normalisation of the segmentation network", ("batch", "instance"))
-    dropout: float = option(0.2, "dropout of the segmentation network")
-    selection: str = option("confidence", "which epoch is kept: the most confident or the last", ("confidence", "last"))
-    preset: str = option("paper", "these options' defaults", ("paper", "small", "brats"))
+    relative_consistency: bool = option(False, "divide each consistency by the total variance of its representation")
+    norm: str = option("batch", "normalisation layers of the segmentation network", ("batch", "instance"))
+    dropout: float = option(0.2, "dropout probability of the segmentation network")
+    selection: str = option("confidence", "epoch that is saved: the most confident or the last", ("confidence", "last"))
+    preset: str = option("paper", "preset of the option defaults", ("paper", "small", "brats"))
 
     def __post_init__(self):
         super().__post_init__()
@@ -169,7 +173,7 @@ class DiscoveryConfig(TrainingConfig):
         denoised = self.denoised_timesteps
         _require(len(denoised) >= 1 and min(denoised) >= 0, "denoised_timesteps", "one or more of 0, 1, ...", denoised)
         _require(self.children is None or self.parent, "children", "left out without --parent", self.children)
-        # a network to start from brings its own parent, or its lack of one: options that say otherwise would be lost
+        # the parent is part of the initial network, so --parent would be ignored
         _require(not (self.parent and self.init_from), "parent", "left out with --init-from", self.parent)
         gamma = self.gamma_range
         _require(
@@ -180,7 +184,7 @@ class DiscoveryConfig(TrainingConfig):
         )
 
 
-# What a preset changes in the defaults above. `small` is measured on two CPU cores.
+# Differences of each preset from the defaults above. `small` was tuned on two CPU cores.
 PRESETS: dict[type, dict[str, dict]] = {
     DiffusionConfig: {
         "paper": {},
@@ -190,33 +194,33 @@ PRESETS: dict[type, dict[str, dict]] = {
             "lr_schedule": "one_cycle",
             "ema_decay": 0.995,
         },
-        # 64 channels on 128^3: recomputing activations is what makes a batch of 4 fit
+        # with 64 channels on 128^3, a batch of 4 requires recomputing activations
         "brats": {"gradient_checkpointing": True},
     },
     DiscoveryConfig: {
         "paper": {},
         "small": {
             "max_steps": 1_200,
-            "batch_size": 1,  # on a CPU twice the steps are worth more than twice the batch
-            "norm": "instance",  # batch statistics of one volume are none: trained with them, it fails without
+            "batch_size": 1,  # on a CPU, doubling the steps helps more than doubling the batch
+            "norm": "instance",  # batch norm fails in evaluation mode when trained with one volume per batch
             "learning_rate": 1e-3,
             "lr_schedule": "one_cycle",
             "relative_consistency": True,
             "lambda_denoised": 1.0,
             "invert_probability": 0.5,
         },
-        # background, brain, tumour from stage 2; 100 epochs of 180 volumes in batches of 4
+        # background, brain and tumour from decoder stage 2; 100 epochs of 180 volumes in batches of 4
         "brats": {"num_parts": 3, "stages": (2,), "max_steps": 4_500},
     },
 }
 
 
 def make_config(kind: type, *, file: str | Path | None = None, **options):
-    """A config of `kind` from its preset, then a JSON or YAML file, then `options`; each overrides the one before.
+    """Create a config of `kind` from its preset, a JSON or YAML file and `options`, in ascending order of precedence.
 
     Raises:
-        InputError: if the file is missing, is not a mapping, or names an unknown option.
-        ValueError: if an option's value breaks its rule.
+        InputError: if the file is missing, is not a mapping, or contains an unknown option.
+        ValueError: if the value of an option is invalid.
     """
     from_file = read_options(kind, file) if file else {}
     chosen = {**from_file, **options}
@@ -227,7 +231,7 @@ def make_config(kind: type, *, file: str | Path | None = None, **options):
 
 
 def read_options(kind: type, file: str | Path) -> dict:
-    """Read a mapping of option names to values from a JSON or YAML file; dashes and underscores are the same."""
+    """Read option values from a JSON or YAML file; dashes and underscores in option names are equivalent."""
     path = Path(file)
     try:
         text = path.read_text(encoding="utf-8")
@@ -241,7 +245,7 @@ def read_options(kind: type, file: str | Path) -> dict:
         raise InputError(f"{path}: cannot read the config file ({error}).") from error
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}); a YAML file must end in .yaml or .yml.") from error
-    except Exception as error:  # yaml's error class is only known where yaml was needed
+    except Exception as error:  # yaml is imported only for YAML files, so its error class may be undefined
         raise InputError(f"{path}: not valid YAML ({str(error).splitlines()[0]}).") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: a config file must map option names to values, got {type(values).__name__}.")
@@ -249,13 +253,13 @@ def read_options(kind: type, file: str | Path) -> dict:
     known = {f.name for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise InputError(f"{path}: unknown options {unknown}; known are {sorted(known)}.")
+        raise InputError(f"{path}: unknown options {unknown}; valid options are {sorted(known)}.")
     hints = typing.get_type_hints(kind)
     return {key: _as_type(path, key, value, hints[key]) for key, value in values.items()}
 
 
 def _as_type(path: Path, key: str, value, hint):
-    """A value of a config file as the type its option has; YAML reads 1e-4 as text and 1 as an integer."""
+    """Convert a value of a config file to the type of its option; YAML parses 1e-4 as a string and 1 as an integer."""
     if isinstance(hint, types.UnionType):
         if value is None:
             return None
@@ -276,7 +280,7 @@ def _as_type(path: Path, key: str, value, hint):
 
 
 def add_options(parser, kind: type) -> None:
-    """Add one option per field of `kind` to an `argparse` parser; options not given stay out of the result."""
+    """Add one option per field of `kind` to an `argparse` parser; options not given are absent from the namespace."""
     import argparse
 
     hints = typing.get_type_hints(kind)
@@ -298,7 +302,7 @@ def add_options(parser, kind: type) -> None:
 
 
 def as_dict(config: TrainingConfig) -> dict:
-    """The options as plain JSON values."""
+    """The options as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 

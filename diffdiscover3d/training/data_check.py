@@ -1,4 +1,4 @@
-"""Read a whole dataset once before anything is trained on it, the files shared out among the processes."""
+"""Validation of a dataset before training, distributed over the processes."""
 
 import logging
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ logger = logging.getLogger("diffdiscover3d")
 
 
 def read_all(volumes: Sequence[dict], accelerator: Accelerator) -> None:
-    """Read every volume whole, so that a bad one is known before the training and not after hours of it.
+    """Read every volume once, so that unreadable files are reported before training starts.
 
-    The shapes found are kept in `volumes.shapes`, which spares every process from reading all files for them. A
-    dataset that knows its shapes already is not of files, and is left alone.
+    The shapes are stored in `volumes.shapes`, so that no process has to read all files to determine them. Datasets
+    that already provide their shapes do not read from files and are skipped.
 
     Raises:
-        DiffDiscoverError: the first error found, on every process.
+        DiffDiscoverError: the first error, on every process.
     """
     if not hasattr(volumes, "shapes") or volumes.shapes is not None:
         return
@@ -36,5 +36,5 @@ def read_all(volumes: Sequence[dict], accelerator: Accelerator) -> None:
     errors = [e for _, e in found if e is not None]
     if errors:
         raise errors[0]
-    together = {index: shape for part, _ in found for index, shape in part.items()}
-    volumes.shapes = [together[index] for index in range(len(volumes))]
+    merged = {index: shape for part, _ in found for index, shape in part.items()}
+    volumes.shapes = [merged[index] for index in range(len(volumes))]

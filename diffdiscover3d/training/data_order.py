@@ -1,7 +1,7 @@
-"""Which volumes a step sees, and with which noise: functions of (seed, step, slot) and of nothing else.
+"""Deterministic data order and noise of a training, as functions of (seed, step, slot) only.
 
-A slot is a place in the global batch. Neither the number of processes nor an interruption can change a training:
-each process takes its own slots of the same batch, and a resumed one asks for the steps that are left.
+A slot is a position in the global batch. The number of processes and interruptions do not affect a training: each
+process loads its own slots of the same global batch, and a resumed training continues with the remaining steps.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,13 +14,13 @@ from diffdiscover3d.data.transforms import draw_flips, flip, resize_volume
 
 
 def draw_generator(seed: int, step: int, slot: int) -> torch.Generator:
-    """The CPU generator of everything random about one volume of one step."""
+    """The CPU generator of all random draws for one volume of one step."""
     state = np.random.SeedSequence([seed, step, slot]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
 def volume_index(seed: int, position: int, length: int) -> int:
-    """The volume at a position of the endless stream of epochs, each a permutation of all volumes."""
+    """The index of the volume at a position in the concatenation of all epochs, each a permutation of the volumes."""
     epoch, place = divmod(position, length)
     return int(_permutation(seed, epoch, length)[place])
 
@@ -32,19 +32,19 @@ def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     global _last_permutation
     key = (seed, epoch, length)
     if _last_permutation[0] != key:
-        # the constant keeps the order of volumes apart from the draws of `draw_generator`
+        # the constant decorrelates the order of volumes from `draw_generator`
         _last_permutation = (key, np.random.default_rng([seed, epoch, length, 0x0DE2]).permutation(length))
     return _last_permutation[1]
 
 
 class StepBatches:
-    """Batch sampler: the (index, step, slot) of this process's share of every micro-batch from `start` to `stop`."""
+    """Batch sampler that yields the (index, step, slot) of this process in each micro-batch from `start` to `stop`."""
 
     def __init__(self, length, batch_size, accumulation, rank, world_size, seed, start, stop):
         if batch_size % (accumulation * world_size):
             raise ValueError(
-                f"`batch_size` ({batch_size}) is shared by {world_size} processes and {accumulation} accumulation "
-                f"steps; give --batch-size a multiple of {accumulation * world_size}."
+                f"`batch_size` ({batch_size}) is split among {world_size} processes and {accumulation} accumulation "
+                f"steps; set --batch-size to a multiple of {accumulation * world_size}."
             )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.accumulation, self.rank, self.world_size = accumulation, rank, world_size
@@ -65,13 +65,14 @@ class StepBatches:
 
 
 class TrainingVolumes(Dataset):
-    """Volumes in [0, 1] with index, slot, how they were mirrored, and what a training step draws at random for them.
+    """Dataset of volumes in [0, 1] with their index, slot, flips and random draws.
 
     Args:
-        volumes: a sequence whose items hold a (1, H, W, D) float32 tensor under "volume".
-        draw: called with the volume and its generator, returns further tensors for the batch (noise, timestep, ...).
-        seed, flips: as in the training's config.
-        grid: resample every volume to it first; `None` leaves them as they are.
+        volumes: a sequence of dicts with a (1, H, W, D) float32 tensor under "volume".
+        draw: function of the volume and its generator that returns further tensors for the batch (noise, timestep,
+            ...).
+        seed, flips: as in [`TrainingConfig`].
+        grid: grid to which every volume is resampled; `None` disables resampling.
     """
 
     def __init__(self, volumes, draw: Callable[[torch.Tensor, torch.Generator], dict], seed: int, flips: bool, grid):

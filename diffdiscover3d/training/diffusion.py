@@ -1,5 +1,7 @@
-"""Stage 1: pretrain the diffusion model to predict clean volumes from noisy ones (section 2 of the paper)."""
+"""Diffusion pretraining: a UNet learns to predict clean volumes from noisy ones (section 2 of the paper)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,9 +17,11 @@ from diffdiscover3d.training.config import DiffusionConfig
 
 
 def make_unet(config: DiffusionConfig, mixed_shapes: bool = False) -> UNet3DModel:
-    """The UNet a config describes: its preset, with the width and grid asked for.
+    """Create the UNet of a config: its preset with the width and grid options applied.
 
-    Volumes of mixed shapes must be brought to its internal grid before they can share a batch, so before the noise.
+    Args:
+        mixed_shapes: whether the volumes differ in shape. They are then resized to the internal grid before noise is
+            added, so that they can be batched.
     """
     options = dict(UNET_PRESETS[config.preset])
     if config.width is not None:
@@ -33,26 +37,26 @@ def make_unet(config: DiffusionConfig, mixed_shapes: bool = False) -> UNet3DMode
 
 
 class DiffusionTraining:
-    """The denoiser, its noise and its L1 loss."""
+    """The diffusion pretraining task: UNet, noise and L1 loss."""
 
     name = "diffusion"
 
     def __init__(self, config: DiffusionConfig, common_grid: tuple[int, int, int] | None):
         """Args:
-        common_grid: the shape all volumes share, `None` if they differ; they are then resampled to the UNet's grid.
+        common_grid: the common shape of all volumes; `None` if they differ and are resampled to the UNet's grid.
         """
         torch.manual_seed(config.seed)
         self.config = config
         self.model = make_unet(config, mixed_shapes=common_grid is None)
         if config.volume_size and self.model.config.sample_size is not None:
-            raise ValueError("`volume_size` goes with --pad only: this UNet has a grid of its own, see --sample-size.")
+            raise ValueError("`volume_size` requires --pad: this UNet has an internal grid, set by --sample-size.")
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.scheduler = make_scheduler(config.num_train_timesteps)
         self.ema = EMAModel(self.model.parameters(), decay=config.ema_decay, foreach=True)
         self.volume_grid = config.volume_size or self.model.noise_grid
         if self.volume_grid is None and common_grid is None:
-            raise ValueError("the volumes differ in shape: give --volume-size to bring them to one grid.")
+            raise ValueError("the volumes differ in shape: give --volume-size to resample them to a common grid.")
         self.sample_grid = self.volume_grid or common_grid
 
     def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -70,7 +74,7 @@ class DiffusionTraining:
     def compile(self) -> None:
         self.model.compile()
 
-    def reports_after(self, step: int) -> bool:
+    def has_metrics_after(self, step: int) -> bool:
         return False
 
     def after_step(self, step: int) -> dict[str, float]:
@@ -79,15 +83,23 @@ class DiffusionTraining:
         return {}
 
     def preview(self, step: int, folder: Path) -> None:
-        self.ema.store(self.model.parameters())
-        self.ema.copy_to(self.model.parameters())
         pipeline = VolumeGenerationPipeline(self.model, make_ddim_scheduler(self.scheduler))
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(self.config.seed)
-        samples = pipeline(self.sample_grid, batch_size=3, num_inference_steps=20, generator=generator).volumes
-        self.ema.restore(self.model.parameters())
-        self.model.train()
+        with self._averaged_weights():
+            samples = pipeline(self.sample_grid, batch_size=3, num_inference_steps=20, generator=generator).volumes
         save_slices(folder / f"samples-{step:08d}.png", [s.cpu().numpy() for s in samples[:, 0]])
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Within the context the model has its averaged weights; after it, also after an error, its own again."""
+        self.ema.store(self.model.parameters())
+        self.ema.copy_to(self.model.parameters())
+        try:
+            yield
+        finally:
+            self.ema.restore(self.model.parameters())
+            self.model.train()
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
         state = self.ema.state_dict()
@@ -101,7 +113,7 @@ class DiffusionTraining:
         self.ema.load_state_dict({**self.ema.state_dict(), "optimization_step": step, "shadow_params": shadow})
 
     def save(self, folder: Path) -> None:
-        """Write the averaged weights as a pipeline folder."""
+        """Save the averaged weights as a pipeline folder."""
         self.ema.copy_to(self.model.parameters())
         cast_weights(self.model, self.config.save_dtype)
         DiffusionFeaturePipeline(self.model.eval(), self.scheduler).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Stage 2: train the segmentation network on the three label-free losses (section 3 of the paper)."""
+"""Structure discovery: train the segmentation network with the three unsupervised losses (section 3 of the paper)."""
 
 import logging
 import math
@@ -13,7 +13,7 @@ from diffdiscover3d.data.loading import common_grid, grid_shapes
 from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.losses import photometric_invariance, region_consistency
-from diffdiscover3d.models.blocks import Conv3d
+from diffdiscover3d.models.cpu_kernels import Conv3d
 from diffdiscover3d.models.loading import cast_weights
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
@@ -25,22 +25,24 @@ from diffdiscover3d.training.teacher_signals import TeacherSignals
 from diffdiscover3d.utils.files import write_json
 
 logger = logging.getLogger("diffdiscover3d")
-_SELECTION_VOLUMES = 32  # at most so many volumes decide which epoch is kept
+_SELECTION_VOLUMES = 32  # maximum number of volumes for selecting the epoch
 
 
 class DiscoveryTraining:
-    """The segmentation network, its frozen teacher and its losses.
+    """The structure discovery task: segmentation network, frozen teacher and losses.
 
     Args:
+        config: training options.
         teacher: the pretrained diffusion model.
-        volumes: those to train on; where their shapes differ they are resampled to the median shape.
-        selection_volumes: those whose mean confidence decides which epoch is kept; no labels are used.
-        start: a trained network to go on from; default: a new one.
-        parent: a trained network whose parts the new one divides.
+        volumes: training volumes; resampled to the median shape if their shapes differ.
+        selection_volumes: volumes whose mean confidence selects the epoch to save; no labels are used.
+        accelerator: the accelerator of the training.
+        start: trained network that provides the initial weights; default: random initialisation.
+        parent: trained network whose parts are subdivided.
 
     Raises:
-        ModelError: if `start` has another number of parts.
-        ValueError: if the options do not fit the teacher or the parent.
+        ModelError: if `start` has a different number of parts.
+        ValueError: if the options are incompatible with the teacher or the parent.
     """
 
     name = "discovery"
@@ -67,11 +69,11 @@ class DiscoveryTraining:
                 "they must be equal."
             )
         self.model.to(accelerator.device)
-        self.signals = TeacherSignals(config, self.teacher, self.model)
+        self.teacher_signals = TeacherSignals(config, self.teacher, self.model)
         shared = common_grid(volumes)
         self.volume_grid = config.volume_size or (None if shared else median_grid(volumes))
         if shared is None and config.volume_size is None:
-            logger.info("volumes differ in shape: all are resampled to %s (--volume-size changes it)", self.volume_grid)
+            logger.info("volumes differ in shape: resampling all to %s (set by --volume-size)", self.volume_grid)
         self.noise_grid = teacher.unet.noise_grid or self.volume_grid or shared
         self.selection_volumes = selection_volumes
         self.epoch_steps = math.ceil(len(volumes) / config.batch_size)
@@ -86,16 +88,16 @@ class DiscoveryTraining:
         if children is None:
             parent = parent.to(self.accelerator.device)
             children = choose_children(parent, self.teacher, volumes, config)
-            logger.info("the %d parts of the parent are divided into %s", parent.config.num_parts, children)
+            logger.info("the %d parts of the parent are divided into %s parts", parent.config.num_parts, children)
         elif sum(children) != config.num_parts:
             raise ValueError(f"`children` must sum to `num_parts` ({config.num_parts}), got {children}.")
-        return StructureDiscoveryModel.inside(parent, children, dropout=config.dropout, norm=config.norm)
+        return StructureDiscoveryModel.from_parent(parent, children, dropout=config.dropout, norm=config.norm)
 
     @cached_property
     def _division(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The parts that the network decides on, and in which part of the parent each lies.
+        """The parts predicted by the network, and the matrix of their parents.
 
-        Kept on the device: looking them up in every step would make the host wait for it.
+        Cached on the device to avoid a synchronisation at every step.
         """
         divided = torch.tensor(divided_parts(self.model), device=self.accelerator.device)
         return divided, parent_matrix(self.model)
@@ -106,17 +108,23 @@ class DiscoveryTraining:
             "gamma": low + (high - low) * torch.rand((), generator=generator),
             "inverted": torch.rand((), generator=generator) < self.config.invert_probability,
         }
-        return drawn if self.signals.fixed else {**drawn, "noise": self.signals.draw(self.noise_grid, generator)}
+        return (
+            drawn
+            if self.teacher_signals.fixed
+            else {**drawn, "noise": self.teacher_signals.draw(self.noise_grid, generator)}
+        )
 
     def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         config, volume = self.config, batch["volume"]
         gamma, inverted = (batch[name][:, None, None, None, None] for name in ("gamma", "inverted"))
         with self.accelerator.autocast():
-            phi = self.signals(batch)
+            phi = self.teacher_signals(batch)
 
         changed = torch.where(inverted, 1 - volume**gamma, volume**gamma)
-        inside = None if phi.parent_labels is None else phi.parent_labels.repeat(2, 1, 1, 1, 1)
-        both = model(torch.cat([volume, changed]), inside).logits.float().softmax(dim=1)  # one pass for both views
+        parent_labels = None if phi.parent_labels is None else phi.parent_labels.repeat(2, 1, 1, 1, 1)
+        both = (
+            model(torch.cat([volume, changed]), parent_labels).logits.float().softmax(dim=1)
+        )  # one pass for both views
         masks, masks_changed = both.chunk(2)
         divided, parents = self._division
         relative = config.relative_consistency
@@ -133,21 +141,21 @@ class DiscoveryTraining:
         if config.lambda_invariance > 0:  # Eq. 8
             distance = photometric_invariance(masks[:, divided], masks_changed[:, divided])
             terms["invariance"] = config.lambda_invariance * distance
-        if config.lambda_denoised > 0:  # not in the paper: Eq. 7 on the teacher's own idea of the clean volume
+        if config.lambda_denoised > 0:  # not in the paper: Eq. 7 on the clean prediction of the teacher
             terms["denoised"] = config.lambda_denoised * consistency(phi.denoised)
         return {"loss": sum(terms.values()), **terms}  # Eq. 4
 
     def compile(self) -> None:
         self.teacher.unet.compile()
-        # dropout by slot breaks the graph, and each convolution of our own would be compiled for itself
+        # slot dropout breaks the graph; release the custom convolutions, which would be compiled separately
         Conv3d.release(self.model.network).compile()
 
-    def reports_after(self, step: int) -> bool:
+    def has_metrics_after(self, step: int) -> bool:
         return step % self.epoch_steps == 0 or step == self.config.max_steps
 
     def after_step(self, step: int) -> dict[str, float]:
-        """At the end of an epoch: the mean confidence, and the weights if they are the most confident so far."""
-        if not (self.accelerator.is_main_process and self.reports_after(step)):
+        """At the end of an epoch, compute the mean confidence and keep the weights if it is the highest so far."""
+        if not (self.accelerator.is_main_process and self.has_metrics_after(step)):
             return {}
         confidence = self.mean_confidence()
         better = self.best is None or confidence > self.best_confidence or self.config.selection == "last"
@@ -158,7 +166,7 @@ class DiscoveryTraining:
 
     @torch.no_grad()
     def mean_confidence(self) -> float:
-        """Mean over the voxels of the selection volumes of the probability of their part."""
+        """Mean probability of the most probable part over the voxels of the selection volumes."""
         confidences = [self._segment(v).probabilities.amax(dim=1).mean() for v in self._selection()]
         return float(torch.stack(confidences).mean())
 
@@ -181,17 +189,17 @@ class DiscoveryTraining:
             self.best, self.best_confidence, self.best_step = best, confidence, int(step)
 
     def save(self, folder: Path) -> None:
-        """Write the kept network, its parts renumbered so that the largest over the selection volumes comes first."""
+        """Save the selected network, with its parts sorted by decreasing size over the selection volumes."""
         if self.best is None:
             raise ModelError(
-                "the network's confidence was not finite at the end of any epoch, so none can be kept; lower "
+                "the network's confidence was not finite at the end of any epoch, so no epoch can be selected; lower "
                 "--learning-rate, or use --mixed-precision no."
             )
         self.model.load_state_dict(self.best)
         sizes = sum(self._segment(v).probabilities.mean(dim=(0, 2, 3, 4)) for v in self._selection())
         self.model.order_parts(sizes)
         cast_weights(self.model, self.config.save_dtype)
-        self.model.register_to_config(_name_or_path="")  # where a warm start came from is nobody else's business
+        self.model.register_to_config(_name_or_path="")  # local paths are stripped
         self.model.save_pretrained(folder)
         write_json(folder / "selection.json", {"kept_step": self.best_step, "mean_confidence": self.best_confidence})
 
@@ -208,9 +216,9 @@ def _check_teacher(config: DiscoveryConfig, teacher: DiffusionFeaturePipeline) -
     steps, num_stages = teacher.scheduler.config.num_train_timesteps, teacher.unet.num_stages
     for name, values in (("timestep", [config.timestep]), ("denoised_timesteps", config.denoised_timesteps)):
         if not 0 <= min(values) <= max(values) < steps:
-            raise ValueError(f"`{name}` must lie in 0..{steps - 1} for this teacher, got {getattr(config, name)}.")
+            raise ValueError(f"`{name}` must be in 0..{steps - 1} for this teacher, got {getattr(config, name)}.")
     if max(config.stages) > num_stages:
-        raise ValueError(f"`stages` must lie in 1..{num_stages} for this teacher, got {config.stages}.")
+        raise ValueError(f"`stages` must be in 1..{num_stages} for this teacher, got {config.stages}.")
 
 
 def median_grid(volumes: Sequence[dict]) -> tuple[int, int, int]:

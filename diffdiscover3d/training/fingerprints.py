@@ -1,4 +1,4 @@
-"""What a training was made of, in a few characters: its data and its teacher, wherever they lie."""
+"""Content hashes of datasets and weights, independent of their location."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import torch
 
 
 def dataset_fingerprint(volumes: Sequence) -> str | None:
-    """The fingerprint a dataset gives itself, `None` if it gives none."""
+    """The fingerprint of a dataset, or `None` if the dataset does not define one."""
     fingerprint = getattr(volumes, "fingerprint", None)
     return fingerprint() if callable(fingerprint) else None
 

@@ -21,9 +21,9 @@ from diffdiscover3d.training.data_order import StepBatches, TrainingVolumes, dra
 from diffdiscover3d.training.dropout import sees_its_own_batch_only, set_slots, use_slot_dropout
 from diffdiscover3d.training.precision import FORMATS
 from diffdiscover3d.training.resume import CONFIG_FILE, resume_training, save_training
-from diffdiscover3d.training.step_metrics import StepFigures
+from diffdiscover3d.training.step_metrics import StepMetrics
 from diffdiscover3d.utils.files import atomic_file, staged_folder, write_json
-from diffdiscover3d.utils.progress import Stages
+from diffdiscover3d.utils.progress import ProgressBar
 from diffdiscover3d.utils.signals import StopRequest, TrainingInterrupted, ignore_signals
 
 logger = logging.getLogger("diffdiscover3d")
@@ -47,7 +47,7 @@ class Task(Protocol):
     def compile(self) -> None:
         """Let torch.compile make the networks faster, in place."""
 
-    def reports_after(self, step: int) -> bool:
+    def has_metrics_after(self, step: int) -> bool:
         """Whether `after_step` has figures to log after this step; the same on every process."""
 
     def after_step(self, step: int) -> dict[str, float]:
@@ -163,24 +163,24 @@ def train(
 
     model.train()
     batches = _read_ahead(_make_loader(task, config, volumes, accelerator, start))
-    figures, clock, timed = StepFigures(accelerator.device, output), time.perf_counter(), start
+    metrics, clock, timed = StepMetrics(accelerator.device, output), time.perf_counter(), start
     alone = accelerator.num_processes == 1
     with (
         StopRequest(accelerator.num_processes) as stop,
-        Stages(config.max_steps, accelerator.is_main_process, start) as bar,
+        ProgressBar(config.max_steps, accelerator.is_main_process, start) as bar,
     ):
         bar.show(f"training, {task.name}")
         for step in range(start, config.max_steps):
             done = step + 1
-            figures.add(done, *_take_step(task, model, optimizer, batches, config, accelerator, step, dropouts, stop))
+            metrics.add(done, *_take_step(task, model, optimizer, batches, config, accelerator, step, dropouts, stop))
             saving = done % config.checkpoint_every == 0 or done == config.max_steps
-            logging_now = done % config.log_every == 0 or task.reports_after(done) or done == config.max_steps
+            logging_now = done % config.log_every == 0 or task.has_metrics_after(done) or done == config.max_steps
             # one process decides for itself, and at once; several have to agree, by what all of them read
-            figures.catch_up(everything=saving or logging_now or (alone and stop.requested))
-            stopping = stop.requested if alone else figures.stop_asked
+            metrics.catch_up(everything=saving or logging_now or (alone and stop.requested))
+            stopping = stop.requested if alone else metrics.stop_requested
             if stopping:
-                figures.catch_up(everything=True)
-            shown = figures.latest | task.after_step(done)
+                metrics.catch_up(everything=True)
+            shown = metrics.latest | task.after_step(done)
             bar.done()
             bar.show(f"training, {task.name}", "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
             if logging_now:
@@ -189,12 +189,12 @@ def train(
                 accelerator.log(shown, step=done)
                 clock, timed = time.perf_counter(), done
             # a step that was not finite is no state to go on from
-            if not figures.bad_steps and (saving or stopping):
+            if not metrics.bad_steps and (saving or stopping):
                 save_training(task, config, optimizer.optimizer, accelerator, output, done, identity)
             if stopping and done < config.max_steps:
                 accelerator.wait_for_everyone()  # a launcher that sees one process end may kill the one that saves
                 accelerator.end_training()
-                saved = "its last good step" if figures.bad_steps else "it"
+                saved = "its last good step" if metrics.bad_steps else "it"
                 raise TrainingInterrupted(f"interrupted after step {done}; --resume latest goes on from {saved}.")
             wants_preview = config.preview_every and (done % config.preview_every == 0 or done == config.max_steps)
             if wants_preview and accelerator.is_main_process:
@@ -211,7 +211,7 @@ def train(
 def _take_step(
     task, model, optimizer, batches, config, accelerator, step, dropouts, stop
 ) -> tuple[tuple[str, ...], torch.Tensor]:
-    """One optimiser step over all micro-batches; what [`StepFigures`] takes of it. Nothing waits for the device."""
+    """One optimiser step over all micro-batches; what [`StepMetrics`] takes of it. Nothing waits for the device."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(config, step)
     # whatever else draws from the global generator; one seed per step and process makes a resumed step the same step
@@ -243,7 +243,11 @@ def _take_step(
 
 
 def _read_ahead(batches: Iterable) -> Iterator:
-    """The batches, each put together in a thread of its own while the step before it runs."""
+    """The batches, each assembled in a thread while the step before it runs.
+
+    A worker of the DataLoader would be a process: it would pickle the volumes or load them anew, and its start takes
+    seconds. `num_workers` gives processes to those whose loading is the bottleneck.
+    """
     iterator = iter(batches)
     with ThreadPoolExecutor(max_workers=1) as pool:
         following = pool.submit(next, iterator, None)

@@ -1,6 +1,6 @@
-"""Recipes: the trainings that lead from raw volumes to the networks of every level.
+"""Recipes: sequences of trainings from raw volumes to the networks of all levels.
 
-A recipe is data: options of `python -m diffdiscover3d.train`, and nothing that could not be typed there.
+A recipe consists only of options of `python -m diffdiscover3d.train`.
 """
 
 import dataclasses
@@ -16,20 +16,20 @@ from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.training.config import DiscoveryConfig, make_config
 
-_NEXT_START = 1_000  # added to the seed for each further start: no seed that a user counts up to
+_NEXT_START = 1_000  # seed offset between starts, larger than the range of typical user seeds
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the models are trained.
+    """Training options of the diffusion model and of the discovery networks of all levels.
 
     Attributes:
-        diffusion: options of the diffusion training.
-        levels: for each level the options of one or more discovery trainings, each of which starts from the network of
-            the one before it.
-        nested: whether levels 2 and 3 divide the parts of the level before them.
-        starts: how often the first of several trainings of level 1 is begun, each time from other random weights. The
-            network with the lowest loss goes on: a start can fail, and the loss, which knows no labels, tells.
+        diffusion: options of diffusion pretraining.
+        levels: for each level, the options of one or more successive discovery trainings. Each is initialised from the
+            network of the previous one.
+        nested: whether levels 2 and 3 subdivide the parts of the previous level.
+        starts: number of random initialisations of the first of several trainings of level 1. The network with the
+            lowest loss is kept: some starts fail, and the unsupervised loss detects failed starts.
     """
 
     diffusion: Mapping
@@ -38,12 +38,12 @@ class Recipe:
     starts: int = 1
 
     def changed(self, **options) -> "Recipe":
-        """The same with other options in every discovery training.
+        """Return a copy with different options in every discovery training.
 
-        One that is left with the invariance alone, which a single part fulfils, is left out.
+        Trainings without a consistency term are dropped, because a single part minimises the invariance.
 
         Raises:
-            ValueError: if nothing is left of a level.
+            ValueError: if a level has no trainings left.
         """
         levels = {
             level: [changed for step in steps if _has_consistency(changed := {**step, **options})]
@@ -55,11 +55,11 @@ class Recipe:
         return dataclasses.replace(self, levels=levels)
 
     def starts_of(self, level: int) -> int:
-        """How often the first training of a level is begun."""
+        """The number of random initialisations of the first training of a level."""
         return self.starts if level == 1 < len(self.levels[1]) else 1
 
     def digest(self) -> str:
-        """A sha256 over everything the recipe says: results of two recipes must not be taken for one."""
+        """The sha256 of all options, by which results of different recipes are told apart."""
         words = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(words.encode()).hexdigest()
 
@@ -71,15 +71,15 @@ def _has_consistency(step: Mapping) -> bool:
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a recipe: its stage ("diffusion" or "discovery"), its options and its output folder."""
+    """One training of a recipe: its phase ("diffusion" or "discovery"), options and output folder."""
 
-    stage: str
+    phase: str
     options: dict
     folder: Path
 
     def arguments(self) -> list[str]:
         """The command line after `python -m diffdiscover3d.train`."""
-        words = [self.stage]
+        words = [self.phase]
         for name, value in {**self.options, "output_dir": self.folder}.items():
             flag = name.replace("_", "-")
             if isinstance(value, bool):
@@ -90,7 +90,7 @@ class Training:
 
 
 def diffusion_training(recipe: Recipe, dataset: str, seed: int, folder: Path) -> Training:
-    """The training of the teacher."""
+    """The diffusion pretraining of a recipe."""
     return Training("diffusion", {**recipe.diffusion, "dataset": dataset, "seed": seed}, folder)
 
 
@@ -104,15 +104,20 @@ def train_level(
     folder: Path,
     run: Callable[[Training], None],
 ) -> list[Training]:
-    """Run the trainings of a level in their order, each from the network of the one before.
+    """Run the trainings of a level in order, each initialised from the network of the previous one.
 
     Args:
-        parent: folder of the level before, for a nested recipe.
-        folder: of the last training; those before it lie beside it.
-        run: runs a training, or knows that it is done.
+        recipe: the recipe.
+        level: level of the hierarchy, from 1.
+        dataset: dataset name or path.
+        seed: random seed.
+        teacher: folder, Hub id or name of the diffusion model.
+        parent: folder of the network of the previous level, for a nested recipe.
+        folder: output folder of the last training; earlier trainings are written to sibling folders.
+        run: runs a training unless it has already finished.
 
     Returns:
-        The trainings that were run, starts that were given up included.
+        All trainings, including discarded starts.
     """
     steps, done, before = recipe.levels[level], [], None
     for number, step in enumerate(steps, start=1):
@@ -139,7 +144,7 @@ def train_level(
 
 
 def final_loss(folder: Path) -> float:
-    """Mean loss in the last quarter of a training's steps, as its log has them; infinite if one was not finite.
+    """Mean logged loss over the last quarter of a training's steps; infinite if a loss is not finite.
 
     Raises:
         ModelError: if the log cannot be read.
@@ -151,22 +156,22 @@ def final_loss(folder: Path) -> float:
         mean = statistics.fmean(last)
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ModelError(
-            f"{log}: must hold the losses of a finished training ({error}); remove {folder} to train it again."
+            f"{log}: must contain the losses of a finished training ({error}); remove {folder} to train it again."
         ) from error
     return mean if math.isfinite(mean) else math.inf
 
 
 def _as_written(preset: str, **options) -> Recipe:
-    """Level s from the features of stage s, as section 3 of the paper has it."""
+    """Level s from the features of decoder stage s, as in section 3 of the paper."""
     levels = {level: [{"preset": preset, "stages": (level,), **options}] for level in LEVEL_PARTS}
     return Recipe({"preset": preset}, levels, nested=False)
 
 
-# the teacher is asked once for each volume, several times over: faster than a fresh draw at every step, and less noisy.
-# Dropout would blur the boundaries. The last epoch is kept: its rate is near zero, and confidence is high long before.
+# Teacher outputs are computed once per volume and averaged over noise samples: faster and less noisy than new noise at
+# every step. Dropout blurs boundaries. The last epoch is saved, because confidence saturates early.
 _SMALL = {"preset": "small", "teacher_noise": "fixed", "num_noise": 2, "dropout": 0.0, "selection": "last"}
-_WHOLE = {**_SMALL, "stages": (1, 2)}
-_INSIDE = {
+_FIRST_LEVEL = {**_SMALL, "stages": (1, 2)}
+_NESTED = {
     **_SMALL,
     "denoised_timesteps": (25, 60, 100),
     "lambda_feature": 0.3,
@@ -176,26 +181,26 @@ _INSIDE = {
 }
 RECIPES: dict[str, Recipe] = {
     "paper": _as_written("paper"),
-    # the paper's equations at the small size
+    # the equations of the paper at the small size
     "small-as-written": _as_written(
         "small", relative_consistency=False, lambda_denoised=0.0, invert_probability=0.0, learning_rate=3e-4
     ),
-    # what the exploration in benchmarks/ led to, on two CPU cores
+    # result of the explorations in benchmarks/, on two CPU cores
     "small": Recipe(
         {"preset": "small"},
         {
             1: [
-                # features find the cell; then all terms, at a rate that gets the confident network to move its boundary
+                # features alone segment the cell; then all terms refine its boundary at a higher learning rate
                 {
-                    **_WHOLE,
+                    **_FIRST_LEVEL,
                     "lambda_visual": 0.0,
                     "lambda_denoised": 0.0,
-                    "invert_probability": 1.0,  # where only some steps invert, seeds are lost to bright and dark
+                    "invert_probability": 1.0,  # with lower values, some seeds collapse to a bright/dark split
                     "max_steps": 300,
                     "log_every": 10,
                 },
                 {
-                    **_WHOLE,
+                    **_FIRST_LEVEL,
                     "lambda_invariance": 2.0,
                     "lambda_denoised": 0.5,
                     "denoised_timesteps": (25, 60),
@@ -203,8 +208,8 @@ RECIPES: dict[str, Recipe] = {
                     "max_steps": 1_000,
                 },
             ],
-            2: [{**_INSIDE, "stages": (2,), "lambda_invariance": 0.3}],
-            3: [{**_INSIDE, "stages": (3,), "lambda_invariance": 0.03}],
+            2: [{**_NESTED, "stages": (2,), "lambda_invariance": 0.3}],
+            3: [{**_NESTED, "stages": (3,), "lambda_invariance": 0.03}],
         },
         nested=True,
         starts=2,

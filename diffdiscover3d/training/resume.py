@@ -1,4 +1,4 @@
-"""Saving a training's whole state, and going on from it: the same training, or a refusal that says why."""
+"""Saving and resuming the complete state of a training, with checks that the continuation is the same training."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from diffdiscover3d.training.dropout import sees_its_own_batch_only
 logger = logging.getLogger("diffdiscover3d")
 CONFIG_FILE = "train_config.json"
 
-# what may differ between a training and its continuation; data and models may move, but are known by their content
+# options that may change on resume; data and models are compared by content, not by path
 _FREE_OPTIONS = {
     "output_dir", "resume", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints", "preview_every",
     "report_to", "save_dtype", "init_from", "gradient_accumulation_steps", "dataset", "teacher",
@@ -24,11 +24,11 @@ _FREE_OPTIONS = {
 
 
 def save_training(task, config, optimizer, accelerator, output: Path, step: int, identity: dict) -> None:
-    """Write the checkpoint of a step and drop the oldest ones; called on all processes.
+    """Write the checkpoint of a step and delete the oldest checkpoints; called on all processes.
 
     Raises:
-        ModelError: if a weight is not finite; the checkpoints before are then the last good ones.
-        OutputError: if it cannot be written.
+        ModelError: if a weight is not finite; no checkpoint is written then.
+        OutputError: if the checkpoint cannot be written.
     """
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
@@ -38,10 +38,10 @@ def save_training(task, config, optimizer, accelerator, output: Path, step: int,
         "optimizer": checkpoints.pack_optimizer(optimizer),
         **task.state(),
     }
-    broken = [k for k, v in tensors["model"].items() if v.is_floating_point() and not torch.isfinite(v).all()]
-    if broken:
+    non_finite = [k for k, v in tensors["model"].items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if non_finite:
         raise ModelError(
-            f"weights of step {step} are not finite ({broken[0]}); the checkpoints in {output} are from before. "
+            f"weights of step {step} are not finite ({non_finite[0]}); checkpoints in {output} are of earlier steps. "
             "Lower --learning-rate, or use --mixed-precision no."
         )
     state = {"config": as_dict(config), "identity": identity, "micro_batch": _micro_batch(config, accelerator)}
@@ -52,11 +52,11 @@ def save_training(task, config, optimizer, accelerator, output: Path, step: int,
 
 
 def check_output(config: TrainingConfig) -> None:
-    """Refuse an output folder by what lies in it, before any data are read.
+    """Check the output folder before any data are read.
 
     Raises:
-        ModelError: if it holds a training, and going on was not asked for or the options are others.
-        OutputError: if it holds a model and no checkpoint to go on from.
+        ModelError: if it contains a training and `resume` is not set or the options differ.
+        OutputError: if it contains a model but no checkpoint to resume from.
     """
     output = Path(config.output_dir)
     if config.resume is not None:
@@ -66,35 +66,38 @@ def check_output(config: TrainingConfig) -> None:
 
 
 def _in_folder(resume: str, folder: Path) -> bool:
-    """Whether a folder holds the checkpoint asked for, or, of `latest`, any."""
+    """Whether a folder contains the checkpoint to resume from or, for `latest`, any checkpoint."""
     if resume == "latest":
         return bool(checkpoints.list_checkpoints(folder))
     return Path(resume).resolve().parent == folder.resolve()
 
 
 def resume_training(task, config, optimizer, accelerator, output: Path, identity: dict) -> int:
-    """Load the checkpoint asked for, if any, into task, optimiser and scaler; return the step to start from.
+    """Load the checkpoint to resume from into task, optimiser and gradient scaler.
+
+    Returns:
+        The step to start from; 0 without a checkpoint.
 
     Raises:
-        ModelError: if the checkpoint is damaged or of another training, if there are later ones, or if the output
-            folder holds a training and going on was not asked for.
-        OutputError: if the output folder holds a model and no checkpoint to go on from.
+        ModelError: if the checkpoint is damaged or belongs to a different training, if there are later checkpoints, or
+            if the output folder contains a training and `resume` is not set.
+        OutputError: if the output folder contains a model but no checkpoint to resume from.
     """
     check_output(config)
     if config.resume is None:
         return 0
     found = checkpoints.find_checkpoint(output / "checkpoints", config.resume, logger.warning)
-    whole, damaged = checkpoints.later_checkpoints(output / "checkpoints", found[1]["step"]) if found else ([], [])
+    intact, damaged = checkpoints.later_checkpoints(output / "checkpoints", found[1]["step"]) if found else ([], [])
     steps = accelerator.gather(torch.tensor([found[1]["step"] if found else 0], device=accelerator.device))
     if steps.unique().numel() > 1:
         raise ModelError(f"the processes found checkpoints of different steps {steps.tolist()}; share --output-dir.")
     if found is None:
         if accelerator.is_main_process:
-            checkpoints.remove_torn(output / "checkpoints")
+            checkpoints.remove_partial(output / "checkpoints")
         return 0
-    if whole:
+    if intact:
         raise ModelError(
-            f"{output} holds later checkpoints, up to {whole[-1].name}, which going on from step {found[1]['step']} "
+            f"{output} contains later checkpoints, up to {intact[-1].name}, that a resume from step {found[1]['step']} "
             "would replace; choose another --output-dir, or remove them."
         )
     tensors, state = found
@@ -103,8 +106,8 @@ def resume_training(task, config, optimizer, accelerator, output: Path, identity
     before, now = state.get("micro_batch"), _micro_batch(config, accelerator)
     if before not in (None, now) and sees_its_own_batch_only(task.model):
         raise ModelError(
-            f"batch norm saw {before} volumes at a time and would now see {now}, which is another training; use as "
-            "many processes and accumulation steps as before."
+            f"batch norm statistics were computed over {before} volumes and would now be over {now}, which changes the "
+            "training; use the same number of processes and accumulation steps as before."
         )
     try:
         task.model.load_state_dict(tensors["model"])
@@ -113,18 +116,18 @@ def resume_training(task, config, optimizer, accelerator, output: Path, identity
         if accelerator.scaler is not None and "scaler" in state:
             accelerator.scaler.load_state_dict(state["scaler"])
     except (KeyError, RuntimeError) as error:
-        raise ModelError(f"the checkpoint does not fit this model ({str(error)[:200]}).") from error
+        raise ModelError(f"the checkpoint does not match this model ({str(error)[:200]}).") from error
     if accelerator.is_main_process:
-        checkpoints.remove_torn(output / "checkpoints")
-        for path in damaged:  # left there, it would stand in the way of the one that is written at its step
-            logger.warning("removing %s, which is damaged", path)
+        checkpoints.remove_partial(output / "checkpoints")
+        for path in damaged:  # otherwise no checkpoint could be written at its step
+            logger.warning("removing the damaged checkpoint %s", path)
             shutil.rmtree(path, ignore_errors=True)
     logger.info("resumed after step %d", state["step"])
     return state["step"]
 
 
 def _micro_batch(config: TrainingConfig, accelerator) -> int:
-    """How many volumes a process sees at a time."""
+    """The number of volumes per process and micro-batch."""
     return config.batch_size // (config.gradient_accumulation_steps * accelerator.num_processes)
 
 
@@ -132,12 +135,12 @@ def _refuse_to_overwrite(output: Path) -> None:
     existing = checkpoints.list_checkpoints(output / "checkpoints")
     if existing:
         raise ModelError(
-            f"{output} already holds a training up to {existing[-1].name}; go on with --resume latest, "
+            f"{output} already contains a training up to {existing[-1].name}; continue with --resume latest, "
             "or choose another --output-dir."
         )
     for marker in ("model_index.json", "config.json"):
         if (output / marker).exists():
-            raise OutputError(f"{output} already holds a model ({marker}); choose another --output-dir.")
+            raise OutputError(f"{output} already contains a model ({marker}); choose another --output-dir.")
 
 
 def _written_options(path: Path) -> dict:
@@ -146,9 +149,9 @@ def _written_options(path: Path) -> dict:
     try:
         options = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(options, dict):
-            raise ValueError("it holds no options")
+            raise ValueError("not a mapping of options")
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read ({error}); remove it to go on without it.") from error
+        raise ModelError(f"{path}: cannot be read ({error}); remove it to resume without it.") from error
     return options
 
 
@@ -157,11 +160,11 @@ def _check_options(config: TrainingConfig, saved: dict, source) -> None:
     changed = {k: (v, now[k]) for k, v in saved.items() if k in now and k not in _FREE_OPTIONS and now[k] != v}
     if changed:
         listed = ", ".join(f"{k} was {old!r} and is {new!r}" for k, (old, new) in sorted(changed.items()))
-        raise ModelError(f"{source} is of another training ({listed}); use the same options to resume it.")
+        raise ModelError(f"{source} belongs to a different training ({listed}); use the same options to resume it.")
 
 
 def _check_identity(config: TrainingConfig, now: dict, state: dict) -> None:
-    """Compare what the training is made of with what it was made of; what has no fingerprint is known by its name."""
+    """Compare the fingerprints of data and models with those in the checkpoint; without fingerprints, compare names."""
     saved, written, options = state.get("identity", {}), state.get("config", {}), as_dict(config)
     for name in sorted({"dataset", *now, *saved}):
         old, new = saved.get(name), now.get(name)
@@ -169,11 +172,11 @@ def _check_identity(config: TrainingConfig, now: dict, state: dict) -> None:
             old, new = written.get(name), options.get(name)
         if old and old != new and name == "children":
             raise ModelError(
-                f"the checkpoint's network divides the parts of its parent into {old} and this one would into {new}; "
+                f"the network of the checkpoint divides the parts of its parent into {old}, this one into {new}; "
                 f"give --children {' '.join(map(str, old))} and the same --parent."
             )
         if old != new:
             raise ModelError(
-                f"the checkpoint was trained with another {name}: the one given has other contents; give the same "
-                f"--{name.replace('_', '-')}, wherever it lies now."
+                f"the checkpoint was trained with a different {name}; give a --{name.replace('_', '-')} with the same "
+                "contents (the path may differ)."
             )

@@ -1,4 +1,4 @@
-"""What the frozen teacher tells the discovery training about a volume."""
+"""Outputs of the frozen teacher and of the parent network for structure discovery, with an optional cache."""
 
 from dataclasses import dataclass
 
@@ -12,14 +12,14 @@ from diffdiscover3d.training.config import DiscoveryConfig
 
 
 @dataclass
-class Signals:
-    """For a batch of volumes:
+class TeacherOutput:
+    """Outputs of teacher and parent for a batch of volumes.
 
     Attributes:
-        features: one (B, c, h, w, d) map per stage; none if the feature consistency is off.
-        extent: the grid of voxels they span, as in [`DiffusionFeatureOutput`].
-        denoised: (B, 1, H, W, D) the teacher's clean prediction in [0, 1]; `None` if its consistency is off.
-        parent_labels: (B, 1, H, W, D) the parts to divide; `None` without a parent.
+        features: one (B, c, h, w, d) feature map per decoder stage; empty if the feature consistency is disabled.
+        extent: voxel grid spanned by the features, as in [`DiffusionFeatureOutput`].
+        denoised: (B, 1, H, W, D) clean prediction of the teacher in [0, 1]; `None` if its consistency is disabled.
+        parent_labels: (B, 1, H, W, D) part labels of the parent; `None` without a parent.
     """
 
     features: tuple[torch.Tensor, ...]
@@ -29,91 +29,92 @@ class Signals:
 
 
 class TeacherSignals:
-    """Asks teacher and parent at every step, or with `teacher_noise="fixed"` once for each volume.
+    """Computes the outputs of teacher and parent at every step or, with `teacher_noise="fixed"`, once per volume.
 
-    A fixed volume's noise is a function of the seed and its index. What it gave is kept in host memory, at the coarse
-    size of the features, and mirrored with the volume: a teacher is nearly, not exactly, the same under mirroring.
+    With fixed noise, the noise of a volume is a function of the seed and the index of the volume. The outputs are
+    cached in host memory, at the coarse resolution of the features, and flipped together with the volume. This is an
+    approximation, because the teacher is not exactly equivariant to flips.
     """
 
     def __init__(self, config: DiscoveryConfig, teacher: DiffusionFeaturePipeline, model: StructureDiscoveryModel):
         self.config, self.teacher, self.model = config, teacher, model
         self.fixed = config.teacher_noise == "fixed"
-        self._kept: dict[int, Signals] = {}
+        self._cache: dict[int, TeacherOutput] = {}
 
     @property
     def timesteps(self) -> tuple[int, ...]:
-        """The noise steps at which the teacher is asked."""
+        """The timesteps at which the teacher is evaluated."""
         config = self.config
         features = (config.timestep,) if config.lambda_feature > 0 else ()
         denoised = config.denoised_timesteps if config.lambda_denoised > 0 else ()
         return tuple(dict.fromkeys((*features, *denoised)))
 
     def draw(self, grid: tuple[int, int, int], generator: torch.Generator) -> torch.Tensor:
-        """The noise of one volume, (timesteps * draws, 1, *grid)."""
+        """Sample the noise of one volume, (timesteps * num_noise, 1, *grid)."""
         return torch.randn((len(self.timesteps) * self.config.num_noise, 1, *grid), generator=generator)
 
-    def __call__(self, batch: dict[str, torch.Tensor]) -> Signals:
-        """The signals of a batch of `volume`, and `noise` or, where that is fixed, `index` and `flips`."""
+    def __call__(self, batch: dict[str, torch.Tensor]) -> TeacherOutput:
+        """The outputs for a batch with `volume` and either `noise` or, with fixed noise, `index` and `flips`."""
         if not self.fixed:
-            return self._ask(batch["volume"], batch["noise"])
-        signals = []
+            return self._compute(batch["volume"], batch["noise"])
+        outputs = []
         for volume, index, flips in zip(batch["volume"], batch["index"].tolist(), batch["flips"].cpu(), strict=True):
-            if index not in self._kept:
-                self._kept[index] = self._ask_once(flip(volume[None], flips), index)
+            if index not in self._cache:
+                self._cache[index] = self._compute_fixed(flip(volume[None], flips), index)
 
             def fetch(x, flips=flips, device=volume.device):
                 return flip(x.to(device, non_blocking=True), flips).float()
 
-            signals.append(_map(fetch, self._kept[index]))
-        return _join(signals)
+            outputs.append(_map(fetch, self._cache[index]))
+        return _join(outputs)
 
     def fixed_noise(self, index: int, grid: tuple[int, int, int]) -> torch.Tensor:
-        """The noise of a volume that is asked about once, a function of the seed and its index; as of `draw`."""
+        """The fixed noise of a volume, a function of the seed and the index; shaped as by `draw`."""
         key = np.random.SeedSequence([self.config.seed, index, 0x7EAC]).generate_state(1, np.uint64)[0]
         return self.draw(grid, torch.Generator().manual_seed(int(key) >> 1))
 
-    def _ask_once(self, volume: torch.Tensor, index: int) -> Signals:
+    def _compute_fixed(self, volume: torch.Tensor, index: int) -> TeacherOutput:
         noise = self.fixed_noise(index, self.teacher.unet.noise_grid or tuple(volume.shape[2:]))
-        found = self._ask(volume, noise[None].to(volume.device))
+        found = self._compute(volume, noise[None].to(volume.device))
         if self.config.flips and tuple(found.extent) != tuple(volume.shape[2:]):
             raise ValueError(
                 f"`teacher_noise` is 'fixed' and the teacher pads volumes of {tuple(volume.shape[2:])} voxels to "
-                f"{tuple(found.extent)}, so that features cannot be mirrored; use --teacher-noise fresh or --no-flips."
+                f"{tuple(found.extent)}, so that features cannot be flipped; use --teacher-noise fresh or --no-flips."
             )
-        # pinned, so that a GPU can fetch them while it works
+        # pinned memory allows asynchronous copies to the GPU
         return _map(lambda x: x.to("cpu", torch.float16).pin_memory() if x.is_cuda else x.half(), found)
 
     @torch.no_grad()
-    def _ask(self, volume: torch.Tensor, noise: torch.Tensor) -> Signals:
+    def _compute(self, volume: torch.Tensor, noise: torch.Tensor) -> TeacherOutput:
         config, extent = self.config, tuple(volume.shape[2:])
         features, denoised = (), []
-        # without either consistency there are no timesteps, and splitting no noise would still give one empty chunk
+        # without timesteps, `split` would still return one empty chunk
         chunks = noise.movedim(1, 0).split(config.num_noise) if self.timesteps else ()
         for timestep, draws in zip(self.timesteps, chunks, strict=True):
-            wants_features = config.lambda_feature > 0 and timestep == config.timestep
-            wants_denoised = config.lambda_denoised > 0 and timestep in config.denoised_timesteps
-            stages = config.stages if wants_features else ()
-            found = self.teacher.extract(volume, draws, timestep, stages, wants_denoised)
-            if wants_features:
+            needs_features = config.lambda_feature > 0 and timestep == config.timestep
+            needs_denoised = config.lambda_denoised > 0 and timestep in config.denoised_timesteps
+            stages = config.stages if needs_features else ()
+            found = self.teacher.extract(volume, draws, timestep, stages, needs_denoised)
+            if needs_features:
                 features, extent = found.features, found.extent
-            if wants_denoised:
+            if needs_denoised:
                 denoised.append(found.denoised)
         mean = torch.stack(denoised).mean(dim=0) if denoised else None
-        return Signals(features, extent, mean, self.model.label_parents(volume))
+        return TeacherOutput(features, extent, mean, self.model.label_parents(volume))
 
 
-def _map(function, signals: Signals) -> Signals:
+def _map(function, output: TeacherOutput) -> TeacherOutput:
     def applied(x):
         return None if x is None else function(x)
 
-    features = tuple(function(f) for f in signals.features)
-    return Signals(features, signals.extent, applied(signals.denoised), applied(signals.parent_labels))
+    features = tuple(function(f) for f in output.features)
+    return TeacherOutput(features, output.extent, applied(output.denoised), applied(output.parent_labels))
 
 
-def _join(signals: list[Signals]) -> Signals:
+def _join(outputs: list[TeacherOutput]) -> TeacherOutput:
     def joined(tensors):
         return None if tensors[0] is None else torch.cat(tensors)
 
-    features = tuple(torch.cat(maps) for maps in zip(*(s.features for s in signals), strict=True))
-    denoised, parents = joined([s.denoised for s in signals]), joined([s.parent_labels for s in signals])
-    return Signals(features, signals[0].extent, denoised, parents)
+    features = tuple(torch.cat(maps) for maps in zip(*(o.features for o in outputs), strict=True))
+    denoised, parents = joined([o.denoised for o in outputs]), joined([o.parent_labels for o in outputs])
+    return TeacherOutput(features, outputs[0].extent, denoised, parents)

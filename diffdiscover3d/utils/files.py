@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name beside the target, synced, renamed."""
+"""Atomic writing of files and folders: written under a temporary name next to the target, synced and renamed."""
 
 import contextlib
 import hashlib
@@ -14,20 +14,20 @@ from typing import BinaryIO
 
 from diffdiscover3d.errors import DiffDiscoverError, ModelError, OutputError
 
-_DISK_MARGIN = 2**20  # bytes left free for the small files beside a large one
-_MARKERS = ("model_index.json", "config.json")  # a folder holding one of these is taken for a model
+_DISK_MARGIN = 2**20  # bytes to leave free for small files next to a large one
+_MARKERS = ("model_index.json", "config.json")  # files that identify a model folder
 
 
 @contextlib.contextmanager
 def atomic_file(target: str | Path, suffix: str = "") -> Iterator[Path]:
-    """Yield a temporary path in the target's folder; on success it becomes the target, on an error it vanishes.
+    """Yield a temporary path in the folder of the target. It is renamed to the target on success, or deleted on error.
 
     Args:
-        target: the file to write.
-        suffix: ending of the temporary name, where a writer decides by it (such as ".nii.gz").
+        target: path of the file to write.
+        suffix: suffix of the temporary path, for writers that depend on it (such as ".nii.gz").
 
     Raises:
-        OutputError: if the folder cannot be made or written to, or the disk is full.
+        OutputError: if the folder cannot be created or written to, or the disk is full.
     """
     target = Path(target)
     try:
@@ -41,7 +41,7 @@ def atomic_file(target: str | Path, suffix: str = "") -> Iterator[Path]:
         with _output_errors(target):
             yield temporary
             _sync(temporary)
-            # mkstemp makes private files; the result gets the permissions any new file would get
+            # mkstemp creates private files; set the default permissions
             temporary.chmod(0o666 & ~_umask())
             os.replace(temporary, target)
             _sync(target.parent)
@@ -51,7 +51,7 @@ def atomic_file(target: str | Path, suffix: str = "") -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(target: str | Path) -> Iterator[Path]:
-    """The same for a whole folder, which must not exist yet."""
+    """As [`atomic_file`], for a folder that must not exist."""
     target = Path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced_folder(target: str | Path) -> Iterator[Path]:
-    """As `atomic_folder`, in the place of a folder that may exist; that one stays until the new one is there."""
+    """As [`atomic_folder`], but replaces an existing folder once the new one is complete."""
     target = Path(target)
     aside = target.with_name(f".{target.name}.{os.getpid()}.replaced")
     try:
@@ -90,13 +90,13 @@ def replaced_folder(target: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def staged_folder(target: str | Path) -> Iterator[Path]:
-    """Yield an empty folder whose files, on success, all move into `target`; on an error none does.
+    """Yield an empty staging folder. On success its files are moved into `target`, on error they are deleted.
 
-    For results of several files. What `target` already holds under other names stays. The file by which a model is
-    recognised goes last, and its older version first, so that no mixture of an old and a new model ever loads.
+    Use it for results that consist of several files. Other files in `target` are not modified. The file that identifies
+    a model folder is removed first and moved last, so that a mixture of an old and a new model cannot be loaded.
 
     Raises:
-        OutputError: if the folder cannot be made or written to, or the disk is full.
+        OutputError: if the folder cannot be created or written to, or the disk is full.
     """
     target = Path(target)
     missing = [p for p in (target, *target.parents) if not p.exists()]
@@ -117,11 +117,11 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Scratch:
-    """A file without a name, to be written and read again.
+    """An anonymous temporary file for writing and reading.
 
     Attributes:
-        raw: the open file, without a buffer.
-        folder: where its bytes lie.
+        raw: the open, unbuffered file.
+        folder: folder on whose disk the file is stored.
     """
 
     raw: BinaryIO
@@ -129,29 +129,29 @@ class Scratch:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Within the context an OSError is one of this file's disk: it becomes an OutputError."""
+        """Context in which an OSError is converted to an OutputError for this file."""
         with _output_errors(self.folder):
             yield
 
 
 @contextlib.contextmanager
 def scratch_file(folder: str | Path, size: int) -> Iterator[Scratch]:
-    """Yield a file for what is too large for memory; it has no name, so it is gone however the process ends.
+    """Yield an anonymous temporary file for data larger than memory. It is deleted even if the process is killed.
 
     Args:
-        folder: where there is room for it, or one that is to be made there; unlike the folder for temporary files, a
-            folder for results is seldom kept in memory.
-        size: bytes it will take.
+        folder: folder on the disk to use; it need not exist. Use the output folder, because the system folder for
+            temporary files is often in memory.
+        size: required space in bytes.
 
     Raises:
-        OutputError: if the folder cannot be written to, or has less free.
+        OutputError: if the folder cannot be written to, or has too little free space.
     """
     folder = _existing(Path(folder))
     free = shutil.disk_usage(folder).free
     if free < size + _DISK_MARGIN:
         raise OutputError(
             f"{folder}: {size / 2**30:.1f} GiB of temporary space are needed and {free / 2**30:.1f} GiB are free; "
-            "free some or choose another --output folder."
+            "free some space or choose another --output folder."
         )
     with contextlib.ExitStack() as stack:
         with _output_errors(folder):
@@ -167,7 +167,7 @@ def _move_all(source: Path, target: Path) -> None:
     moves = [(p, target / p.relative_to(source)) for p in files]
     for file, place in moves:
         if place.is_dir():
-            raise OutputError(f"{place}: is a folder where a file must be written; choose another output folder.")
+            raise OutputError(f"{place}: is a folder, expected a file; choose another output folder.")
         _sync(file)
     for marker in _MARKERS:
         if (source / marker).exists():
@@ -180,17 +180,17 @@ def _move_all(source: Path, target: Path) -> None:
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
-    """Remove folders that were made for nothing, deepest first."""
+    """Remove empty folders, deepest first."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def check_folder(folder: Path) -> None:
-    """Make sure a file could be made in the folder, without making the folder yet."""
+    """Check that files can be created in a folder, without creating the folder."""
     existing = _existing(folder)
     if not existing.is_dir():
-        raise OutputError(f"{folder}: {existing} is no folder; choose another --output folder.")
+        raise OutputError(f"{folder}: {existing} is not a folder; choose another --output folder.")
     probe = existing / f".diffdiscover3d-{os.getpid()}-{time.time_ns()}"
     try:
         probe.touch()
@@ -204,20 +204,24 @@ def check_folder(folder: Path) -> None:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
+    """The folder, or its nearest existing ancestor."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder
 
 
 def check_targets(targets: Iterable[Path], overwrite: bool) -> None:
-    """Find what would stop the writing before the work starts."""
+    """Check that all targets can be written.
+
+    Raises:
+        OutputError: if a folder is not writable, or a target exists and `overwrite` is not set.
+    """
     targets = list(targets)
     for folder in {target.parent for target in targets}:
         check_folder(folder)
     for target in targets:
         if target.exists() and not overwrite:
-            raise OutputError(f"{target}: exists already; --overwrite replaces it.")
+            raise OutputError(f"{target}: already exists; use --overwrite to replace it.")
 
 
 def write_json(target: str | Path, value) -> None:
@@ -232,17 +236,17 @@ def read_json(path: str | Path):
 
 
 def read_model_json(path: Path) -> dict:
-    """A JSON object from a model folder.
+    """Read a JSON object from a model folder.
 
     Raises:
-        ModelError: if the file is missing or holds something else.
+        ModelError: if the file is missing or is not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as JSON ({error}).") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: must hold a JSON object, got {type(value).__name__}.")
+        raise ModelError(f"{path}: must be a JSON object, got {type(value).__name__}.")
     return value
 
 
@@ -253,7 +257,7 @@ def sha256(path: str | Path) -> str:
 
 
 def _umask() -> int:
-    umask = os.umask(0)  # there is no way to read it without setting it
+    umask = os.umask(0)  # it cannot be read without setting it
     os.umask(umask)
     return umask
 
@@ -270,12 +274,12 @@ def _sync(path: Path) -> None:
 def _output_errors(target: Path) -> Iterator[None]:
     try:
         yield
-    except DiffDiscoverError:  # some are OSErrors and say already what went wrong
+    except DiffDiscoverError:  # some are OSErrors with a complete message
         raise
     except OSError as error:
         raise _output_error(target, error) from error
     except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # what safetensors makes of a full disk
+        if type(error).__name__ != "SafetensorError":  # raised by safetensors for a full disk
             raise
         raise _output_error(target, error) from error
 

@@ -1,4 +1,4 @@
-"""What produced a result: versions, machine, weights."""
+"""Provenance of results: versions, hardware and hashes of weights."""
 
 import importlib.metadata
 import os
@@ -14,7 +14,7 @@ _PACKAGES = ("torch", "diffusers", "accelerate", "monai", "numpy", "scipy", "sci
 
 
 def describe_environment() -> dict:
-    """Versions and hardware, as JSON values; nothing that names a person or a host."""
+    """Versions and hardware as JSON values, without user or host names."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "diffdiscover3d": __version__,
@@ -28,17 +28,17 @@ def describe_environment() -> dict:
 
 
 def weights_sha256(folder: str | Path) -> dict[str, str]:
-    """The sha256 of every safetensors file of a model folder, by its path there; its checkpoints are left out."""
+    """The sha256 of every safetensors file of a model folder, by relative path, excluding training checkpoints."""
     folder = Path(folder)
     files = {p.relative_to(folder): p for p in sorted(folder.rglob("*.safetensors"))}
     return {name.as_posix(): sha256(p) for name, p in files.items() if name.parts[0] != "checkpoints"}
 
 
 def peak_memory_mib() -> float:
-    """The largest resident memory of this process so far, in MiB."""
+    """The peak resident memory of this process, in MiB."""
     try:
         import resource
-    except ImportError:  # Windows has no such record
+    except ImportError:  # not available on Windows
         import psutil
 
         return round(psutil.Process().memory_info().rss / 2**20, 1)

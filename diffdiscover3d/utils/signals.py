@@ -12,17 +12,17 @@ _SIGNALS = (signal.SIGINT, *_TERMINATIONS)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """A training was asked to stop and has saved what it had; its text says where it goes on from."""
+    """Raised when a training has stopped on request after saving a checkpoint; the message gives the step."""
 
 
 class StopRequest:
-    """Within the context SIGINT, SIGTERM and SIGHUP are noted instead of ending the process: a step can be finished.
+    """Context that records SIGINT, SIGTERM and SIGHUP instead of ending the process, so that a step can finish.
 
-    A second signal to a training of one process ends it at once: for those who cannot wait for the step. With several
-    processes it is ignored, because their launcher passes on the very signal that all of them got already.
+    In a single-process training, a second signal ends the process immediately. With several processes it is ignored,
+    because the launcher forwards the same signal to all of them.
 
     Attributes:
-        requested: whether a signal has come.
+        requested: whether a signal has been received.
     """
 
     def __init__(self, num_processes: int = 1):
@@ -31,7 +31,7 @@ class StopRequest:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        # elsewhere than in the main thread Python allows no handlers: whoever runs the thread decides
+        # Python allows signal handlers only in the main thread
         if threading.current_thread() is threading.main_thread():
             numbers = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN or n == signal.SIGINT]
             self._before = {number: signal.signal(number, self._note) for number in numbers}
@@ -49,9 +49,9 @@ class StopRequest:
 
 
 def ignore_signals(_worker: int = 0) -> None:
-    """For processes that load volumes: a signal to the whole group is the training's to answer.
+    """Ignore termination signals in a data-loading worker, so that only the training handles a signal to the group.
 
-    They end when the training closes its loader, or is gone.
+    Workers exit when the training closes the loader or ends.
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -87,6 +87,6 @@ if hasattr(os, "register_at_fork"):
 
 
 def end_children() -> None:
-    """Kill the processes this one has started; for an exit that must not wait for those that ignore signals."""
+    """Kill the child processes of this process, including workers that ignore signals."""
     for child in multiprocessing.active_children():
         os.kill(child.pid, getattr(signal, "SIGKILL", signal.SIGTERM))

@@ -1,4 +1,4 @@
-"""From scans to pictures in one go: plan, train both stages, segment, report. Every step can be resumed."""
+"""Plan, train both phases on a folder of scans, segment them and report; every step can be resumed."""
 
 import os
 import shutil
@@ -14,7 +14,8 @@ from diffdiscover3d.data.datasets.folder import list_volumes
 from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
 from diffdiscover3d.data.formats.nifti.reading import read_nifti
 from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, OutputError
-from diffdiscover3d.segmentation.driver import WORKING_GRID_FILE, SegmentedFile, choose_device, segment
+from diffdiscover3d.hub.resolve import WORKING_GRID_FILE
+from diffdiscover3d.segmentation.driver import SegmentedFile, choose_device, segment
 from diffdiscover3d.training.recipes import Training, diffusion_training, train_level
 from diffdiscover3d.utils.files import atomic_folder, check_folder, write_json
 from diffdiscover3d.utils.memory import free_memory
@@ -35,21 +36,22 @@ def discover(
     tell: Callable[[str], None] = lambda line: None,
     on_error: Callable[[DiffDiscoverError], None] | None = None,
 ) -> list[SegmentedFile]:
-    """Learn the parts of a folder of scans from these scans alone, and show them.
+    """Train on a folder of scans without labels, segment them, and write reports.
 
     Args:
         source: a folder, glob or text list of NIfTI files.
-        output: folder for everything: `plan.json`, `training/` (checkpoints, logs, pictures), `model/` (what
+        output: folder for all files: `plan.json`, `training/` (checkpoints, logs, pictures), `model/` (what
             `segment --model` takes: the diffusion model and one network with all levels), `parts/` (label maps, tables
             and reports) and `index.html`.
-        preset: "quick" (a first look), "standard", or "paper" (the paper's diffusion model; wants a GPU).
-        levels: how many, 1 to 3 (2, 4, 8 parts); each divides the parts of the one before.
+        preset: "quick" (a first look), "standard", or "paper" (the paper's diffusion model; needs a GPU).
+        levels: number of levels, 1 to 3 (2, 4, 8 parts); each divides the parts of the level before.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         seed: of everything random.
-        resume: go on where an earlier run with the same output stopped; its plan is kept.
-        progress: show bars; verbose: show the log of the trainings.
-        tell: called with a line when a step begins.
-        on_error: called with the error of a scan that cannot be read, and the others go on; without it, it raises.
+        resume: continue an earlier run with the same output; its plan is kept.
+        progress: show progress bars.
+        verbose: show the logs of the trainings.
+        tell: progress callback, called with a line when a step begins.
+        on_error: called with the error of a scan that cannot be read, before the next one; default: raise it.
 
     Raises:
         InputError: if no scan can be read.
@@ -61,9 +63,7 @@ def discover(
     place = choose_device(device)
     plan_file = output / "plan.json"
     if plan_file.exists() and not resume:
-        raise OutputError(
-            f"{output}: holds an earlier run; --resume goes on with it, or choose another --output folder."
-        )
+        raise OutputError(f"{output}: holds an earlier run; --resume continues it, or choose another --output folder.")
     tell("Reading the scans")
     scans, shapes, spacings = _read_all(source, on_error)
     if plan_file.exists():
@@ -102,7 +102,7 @@ def discover(
 
 
 def _read_all(source, on_error) -> tuple[list[str], list, list]:
-    """Read every scan whole once: a damaged one is found now rather than in the middle of a training."""
+    """Read every scan once, so that a damaged one is reported before the trainings."""
     scans, shapes, spacings = [], [], []
     for path in list_volumes(source):
         try:
@@ -121,7 +121,7 @@ def _read_all(source, on_error) -> tuple[list[str], list, list]:
 
 
 def _train_all(plan: Plan, output: Path, place: torch.device, verbose: bool, tell: Callable[[str], None]) -> None:
-    """Train what is not trained yet, and put what the trainings are for into `model/`."""
+    """Run the trainings that are not finished, and copy the trained models to `model/`."""
     training, model, total = output / "training", output / "model", plan.levels + 2
     listed = output / "scans.txt"
     listed.write_text("".join(f"{scan}\n" for scan in plan.scans), encoding="utf-8")
@@ -143,12 +143,12 @@ def _train_all(plan: Plan, output: Path, place: torch.device, verbose: bool, tel
             tell(f"Of {recipe.starts_of(level)} starts {Path(done[-1].options['init_from']).name} had the lowest loss")
         parent = folder
     _take_over(teacher.folder, model / "diffusion")
-    # with the network, so that it goes where the network goes
+    # beside the network, which needs it
     _take_over(parent, model / "discovery", {WORKING_GRID_FILE: {"grid": plan.working_grid}})
 
 
 def _take_over(trained: Path, target: Path, also: dict[str, dict] | None = None) -> None:
-    """Copy a trained model without what its training left beside it."""
+    """Copy a trained model without checkpoints and logs."""
     if target.exists():
         return
     with atomic_folder(target) as folder:
@@ -159,7 +159,7 @@ def _take_over(trained: Path, target: Path, also: dict[str, dict] | None = None)
 
 
 def _train(training: Training, result: str, place: torch.device, verbose: bool) -> None:
-    """Run a training in a process of its own, unless its result is there; it goes on from its last checkpoint."""
+    """Run a training in its own process, from its last checkpoint, unless it is finished."""
     folder = training.folder
     if (folder / result).exists():
         return
@@ -167,7 +167,7 @@ def _train(training: Training, result: str, place: torch.device, verbose: bool) 
     file = folder / "options.json"
     options = {**training.options, "output_dir": folder}
     write_json(file, {k: str(v) if isinstance(v, Path) else v for k, v in options.items()})
-    command = [sys.executable, "-m", "diffdiscover3d.train", training.stage, "--config", str(file)]
+    command = [sys.executable, "-m", "diffdiscover3d.train", training.phase, "--config", str(file)]
     environment = dict(os.environ)
     if place.type == "cpu":
         environment["ACCELERATE_USE_CPU"] = "true"

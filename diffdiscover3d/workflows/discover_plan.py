@@ -1,4 +1,4 @@
-"""What `discover` will do with a folder of scans: grids, batch and steps that fit the scans and the machine."""
+"""The plan of `discover`: grids, batch size and steps that fit the scans and the machine."""
 
 import json
 import math
@@ -12,12 +12,12 @@ from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.training.recipes import RECIPES, Recipe
 
-_STRIDE = 8  # of the diffusion models: their grid is a multiple of it
-_BYTES_PER_VOXEL = 6_000  # of a training step of the small networks: a guess on the safe side, not a measurement
+_STRIDE = 8  # the diffusion models' grid must be a multiple of it
+_BYTES_PER_VOXEL = 6_000  # of a training step of the small networks: a conservative guess, not measured
 
-# Voxels of the grids are cubes of these edges at most; `rounds` scales the steps of the recipe's discovery trainings
-# but the first, on which all depends: one that finds an object does so within 100 (benchmarks/results/starts.json).
-# `quick` is for a first look within minutes on two CPU cores.
+# `grid` and `volume`: edges of the largest cubes of voxels. `first`: steps of the first discovery training, which all
+# others start from; one that finds an object does so within 100 (benchmarks/results/starts.json). `rounds` scales the
+# steps of the others. `quick` takes minutes on two CPU cores.
 PRESETS = {
     "quick": {"network": "small", "grid": 32, "volume": 50, "batch": 2, "diffusion": 300, "first": 150, "rounds": 0.25},
     "standard": {
@@ -39,25 +39,25 @@ PRESETS = {
         "rounds": 2.0,
     },
 }
-_RECIPE = RECIPES["small"]  # the nested one: what it learns at a level divides the parts of the level before
+_RECIPE = RECIPES["small"]  # the nested one: each level divides the parts of the level before
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be trained on which scans; written to `plan.json`, and read back from it when resumed.
+    """The trainings for a folder of scans; written to `plan.json`, and read from it when resumed.
 
     Attributes:
         scans: absolute paths.
         preset: of `PRESETS`.
         median_shape, median_spacing_mm: of the scans in canonical orientation.
         diffusion_grid: internal grid of the diffusion model.
-        working_grid: scans are brought to it for the segmentation network; `None` if all have one shape that fits.
+        working_grid: scans are resampled to it for the segmentation network; `None` if all have one shape that fits.
         batch_size: volumes in a step of the diffusion model.
         diffusion_steps: optimiser steps of the diffusion model.
-        discovery_steps: for each level, the optimiser steps of its trainings, which follow one another.
-        levels: how many; level L has 2^L parts, each of which lies in one of the level before.
+        discovery_steps: for each level, the optimiser steps of its consecutive trainings.
+        levels: number of levels; level L has 2^L parts, each nested in one of the level before.
         seed: of everything random.
-        recipe: digest of the recipe whose other options its trainings have.
+        recipe: digest of the recipe that gives all other options.
     """
 
     scans: tuple[str, ...]
@@ -84,13 +84,13 @@ def make_plan(
     levels: int = 3,
     seed: int = 0,
 ) -> Plan:
-    """Choose grids, batch and steps for these scans.
+    """Choose grids, batch size and steps for a folder of scans.
 
-    The grids have the proportions of the median scan and no more voxels than the preset's cube; the batch, and then
-    the grid, shrink until a training step fits into half the memory.
+    The grids have the proportions of the median scan and at most as many voxels as the preset's cube. The batch size,
+    and then the grid, are reduced until a training step fits into half of the memory.
 
     Raises:
-        ValueError: for an unknown preset, or a number of levels that cannot be learnt.
+        ValueError: for an unknown preset, or a number of levels out of range.
     """
     if preset not in PRESETS:
         raise ValueError(f"`preset` must be one of {tuple(PRESETS)}, got {preset!r}.")
@@ -99,7 +99,7 @@ def make_plan(
     options = PRESETS[preset]
     median = tuple(int(n) for n in np.median(np.asarray(shapes), axis=0))
     grid = _shrink(median, options["grid"], multiple=_STRIDE)
-    # a network of the paper's width needs 4 times the channels, so about 4 times the memory
+    # the paper's network has 4 times the channels, so about 4 times the activations
     bytes_per_voxel = _BYTES_PER_VOXEL * (4 if options["network"] == "paper" else 1)
     batch = min(options["batch"], max(1, len(shapes)))
     while batch > 1 and batch * math.prod(grid) * bytes_per_voxel > memory_bytes / 2:
@@ -135,10 +135,10 @@ def make_plan(
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan back.
+    """Read a plan.
 
     Raises:
-        ModelError: if the file is damaged, or its trainings are of another version's recipe.
+        ModelError: if the file is damaged, or was written by a version with another recipe.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -175,7 +175,7 @@ def _shrink(shape: Sequence[int], edge: int, multiple: int = 1) -> tuple[int, in
 
 
 def make_recipe(plan: Plan) -> Recipe:
-    """The trainings of a plan: the nested recipe with the plan's grids, batch and numbers of steps."""
+    """The nested recipe with the grids, batch size and numbers of steps of a plan."""
     shared = {"resume": "latest", "checkpoint_every": 100}
     diffusion = {
         **shared,

@@ -1,4 +1,4 @@
-"""What this machine has, and what `segment` would use on it."""
+"""Describe this machine and what `segment` would use on it."""
 
 import importlib.metadata
 import os
@@ -11,8 +11,9 @@ import torch
 from huggingface_hub import constants
 
 from diffdiscover3d import __version__
-from diffdiscover3d.hub.registry import DEFAULT_MODEL, embedded_models
-from diffdiscover3d.segmentation.driver import choose_device, choose_levels
+from diffdiscover3d.hub.registry import DEFAULT_MODEL, embedded_models, model_levels
+from diffdiscover3d.hub.resolve import choose_levels
+from diffdiscover3d.segmentation.driver import choose_device
 from diffdiscover3d.utils.provenance import weights_sha256
 
 _PACKAGES = (
@@ -22,7 +23,7 @@ _LOW_MEMORY, _LOW_DISK = 2 * 2**30, 2**30
 
 
 def examine(device: str = "auto", model: str = DEFAULT_MODEL) -> dict:
-    """Look at versions, devices, memory, disk and cache; nothing is fetched, and nothing names a person.
+    """Collect versions, devices, memory, disk and cache; nothing is downloaded, no user or host is named.
 
     Args:
         device, model: as for [`segment`].
@@ -32,7 +33,7 @@ def examine(device: str = "auto", model: str = DEFAULT_MODEL) -> dict:
         a list of sentences, empty if all is well.
 
     Raises:
-        ValueError: for a device that is not there.
+        ValueError: for a device that is not available.
         ModelError: if the model has no such levels.
     """
     memory, problems = psutil.virtual_memory(), []
@@ -44,7 +45,7 @@ def examine(device: str = "auto", model: str = DEFAULT_MODEL) -> dict:
             versions[name] = None
             problems.append(f"{name} is not installed; pip install {name}.")
     place = choose_device(device)
-    embedded = embedded_models().get(model)
+    embedded, known = embedded_models().get(model), model_levels(model)
     cache, here = Path(constants.HF_HUB_CACHE), Path.cwd()
     free = shutil.disk_usage(here).free
     if memory.available < _LOW_MEMORY:
@@ -72,8 +73,8 @@ def examine(device: str = "auto", model: str = DEFAULT_MODEL) -> dict:
         "segment": {
             "device": str(place),
             "model": model,
-            "levels": [level for level in choose_levels(model, "all") if level is not None],
-            "default_level": choose_levels(model, None)[0],
+            "levels": list(known),
+            "default_level": choose_levels(model, known, None)[0],
             "weights_sha256": weights_sha256(embedded.folder) if embedded else None,
         },
         "problems": problems,
@@ -81,7 +82,7 @@ def examine(device: str = "auto", model: str = DEFAULT_MODEL) -> dict:
 
 
 def describe(found: dict) -> str:
-    """What [`examine`] found, as text."""
+    """The result of [`examine`] as text."""
     versions, system, memory = found["versions"], found["system"], found["memory"]
     cache, used = found["cache"], found["segment"]
     levels = f", levels {', '.join(map(str, used['levels']))}" if used["levels"] else ""

@@ -1,4 +1,4 @@
-"""What the commands beside `segment` write: features of a scan, sampled volumes, synthetic cells."""
+"""Write the diffusion features of a scan as NIfTI files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,11 +29,20 @@ def extract_features(
     overwrite: bool = False,
     **reading,
 ) -> list[Path]:
-    """Write `<stem>_stage<N>.nii.gz` for each stage: (h, w, d, channels) float32, its affine laying it on the scan.
+    """Write `<stem>_stage<N>.nii.gz` for each decoder stage: (h, w, d, channels) float32, aligned with the scan.
 
-    Without `upsample` the features keep their own coarse grid, whose affine has the larger voxels.
+    Without `upsample` the features keep their own coarse grid, with larger voxels.
 
     Args:
+        path: of the scan.
+        output: folder for the files.
+        model: an embedded model's name, a folder, or a Hub id.
+        stages: decoder stages, 1 the coarsest.
+        timestep: noise step t at which the features are extracted.
+        num_noise: draws of noise to average over.
+        upsample: resample the features to the scan's grid.
+        seed: of the noise.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         preview: also write `<stem>_features.png`: the scan, and the first three principal components of every stage
             as red, green and blue.
         reading: `volume`, `nan_to_zero`, `ignore_affine` of [`read_nifti`].
@@ -66,17 +75,17 @@ def extract_features(
 
 
 def _rgb_on_scan(features: torch.Tensor, extent: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
-    """(3, H, W, D) principal components of (1, C, h, w, d) features, laid over the scan with blocky voxels."""
+    """(3, H, W, D) principal components of (1, C, h, w, d) features, by the nearest voxel."""
     rgb = components_as_rgb(features[0].cpu().numpy())
     for axis, (size, span, count) in enumerate(zip(rgb.shape[1:], extent, shape, strict=True), start=1):
-        # corners aligned: voxel i of the scan lies at i * (size - 1) / (span - 1) of the features
+        # with aligned corners, voxel i of the scan is at i * (size - 1) / (span - 1) of the features
         places = np.round(np.arange(count) * (size - 1) / max(span - 1, 1)).astype(int)
         rgb = np.take(rgb, np.clip(places, 0, size - 1), axis=axis)
     return rgb
 
 
 def _on_grid(scan: NiftiVolume, grid: tuple[int, ...], extent: Sequence[int]) -> NiftiVolume:
-    """A description of `grid` laid over the scan so that the corner voxels' centres coincide with the extent's."""
+    """A volume whose affine puts `grid` over the scan, the centres of corner voxels on those of the extent."""
     scale = [(e - 1) / (n - 1) if n > 1 else float(e) for e, n in zip(extent, grid, strict=True)]
     affine = scan.affine @ np.diag([*scale, 1.0])
     template = NiftiVolume(scan.data, affine, scan.header.copy(), np.array([[0, 1], [1, 1], [2, 1]], dtype=float))

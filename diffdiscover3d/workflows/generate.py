@@ -1,4 +1,4 @@
-"""Sampling of new volumes from a diffusion model into NIfTI files."""
+"""Sample new volumes from a diffusion model into NIfTI files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +48,7 @@ def generate_volumes(
     pipeline.set_progress_bar_config(disable=not progress)
     volumes = []
     with staged_folder(output) as folder:
-        for i, target in enumerate(targets):  # a seed for each: sample 3 is the same however many are asked for
+        for i, target in enumerate(targets):  # one seed each, so that a sample does not depend on the count
             generator = torch.Generator().manual_seed(seed + i)
             size = None if grid is None else tuple(grid) if len(grid) == 3 else grid[0]
             volumes.append(pipeline(size, 1, steps, generator).volumes[0, 0].cpu().numpy())

@@ -1,14 +1,20 @@
-"""Reports of scans that were segmented before."""
+"""Write reports of scans and label maps on disk."""
 
 import glob
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from diffdiscover3d.data.datasets.folder import list_volumes
-from diffdiscover3d.data.formats.nifti.reading import read_nifti
+from diffdiscover3d.data.formats.nifti.reading import NiftiVolume, read_nifti
+from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.reporting.index_page import write_index
-from diffdiscover3d.reporting.page import write_report
+from diffdiscover3d.reporting.label_maps import read_label_map
+from diffdiscover3d.reporting.page import ShownLevel, ShownScan, shown_grid, shown_voxels, write_page
+from diffdiscover3d.reporting.parts import measure_parts, nest_levels
 from diffdiscover3d.segmentation.outputs import stem
 from diffdiscover3d.utils.files import check_targets
 
@@ -28,16 +34,16 @@ def make_reports(
         inputs: scans, or folders, globs or lists of them.
         labels: label maps of the one scan given (default: `<stem>_dseg.nii.gz` or its levels).
         parts: folder of the label maps (default: beside each scan).
-        output: folder for the pages (default: that of the label maps).
-        overwrite: replace pages that exist.
+        output: folder for the reports (default: that of the label maps).
+        overwrite: replace reports that exist.
         reading: `volume`, `nan_to_zero`, `ignore_affine` of [`read_nifti`].
 
     Returns:
-        The pages, the index last.
+        The paths of the reports, the index last.
 
     Raises:
-        InputError: if a scan has no label map, or one that does not lie on it.
-        OutputError: if a page exists or cannot be written.
+        InputError: if a scan has no label map, or one on another grid.
+        OutputError: if a report exists or cannot be written.
     """
     sources = [inputs] if isinstance(inputs, str | Path) else inputs
     scans = [path for source in sources for path in list_volumes(source)]
@@ -58,6 +64,39 @@ def make_reports(
     for path in index:
         write_index(path, pages)
     return [*pages, *index]
+
+
+def write_report(path: str | Path, scan: NiftiVolume, name: str, label_maps: Sequence[str | Path]) -> None:
+    """Write the report of a scan from label maps on disk.
+
+    Args:
+        path: the HTML file.
+        scan: as read from its file.
+        name: of the scan, as the page shows it.
+        label_maps: paths of its label maps, one per level.
+
+    Raises:
+        InputError: see [`read_label_map`].
+        OutputError: if it cannot be written.
+    """
+    maps = [read_label_map(p, scan) for p in label_maps]
+    grid = shown_grid(scan.shape)
+    picks = shown_voxels(scan.shape, grid)
+    levels = [
+        ShownLevel(
+            m.level,
+            m.provenance,
+            measure_parts(m.labels, scan.data, scan.affine, m.num_parts, topology=True),
+            m.labels[np.ix_(*picks)],
+        )
+        for m in maps
+    ]
+    numbered = {m.level: m for m in maps if m.level is not None}
+    links = nest_levels(
+        {level: m.labels for level, m in numbered.items()}, {level: m.num_parts for level, m in numbered.items()}
+    )
+    image = resize_volume(torch.from_numpy(scan.data)[None, None], grid)[0, 0].numpy()
+    write_page(path, ShownScan(name, scan.shape, scan.affine, image, scan.notes), levels, links)
 
 
 def find_label_maps(scan: Path, parts: str | Path | None = None) -> list[Path]:

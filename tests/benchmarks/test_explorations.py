@@ -5,12 +5,11 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import explore
 import numpy as np
 import pytest
-import signals
 import torch
 
+from benchmarks.explorations import signals, trainings
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeatureOutput
 
 
@@ -83,7 +82,7 @@ def test_inclusions_outside_of_the_cell_are_counted_whichever_part_the_cell_is()
     found[2, :1] = 0
     for labels in (found, 1 - found):
         cell = SimpleNamespace(segment=lambda v, x=labels: SimpleNamespace(labels=torch.from_numpy(x)[None]))
-        row = explore.lost_inclusions(cell, volumes)
+        row = trainings.lost_inclusions(cell, volumes)
         assert row["outside"] == pytest.approx(6 / 18, abs=1e-4)
         # by hand: background of 60 zeros and 6 ones, a cell of 54 fours; or 60 zeros, and 54 fours with 6 ones
         total = np.var(values) * 120
@@ -92,14 +91,14 @@ def test_inclusions_outside_of_the_cell_are_counted_whichever_part_the_cell_is()
 
 
 def test_options_of_a_training_are_those_its_preset_does_not_have(tmp_path):
-    config = explore.make_config(
-        explore.DiscoveryConfig,
+    config = trainings.make_config(
+        trainings.DiscoveryConfig,
         preset="small", dataset="synthetic-regular", teacher="/home/me/models/cells/diffusion", num_parts=2,
         stages=(1, 3), log_every=7, init_from="/here/before",
     )  # fmt: skip
     given = {**dataclasses.asdict(config), "preset": "small"}
     (tmp_path / "train_config.json").write_text(json.dumps(given))
-    found = explore.changed_options(tmp_path, {Path("/here/before"): "features first"})
+    found = trainings.changed_options(tmp_path, {Path("/here/before"): "features first"})
     assert found == {
         "preset": "small",
         "dataset": "synthetic-regular",

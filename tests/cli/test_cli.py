@@ -173,7 +173,7 @@ def test_synthesize_refuses_existing_files_before_it_writes(run, tmp_path):
     old = tmp_path / "synthetic-regular-test-001_level-2_dseg.nii.gz"
     old.write_bytes(b"old")
     code, out, err = run("synthesize", "-n", 2, "-o", tmp_path)
-    assert code == 4 and out == "" and err == f"error: {old}: exists already; --overwrite replaces it.\n"
+    assert code == 4 and out == "" and err == f"error: {old}: already exists; use --overwrite to replace it.\n"
     assert list(tmp_path.iterdir()) == [old] and old.read_bytes() == b"old"
     assert run("synthesize", "-n", 2, "-o", tmp_path, "--overwrite")[0] == 0
     assert len(list(tmp_path.iterdir())) == 8 and nib.load(old).shape == (50, 50, 50)
@@ -183,10 +183,10 @@ def test_synthesize_refuses_existing_files_before_it_writes(run, tmp_path):
 def test_output_folder_that_is_a_file(run, tmp_path, command):
     (tmp_path / "file").write_text("x")
     code, out, err = run(command, "-o", tmp_path / "file" / "out")
-    assert code == 4 and out == "" and len(err.splitlines()) == 1 and "is no folder" in err
+    assert code == 4 and out == "" and len(err.splitlines()) == 1 and "is not a folder" in err
 
 
-def test_a_converted_checkpoint_appears_whole(run, tmp_path, monkeypatch):
+def test_a_converted_checkpoint_is_written_atomically(run, tmp_path, monkeypatch):
     from diffdiscover3d.hub.registry import load_teacher
     from diffdiscover3d.models.unet_3d import UNet3DModel
     from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
@@ -220,7 +220,7 @@ def test_a_converted_checkpoint_appears_whole(run, tmp_path, monkeypatch):
     unet.conv_out.weight.data += 1
     assert run("convert-authors-checkpoint", "a.pt", output, "--overwrite")[0] == 0
     changed = {p.name for p, data in files(output).items() if before[p] != data}
-    assert changed == {"diffusion_pytorch_model.safetensors"}  # and nothing of the folder's own is gone
+    assert changed == {"diffusion_pytorch_model.safetensors"}  # and the folder's other files remain
     assert load_teacher(str(output)).unet.conv_out.weight.equal(unet.conv_out.weight)
 
 

@@ -1,4 +1,4 @@
-"""The commands about BraTS and the authors' archive, as a user types them."""
+"""The commands for BraTS and the authors' archive."""
 
 import json
 import sys
@@ -43,7 +43,7 @@ def test_evaluate_brats(run, tmp_path, tiny_discovery):
     assert result["options"]["clip_percentiles"] == [1, 99] and result["options"]["crop"] == [20, 22, 19]
     for row in result["rows"]:
         assert f"{row['dice']:.3f} | {row['dice_std']:.3f} | {row['hd95_mm']:.1f}" in out
-    assert run(*arguments, "-o", scores)[0] == 4, "exists already"
+    assert run(*arguments, "-o", scores)[0] == 4, "already exists"
 
 
 @pytest.mark.parametrize(

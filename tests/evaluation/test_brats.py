@@ -15,7 +15,7 @@ from diffdiscover3d.data.datasets.brats import BraTSOptions
 from diffdiscover3d.data.datasets.brats_volumes import BraTSVolumes
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.evaluation.brats import evaluate_brats, format_brats_rows, score_brats
-from diffdiscover3d.hub.registry import discovery_folder
+from diffdiscover3d.hub.resolve import resolve_model
 from diffdiscover3d.utils.provenance import weights_sha256
 from tests.helpers.brats_folders import LAYOUTS, SHAPE, make_brats, save
 
@@ -114,7 +114,7 @@ def test_the_split_is_that_of_the_models_training(tmp_path, tiny_discovery):
 def test_embedded_models_are_recorded_by_their_weights(tmp_path):
     root = make_brats(tmp_path / "data", "2021")
     result = evaluate_brats(root, {"cells": "synthetic-regular"}, options=OPTIONS, kmeans=False)
-    assert result["weights_sha256"]["cells"] == weights_sha256(discovery_folder("synthetic-regular"))
+    assert result["weights_sha256"]["cells"] == weights_sha256(resolve_model("synthetic-regular").folder)
 
 
 def test_missing_masks_stop_it_before_the_work(tmp_path):

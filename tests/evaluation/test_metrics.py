@@ -50,7 +50,7 @@ def test_one_matching_sees_wandering_parts():
     assert scores["dice"] == 1 and scores["dice_std"] == 0 and scores["dice_one_matching"] == 0.5
 
 
-@pytest.mark.parametrize(("predicted", "message"), [([0, 3], "0..1"), ([-1, 0], "0..1"), ([0, 1, 1], "one shape")])
+@pytest.mark.parametrize(("predicted", "message"), [([0, 3], "0..1"), ([-1, 0], "0..1"), ([0, 1, 1], "same shape")])
 def test_bad_labels_are_named(predicted, message):
     with pytest.raises(ValueError, match=message):
         dice_matrix(np.array(predicted), np.array([0, 1]), 2, 2)
@@ -101,5 +101,5 @@ def test_hausdorff_95_of_empty_masks():
     full[100:110, 90:95, 70] = True
     assert hausdorff_95(empty, full) == hausdorff_95(full, empty) == pytest.approx(373.13, abs=0.005)
     assert hausdorff_95(empty, empty) == 0 and binary_dice(empty, empty) == 1 and binary_dice(empty, full) == 0
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="same shape"):
         hausdorff_95(empty, full[1:])

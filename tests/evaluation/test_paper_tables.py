@@ -10,7 +10,7 @@ import torch
 from diffdiscover3d.errors import InputError, ModelError
 from diffdiscover3d.evaluation import paper_tables as module
 from diffdiscover3d.evaluation.paper_methods import METHODS, TABLES
-from diffdiscover3d.evaluation.paper_tables import Benchmark, Cell, benchmark, summarize
+from diffdiscover3d.evaluation.paper_tables import Cell, PaperTable, benchmark, mean_over_seeds
 from diffdiscover3d.hub.registry import load_discovery, load_teacher
 from diffdiscover3d.reporting.score_tables import format_table
 from diffdiscover3d.train import main as train_main
@@ -32,7 +32,7 @@ def two_volumes(monkeypatch):
 def test_baselines_fill_a_table_once(tmp_path, two_volumes, monkeypatch):
     arguments = {"methods": ("k-means",), "levels": (1, 3), "seeds": (0, 1)}
     shown = []
-    result = benchmark(tmp_path, report=lambda row, n, of: shown.append((n, of)), **arguments)
+    result = benchmark(tmp_path, progress_callback=lambda row, n, of: shown.append((n, of)), **arguments)
     assert shown == [(n, 8) for n in range(1, 9)] and len(result["rows"]) == 8
     assert {row["variant"] for row in result["rows"]} == {"regular", "irregular"}
     assert all(0 < row["dice_one_matching"] <= row["dice"] <= 1 for row in result["rows"])
@@ -43,7 +43,7 @@ def test_baselines_fill_a_table_once(tmp_path, two_volumes, monkeypatch):
     monkeypatch.setattr(module, "score", None)
     again = benchmark(tmp_path, **arguments)
     assert again["rows"] == result["rows"]
-    with pytest.raises(ModelError, match="other settings"):
+    with pytest.raises(ModelError, match="different settings"):
         benchmark(tmp_path, split="validation", **arguments)
 
 
@@ -54,7 +54,7 @@ def test_a_nested_recipe_trains_each_level_inside_the_one_before(tmp_path, two_v
         runs.append(arguments)
         train_here(arguments)
 
-    table = Benchmark(tmp_path, teacher="synthetic-regular", overrides=SHORT, run_training=run_training)
+    table = PaperTable(tmp_path, teacher="synthetic-regular", overrides=SHORT, run_training=run_training)
     row = table.fill(Cell("regular", "ours", 2, 0))
     base = tmp_path / "models" / "regular" / "ours-seed0"
     assert [a[a.index("--output-dir") + 1] for a in runs] == [
@@ -77,17 +77,17 @@ def test_another_teacher_is_never_mixed_in(tmp_path, two_volumes):
     teacher = load_teacher("synthetic-regular")
     teacher.save_pretrained(tmp_path / "teacher")
     cell = Cell("regular", "features-k-means-all", 1, 0)
-    row = Benchmark(tmp_path / "out", teacher=str(tmp_path / "teacher")).fill(cell)
-    assert Benchmark(tmp_path / "out", teacher=str(tmp_path / "teacher")).fill(cell) == row
+    row = PaperTable(tmp_path / "out", teacher=str(tmp_path / "teacher")).fill(cell)
+    assert PaperTable(tmp_path / "out", teacher=str(tmp_path / "teacher")).fill(cell) == row
     with torch.no_grad():
         next(teacher.unet.parameters()).mul_(1.01)
     teacher.save_pretrained(tmp_path / "teacher")
-    with pytest.raises(ModelError, match="made with other settings"):
-        Benchmark(tmp_path / "out", teacher=str(tmp_path / "teacher")).fill(cell)
-    usual, wide = (Benchmark(tmp_path, diffusion_overrides=o).settings_of(METHODS["ours"]) for o in ({}, {"seed": 1}))
+    with pytest.raises(ModelError, match="created with different settings"):
+        PaperTable(tmp_path / "out", teacher=str(tmp_path / "teacher")).fill(cell)
+    usual, wide = (PaperTable(tmp_path, diffusion_overrides=o).settings_of(METHODS["ours"]) for o in ({}, {"seed": 1}))
     assert usual["diffusion"] == dict(RECIPES["small"].diffusion) != wide["diffusion"]
     # k-means on intensities has none
-    assert "diffusion" not in Benchmark(tmp_path).settings_of(METHODS["k-means"])
+    assert "diffusion" not in PaperTable(tmp_path).settings_of(METHODS["k-means"])
 
 
 def test_rivals_are_fitted_on_the_training_volumes(tmp_path, two_volumes, monkeypatch):
@@ -102,13 +102,13 @@ def test_rivals_are_fitted_on_the_training_volumes(tmp_path, two_volumes, monkey
 
     method = module.Method("learned", lambda parts, teacher, seed: Rival(), needs_teacher=False)
     monkeypatch.setitem(METHODS, "learned", method)
-    assert Benchmark(tmp_path).fill(Cell("regular", "learned", 1, 0))["dice"] > 0
+    assert PaperTable(tmp_path).fill(Cell("regular", "learned", 1, 0))["dice"] > 0
     assert fitted == [[(1, 50, 50, 50)] * 2]
 
 
 def test_only_the_folder_of_the_table_is_left_out_of_its_commands(tmp_path):
-    table = Benchmark("out")
-    assert table._public(["--teacher", "/data/about/x", "--output-dir", "out/models/a"]) == (
+    table = PaperTable("out")
+    assert table._strip_output_folder(["--teacher", "/data/about/x", "--output-dir", "out/models/a"]) == (
         "--teacher /data/about/x --output-dir models/a"
     )
 
@@ -146,17 +146,17 @@ def test_the_last_quarter_of_a_log_is_what_counts(tmp_path):
 def test_a_log_that_cannot_be_read(tmp_path, text):
     if text is not None:
         (tmp_path / "log.jsonl").write_text(text)
-    with pytest.raises(ModelError, match=r"must hold the losses of a finished training.*remove"):
+    with pytest.raises(ModelError, match=r"must contain the losses of a finished training.*remove"):
         final_loss(tmp_path)
 
 
 def test_another_recipe_is_never_mixed_in(tmp_path, two_volumes, monkeypatch):
-    table = Benchmark(tmp_path, teacher="synthetic-regular", overrides=SHORT, run_training=train_here)
+    table = PaperTable(tmp_path, teacher="synthetic-regular", overrides=SHORT, run_training=train_here)
     table.fill(Cell("regular", "ours", 1, 0))
     monkeypatch.setitem(RECIPES, "small", RECIPES["small"].changed(lambda_visual=0.5))
-    with pytest.raises(ModelError, match="made with other settings"):
+    with pytest.raises(ModelError, match="created with different settings"):
         table.fill(Cell("regular", "ours", 1, 0))
-    with pytest.raises(ModelError, match="trained by other options"):
+    with pytest.raises(ModelError, match="trained with different options"):
         table.fill(Cell("regular", "ours", 2, 0))
 
 
@@ -211,7 +211,7 @@ def test_summary_is_mean_and_spread_over_seeds():
         {**common, "seed": seed, "dice": dice, "dice_one_matching": dice - 0.1}
         for seed, dice in enumerate((0.5, 0.7, 0.9))
     ]
-    (summary,) = summarize(rows)
+    (summary,) = mean_over_seeds(rows)
     assert summary["dice"] == pytest.approx(0.7) and summary["dice_one_matching"] == pytest.approx(0.6)
     assert summary["dice_spread"] == pytest.approx(0.2) and summary["seeds"] == [0, 1, 2]
     assert "| M | 0.700 ± 0.200 (0.600) |" in format_table([summary])
@@ -221,7 +221,7 @@ def test_unknown_names(tmp_path):
     with pytest.raises(InputError, match="unknown: nnunet"):
         benchmark(tmp_path, methods=("nnunet",))
     with pytest.raises(ValueError, match="`recipe` must be one of"):
-        Benchmark(tmp_path, recipe="huge")
+        PaperTable(tmp_path, recipe="huge")
 
 
 def test_a_training_that_fails_is_named(tmp_path):

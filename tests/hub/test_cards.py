@@ -1,4 +1,4 @@
-"""Model cards: what is there is said, what is not there is left out, nothing else."""
+"""Model cards: every recorded value is shown, lines of missing values are left out."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def split_card(text: str) -> tuple[dict, str]:
 @pytest.mark.parametrize("kind", ["diffusion", "discovery", "unet"])
 @pytest.mark.parametrize("dataset", DATASETS)
 @pytest.mark.parametrize("full", [False, True])
-def test_every_card_is_whole(folder_of, kind, dataset, full):
+def test_every_card_is_complete(folder_of, kind, dataset, full):
     row = {"method": "diffdiscover3d", "parts": 3, "dice": 0.61239, "dice_std": 0.1, "hd95_mm": 27.83}
     origin = {"preset": "brats"} if dataset == "brats" else {"dataset": dataset}
     scores = {"scores": {"rows": [row], "split": "validation", **origin}}
@@ -74,7 +74,7 @@ def test_every_card_is_whole(folder_of, kind, dataset, full):
     assert "no medical device" in body and "accelerate launch -m diffdiscover3d.train" in body
     assert ("## Scores" in body) == full and ("](preview.png)" in body) == full
     assert ("model-index" in metadata) == full
-    card = ModelCard(text)  # as the Hub reads it
+    card = ModelCard(text)  # as the Hub parses it
     if full:
         results = {r.metric_type: r.metric_value for r in card.data.eval_results}
         assert results == {"dice": 0.6124, "hd95": 27.83}
@@ -83,24 +83,22 @@ def test_every_card_is_whole(folder_of, kind, dataset, full):
         assert card.data.eval_results[0].dataset_split == "validation" and "the validation" in body
 
 
-def test_what_it_was_scored_on_is_not_what_it_was_trained_on(folder_of):
+def test_scored_and_trained_datasets_are_separate(folder_of):
     rows = [{"method": "diffdiscover3d", "parts": 3, "dice": 0.5}]
     scores = {"rows": rows, "dataset": "synthetic-regular", "split": "test"}
     folder = folder_of("discovery", "own", scores=scores)
     metadata, body = split_card(render_card(folder, "a/b"))
     assert "datasets" not in metadata and "synthetic" not in metadata["tags"]
-    assert (
-        "not published with it" in body and "Trained on the regular" not in body and "nothing but synthetic" not in body
-    )
+    assert "not published with it" in body and "Trained on the regular" not in body and "only on synthetic" not in body
     result = metadata["model-index"][0]["results"][0]
     assert (result["dataset"]["type"], result["dataset"]["split"]) == ("synthetic-regular", "test")
     assert "test volumes of synthetic-regular" in body
     (folder / "train_config.json").unlink()
     metadata, body = split_card(render_card(folder, "a/b"))
-    assert "datasets" not in metadata and "What it was trained on is not published" in body
+    assert "datasets" not in metadata and "Its training data is not published" in body
 
 
-def test_how_brats_was_prepared_is_what_the_options_say(folder_of):
+def test_the_preparation_of_brats_is_taken_from_the_options(folder_of):
     folder = folder_of("discovery", "brats")
     body = " ".join(split_card(render_card(folder, "a/b"))[1].split()).replace("\u00d7", "x")
     assert "Trained on FLAIR volumes" in body and "200x200x155 voxels" in body and "percentiles" not in body
@@ -113,7 +111,7 @@ def test_how_brats_was_prepared_is_what_the_options_say(folder_of):
     assert "128x120x96 voxels of its centre, clipped to percentiles 0.5 and 99.5 of its tissue and min-max" in body
 
 
-def test_missing_figures_leave_out_their_place(folder_of):
+def test_missing_values_are_left_out(folder_of):
     rows = [
         {"method": "diffdiscover3d", "parts": 3, "dice": 0.5, "dice_std": None},
         {"method": "k-means", "parts": 3, "dice": float("nan")},
@@ -150,7 +148,7 @@ def test_scores_of_other_weights_are_refused(folder_of):
         render_card(folder, "a/b")
 
 
-def test_rows_go_by_the_weights_not_by_the_name(folder_of):
+def test_rows_are_matched_by_weights_not_by_name(folder_of):
     folder = folder_of("discovery", "brats")
     own = {"diffusion_pytorch_model.safetensors": sha256(folder / "diffusion_pytorch_model.safetensors")}
     rows = [
@@ -158,7 +156,7 @@ def test_rows_go_by_the_weights_not_by_the_name(folder_of):
         {"method": "mine", "parts": 3, "dice": 0.6, "hd95_mm": 20.0, "postprocessed": True},
         {"method": "diffdiscover3d", "parts": 3, "dice": 0.9, "hd95_mm": 2.0, "postprocessed": False},
     ]
-    # the other one goes by the name that a row of ours has where no weights are recorded by name
+    # the other model has the name of rows without recorded weights
     scores = {"rows": rows, "weights_sha256": {"mine": own, "diffdiscover3d": {"x.safetensors": "0"}}}
     (folder / "scores.json").write_text(json.dumps(scores))
     metadata, body = split_card(render_card(folder, "a/b"))
@@ -169,7 +167,7 @@ def test_rows_go_by_the_weights_not_by_the_name(folder_of):
 
 def test_a_nested_network_shows_every_level(tmp_path):
     coarse = StructureDiscoveryModel(num_parts=2)
-    StructureDiscoveryModel.inside(coarse, children=(1, 3)).save_pretrained(tmp_path)
+    StructureDiscoveryModel.from_parent(coarse, children=(1, 3)).save_pretrained(tmp_path)
     rows = [{"method": "diffdiscover3d", "parts": k, "dice": k / 10} for k in (2, 4, 8)]
     (tmp_path / "scores.json").write_text(json.dumps({"rows": rows}))
     metadata, body = split_card(render_card(tmp_path, "a/b"))
@@ -219,7 +217,7 @@ def test_folder_kinds(folders, tmp_path):
 
 
 def test_the_templates_are_in_the_wheel():
-    """Package data names them; the top-level folder shows them to people."""
+    """The templates are package data."""
     import tomllib
 
     root = Path(__file__).parents[2]
@@ -233,7 +231,7 @@ def test_the_templates_are_in_the_wheel():
 
 
 def test_cards_need_no_torch():
-    assert torch.__version__  # what renders is torch-free; importing it costs seconds in `--help`
+    assert torch.__version__  # importing torch would cost seconds in `--help`
     import subprocess
     import sys
 

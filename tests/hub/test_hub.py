@@ -1,4 +1,4 @@
-"""Sharing models through a Hub on 127.0.0.1, huggingface_hub unpatched in processes of their own."""
+"""Sharing models through a Hub on 127.0.0.1, with unpatched huggingface_hub in subprocesses."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ def hub():
 
 
 def python(code: str, environment: dict[str, str], **values):
-    """Run code with `values` as its globals in a process of its own; it leaves its answer in `answer`."""
+    """Run code in a subprocess with `values` as its globals; return its variable `answer`."""
     script = PRELUDE + f"globals().update(json.loads({json.dumps(json.dumps(values))}))\n" + code
     script += "\nprint('\\nANSWER' + json.dumps(answer))"
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
@@ -60,7 +60,7 @@ def python(code: str, environment: dict[str, str], **values):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, tiny_discovery):
-    """A discovery network and a diffusion pipeline as trainings leave them, and a scan."""
+    """A discovery network and a diffusion pipeline as trainings write them, and a scan."""
     root = tmp_path_factory.mktemp("trained")
     discovery, diffusion = root / "discovery", root / "diffusion"
     discovery.mkdir()
@@ -104,7 +104,7 @@ def models(tmp_path_factory, tiny_discovery):
 
 @pytest.fixture(scope="module")
 def pushed(hub, models, tmp_path_factory):
-    """Everything pushed from one cache, by the commands and from Python; what each call answered."""
+    """Push all models from one cache, by commands and from Python; the answer of each call."""
     hub.put("user/mixed", {"notes/scores.json": b"{}", "LICENSE": b"free"})
     code = """
 answer = {}
@@ -128,7 +128,7 @@ answer["whole"] = network.push_to_hub("user/sharded", scores={"rows": [{"method"
     return python(code, hub.environment(tmp_path_factory.mktemp("pusher")), root=str(models))
 
 
-def test_one_commit_a_push(hub, pushed):
+def test_a_push_is_one_commit(hub, pushed):
     repo = hub.repos["models", "user/parts"]
     code, out, err = pushed["parts"]
     assert (code, err) == (0, "") and out == f"{hub.url}/user/parts/commit/{list(repo.commits)[1]}"
@@ -145,8 +145,8 @@ def test_one_commit_a_push(hub, pushed):
     assert json.loads(files["train_config.json"])["dataset"] == "scans"
 
 
-def test_what_an_earlier_model_left_is_deleted(hub, pushed):
-    """A diffusion model over a discovery network: nothing of it stays but what this package does not write."""
+def test_files_of_an_earlier_model_are_deleted(hub, pushed):
+    """A diffusion model replaces a discovery network; only files that this package does not write remain."""
     assert pushed["mixed"][0] == 0
     files = set(hub.repos["models", "user/mixed"].files("main"))
     assert files == {
@@ -155,7 +155,7 @@ def test_what_an_earlier_model_left_is_deleted(hub, pushed):
     }  # fmt: skip
 
 
-def test_relative_paths_are_shortened_however_deep(tmp_path, monkeypatch):
+def test_relative_paths_are_shortened_at_every_depth(tmp_path, monkeypatch):
     """`stmary/jane-doe` has the form of a Hub id."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "stmary" / "jane-doe").mkdir(parents=True)
@@ -212,7 +212,7 @@ def test_refused_pushes(hub, pushed):
     assert ("models", "user/none") not in hub.repos
 
 
-def test_shards_are_replaced_whole(hub, pushed):
+def test_all_shards_are_replaced(hub, pushed):
     repo = hub.repos["models", "user/sharded"]
     first, second = list(repo.commits.values())[1:]
     assert sum("-of-0" in name for name in first) > 1 and "diffusion_pytorch_model.safetensors.index.json" in first
@@ -266,7 +266,7 @@ answer["missing"] = cli("pull", "user/nothing")
 
 @pytest.fixture(scope="module")
 def pulled(hub, pushed, models, tmp_path_factory):
-    """Everything loaded and pulled into an empty cache: the answers, the folder, what a second process needs."""
+    """Load and pull all models into an empty cache: the answers, the folder, the inputs of a second process."""
     folder = tmp_path_factory.mktemp("pulled")
     (folder / "precious").mkdir()
     (folder / "precious" / "thesis.txt").write_text("years of work")
@@ -279,7 +279,7 @@ def pulled(hub, pushed, models, tmp_path_factory):
 
 
 def test_pulled_models_are_the_same_bit_for_bit_and_work_offline(hub, pulled, models):
-    """Pushed from one cache, pulled into an empty one; then once more with the Hub gone."""
+    """Pushed from one cache, pulled into an empty one, then used without the Hub."""
     online, folder, values = pulled
     requests = sum(hub.requests.values())
     values = {**values, "output": str(folder / "offline"), "local": str(folder / "local")}
@@ -294,7 +294,7 @@ def test_pulled_models_are_the_same_bit_for_bit_and_work_offline(hub, pulled, mo
     assert labels[0] == labels[1] == labels[2]
 
 
-def test_segment_offline_asks_nobody(hub, pulled, models, tmp_path):
+def test_segment_offline_sends_no_request(hub, pulled, models, tmp_path):
     online, folder, _ = pulled
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     scan, asked = models / "scan.nii.gz", sum(hub.requests.values())
@@ -348,7 +348,7 @@ for name in names:
 
 @pytest.fixture
 def repo(hub):
-    """A repository of its own for each test of faults: its name and a large file's."""
+    """A separate repository for each test of faults: its name and that of a large file."""
     name = f"user/faulty-{time.time_ns()}"
     weights = f"w{time.time_ns()}.safetensors"
     hub.put(name, {"config.json": b"{}", weights: bytes(range(256)) * 64, "evil.py": b"raise SystemExit(1)"})
@@ -356,14 +356,14 @@ def repo(hub):
 
 
 @pytest.mark.parametrize(("fault", "times"), [("cut", 2), ("500", 1), ("wrong", 1)])
-def test_passing_faults_are_retried(hub, repo, tmp_path, fault, times):
+def test_transient_faults_are_retried(hub, repo, tmp_path, fault, times):
     name, weights = repo
     hub.faults[weights] = [fault, times]
     assert python(FETCH, hub.environment(tmp_path), names=[name])[name] == ["config.json", weights]
     assert hub.faults[weights][1] == 0, "the fault was met"
 
 
-def test_a_lasting_wrong_hash_is_refused_and_not_kept(hub, repo, tmp_path):
+def test_a_persistent_wrong_hash_is_refused_and_not_cached(hub, repo, tmp_path):
     name, weights = repo
     hub.faults[weights] = ["wrong", 1000]
     answer = python(FETCH, hub.environment(tmp_path), names=[name])[name]
@@ -374,7 +374,7 @@ def test_a_lasting_wrong_hash_is_refused_and_not_kept(hub, repo, tmp_path):
     assert weights in python(FETCH, hub.environment(tmp_path), names=[name])[name]
 
 
-def test_a_connection_that_is_always_cut_leaves_no_half_model(hub, repo, tmp_path):
+def test_a_connection_that_always_breaks_leaves_no_partial_model(hub, repo, tmp_path):
     name, weights = repo
     hub.faults[weights] = ["cut", 1000]
     answer = python(FETCH, hub.environment(tmp_path), names=[name])[name]
@@ -384,7 +384,7 @@ def test_a_connection_that_is_always_cut_leaves_no_half_model(hub, repo, tmp_pat
 
 
 def test_a_hub_that_is_down(hub, repo, tmp_path):
-    """What was pulled before goes on working; what was not ends in one line."""
+    """Models in the cache still work; others end in an error of one line."""
     name, weights = repo
     python(FETCH, hub.environment(tmp_path), names=[name])
     hub.down = True
@@ -396,7 +396,7 @@ def test_a_hub_that_is_down(hub, repo, tmp_path):
     assert answer["user/other"].startswith("NetworkError") and "\n" not in answer["user/other"]
 
 
-def test_damage_in_the_cache_is_found_offline_and_mended_online(hub, repo, tmp_path):
+def test_damage_in_the_cache_is_found_offline_and_repaired_online(hub, repo, tmp_path):
     name, weights = repo
     python(FETCH, hub.environment(tmp_path), names=[name])
     blob = next(tmp_path.rglob(weights)).resolve()
@@ -417,7 +417,7 @@ def test_private_repositories_need_the_token(hub, repo, tmp_path):
 
 
 @pytest.mark.parametrize(("status", "refused"), [(403, True), (429, True), (503, False)])
-def test_a_listing_that_is_refused_is_no_listing_to_do_without(monkeypatch, status, refused):
+def test_a_refused_listing_is_an_error(monkeypatch, status, refused):
     from unittest.mock import Mock
 
     from huggingface_hub import HfApi
@@ -464,7 +464,7 @@ def test_all_levels_of_a_nested_network_on_the_hub(hub, models, tmp_path):
     code = """
 from diffdiscover3d import StructureDiscoveryModel
 coarse = StructureDiscoveryModel.from_pretrained(root + "/discovery")
-StructureDiscoveryModel.inside(coarse, (2, 2, 2), norm="instance").push_to_hub("user/nested")
+StructureDiscoveryModel.from_parent(coarse, (2, 2, 2), norm="instance").push_to_hub("user/nested")
 answer = [cli("segment", root + "/scan.nii.gz", "--model", "user/nested", "--level", level, "-o", output + level)
     for level in ("all", "1", "3")]
 """

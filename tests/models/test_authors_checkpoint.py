@@ -203,5 +203,5 @@ def test_wrong_files_are_named(tmp_path, authors_weights):
     state = {"unet." + k: v for k, v in authors_weights.items()}
     del state["unet.mid_block1.mlp.1.bias"]
     torch.save(state, tmp_path / "missing.pt")
-    with pytest.raises(ModelError, match="does not fit"):
+    with pytest.raises(ModelError, match="does not match"):
         load_authors_checkpoint(tmp_path / "missing.pt")

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from diffdiscover3d.models.blocks import Conv3d, LinearAttention, NormSiLU
+from diffdiscover3d.models.attention import LinearAttention
+from diffdiscover3d.models.blocks import NormSiLU
+from diffdiscover3d.models.cpu_kernels import Conv3d
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNet3DModel
 

@@ -15,9 +15,9 @@ def chain() -> tuple[StructureDiscoveryModel, ...]:
     torch.manual_seed(1)
     first = StructureDiscoveryModel(2, norm="instance")
     first.order_parts(torch.tensor([0.1, 0.9]))
-    second = StructureDiscoveryModel.inside(first, (1, 3), norm="instance")
+    second = StructureDiscoveryModel.from_parent(first, (1, 3), norm="instance")
     second.order_parts(torch.tensor([0.3, 0.1, 0.4, 0.2]))
-    third = StructureDiscoveryModel.inside(second, (3, 1, 1, 3), norm="instance")
+    third = StructureDiscoveryModel.from_parent(second, (3, 1, 1, 3), norm="instance")
     third.order_parts(torch.tensor([0.1, 0.2, 0.3, 0.05, 0.04, 0.15, 0.06, 0.1]))
     return first.eval(), second.eval(), third.eval()
 
@@ -56,7 +56,7 @@ def test_the_network_sees_each_divided_part_standardised():
 def test_windows_keep_the_nesting():
     torch.manual_seed(2)
     first = StructureDiscoveryModel(2, norm="instance", window_size=32)
-    second = StructureDiscoveryModel.inside(first, (3, 2), norm="instance", window_size=32).eval()
+    second = StructureDiscoveryModel.from_parent(first, (3, 2), norm="instance", window_size=32).eval()
     volume = torch.rand(1, 1, 16, 24, 70)
     found, above = second.segment(volume), first.eval().segment(volume).labels
     assert torch.equal(torch.tensor(second.parents)[found.labels.long()], above.long())
@@ -90,8 +90,8 @@ def test_the_whole_hierarchy_is_one_file(tmp_path, dtype):
 
 @pytest.mark.parametrize("children", [(1, 1), (3,), (0, 4), (1, 2, 1)])
 def test_children_that_do_not_fit(children):
-    with pytest.raises(ValueError, match="`children` must be 2 numbers"):
-        StructureDiscoveryModel.inside(StructureDiscoveryModel(2), children)
+    with pytest.raises(ValueError, match="`children` must be 2 positive numbers"):
+        StructureDiscoveryModel.from_parent(StructureDiscoveryModel(2), children)
 
 
 def test_parent_and_children_go_together():

@@ -17,7 +17,7 @@ from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.window_layout import (
     choose_window,
     hierarchy,
-    slides,
+    needs_sliding_window,
     streaming_bytes,
     window_bytes,
     window_starts,
@@ -37,7 +37,7 @@ def nested(window: int = 16) -> StructureDiscoveryModel:
     coarse = small(2, window)
     coarse.order_parts(torch.tensor([0.1, 0.9]))
     options = {"norm": "instance", "window_size": window, "channels": CHANNELS, "strides": STRIDES}
-    return StructureDiscoveryModel.inside(coarse, (3, 2), **options).eval()
+    return StructureDiscoveryModel.from_parent(coarse, (3, 2), **options).eval()
 
 
 def values_of(shape) -> np.ndarray:
@@ -123,10 +123,10 @@ def test_windows_lie_where_monai_puts_them(length, window):
 
 
 def test_small_volumes_keep_the_networks_own_window():
-    assert choose_window((256, 200, 256), NETWORK) == 256 and not slides((256, 200, 256), NETWORK)
+    assert choose_window((256, 200, 256), NETWORK) == 256 and not needs_sliding_window((256, 200, 256), NETWORK)
     # it is the number of voxels that counts
-    assert choose_window((300, 100, 100), NETWORK) == 300 and not slides((300, 100, 100, 7), NETWORK)
-    assert choose_window((257, 256, 256), NETWORK) == 256 and slides((257, 256, 256), NETWORK)
+    assert choose_window((300, 100, 100), NETWORK) == 300 and not needs_sliding_window((300, 100, 100, 7), NETWORK)
+    assert choose_window((257, 256, 256), NETWORK) == 256 and needs_sliding_window((257, 256, 256), NETWORK)
     assert choose_window((300, 300, 300), {**NETWORK, "num_parts": 2}) == 256
     assert choose_window((300, 300, 300), {**NETWORK, "num_parts": 12}) == 240  # whose sums are larger
 
@@ -153,7 +153,11 @@ def test_beyond_all_bounds_the_smallest_window_is_left():
 def test_a_hierarchy_slides_where_one_of_its_networks_does():
     network = {**NETWORK, "parent": {**NETWORK, "num_parts": 2, "window_size": 64}}
     assert [n["num_parts"] for n in hierarchy(network)] == [2, 8]
-    assert slides((64, 64, 65), network) and not slides((64, 64, 64), network) and not slides((655, 20, 20), network)
+    assert (
+        needs_sliding_window((64, 64, 65), network)
+        and not needs_sliding_window((64, 64, 64), network)
+        and not needs_sliding_window((655, 20, 20), network)
+    )
     wide = {**NETWORK, "parent": {**NETWORK, "channels": [64]}}
     assert streaming_bytes((256,) * 3, wide) > 5 * streaming_bytes((256,) * 3, NETWORK)
 

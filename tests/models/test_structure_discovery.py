@@ -42,6 +42,16 @@ def test_segment_is_in_eval_mode_and_restores_the_mode():
     assert first.labels.shape == (1, 10, 12, 9)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_restored_after_an_error(training):
+    coarse = make()
+    model = StructureDiscoveryModel.inside(coarse, (1, 2, 1), norm="instance").train(training)
+    for volume in (torch.ones(10, 12, 9), torch.full((10, 12, 9), torch.nan)):
+        with pytest.raises(InputError):
+            model.segment(volume)
+        assert model.training is model.network.training is training and not model.parent_model.training
+
+
 @torch.no_grad()
 def test_windows_agree_with_the_whole_far_from_their_seams():
     volume = torch.rand(1, 1, 16, 16, 80)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from diffdiscover3d.errors import ModelError
-from diffdiscover3d.models.blocks import ChannelLayerNorm, FullAttention, LinearAttention, TimeEmbedding
+from diffdiscover3d.models.attention import ChannelLayerNorm, FullAttention, LinearAttention
+from diffdiscover3d.models.blocks import TimeEmbedding
 from diffdiscover3d.models.unet_3d import UNET_PRESETS, UNet3DModel
 
 TINY = {"width": 8, "channel_multipliers": (1, 2, 4), "attention": (None, None, "linear"), "norm_groups": 4}

@@ -20,20 +20,19 @@ import diffdiscover3d
 from diffdiscover3d.data.formats.nifti.reading import read_nifti, write_like
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.reporting import page as module
-from diffdiscover3d.reporting.page import write_report
 from diffdiscover3d.segmentation.driver import segment
 from diffdiscover3d.segmentation.outputs import stem
-from diffdiscover3d.workflows.reports import find_label_maps, make_reports
+from diffdiscover3d.workflows.reports import find_label_maps, make_reports, write_report
 
 OBLIQUE = np.array([[0, -1.9, 0.3, 30.0], [0, 0.4, 2.9, -12.0], [-1.5, 0, 0, 44.0], [0, 0, 0, 1]])
-SCANS = os.environ.get("DIFFDISCOVER3D_TEST_SCANS")  # a folder of real scans to open in the browser as well
+SCANS = os.environ.get("DIFFDISCOVER3D_TEST_SCANS")  # folder of real scans whose reports are opened as well
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
 
 
 @pytest.fixture
 def scan(tmp_path, make_nifti):
-    """A box in a box, with two levels of labels beside it."""
+    """A scan of a box in a box, with label maps of two levels."""
     values = np.random.default_rng(0).normal(100, 10, (28, 36, 20))
     inner, outer = np.zeros(values.shape, np.uint8), np.zeros(values.shape, np.uint8)
     outer[5:23, 6:30, 4:16] = 1
@@ -59,7 +58,7 @@ def image_of(item: dict) -> nib.Nifti1Image:
     return nib.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(item["nifti"])))
 
 
-def test_volumes_in_the_page_lie_where_the_scan_lies(scan):
+def test_volumes_in_the_page_have_the_geometry_of_the_scan(scan):
     (page,) = make_reports(scan)
     data, source = embedded(page), nib.as_closest_canonical(nib.load(scan))
     shown = image_of(data["scan"])
@@ -83,7 +82,7 @@ def test_text_of_the_page(scan):
     assert page.stat().st_size < 1.5 * 2**20
 
 
-def test_large_scans_are_shown_smaller_and_in_place(tmp_path, make_nifti, monkeypatch):
+def test_large_scans_are_shown_smaller_with_their_geometry(tmp_path, make_nifti, monkeypatch):
     monkeypatch.setattr(module, "MAX_VOXELS", 12**3)
     x, y, z = np.meshgrid(*(np.arange(n) for n in (48, 24, 36)), indexing="ij")
     path = make_nifti(tmp_path / "s.nii.gz", (x + 2 * y + 3 * z).astype(np.float32), OBLIQUE)
@@ -93,7 +92,7 @@ def test_large_scans_are_shown_smaller_and_in_place(tmp_path, make_nifti, monkey
     data = embedded(page)
     shown, labels = image_of(data["scan"]), image_of(data["levels"][0])
     assert np.prod(shown.shape) <= 12**3 and shown.shape == labels.shape
-    # a ramp over the world says where every voxel is: values at the new centres must be those of the old ramp there
+    # the scan is a ramp in world coordinates: shown values must be those of the ramp at the shown centres
     inverse = np.linalg.inv(OBLIQUE)
     inner = np.argwhere(np.ones(shown.shape))
     inner = inner[((inner > 2) & (inner < np.array(shown.shape) - 3)).all(axis=1)]
@@ -109,7 +108,7 @@ def test_label_maps_of_another_scan_are_refused(scan, tmp_path, make_nifti):
     halves = make_nifti(tmp_path / "halves.nii.gz", np.full((28, 36, 20), 0.5, np.float32), OBLIQUE)
     broken = tmp_path / "broken.nii.gz"
     broken.write_bytes(b"<html>")
-    for labels, word in ((cut, "shape"), (moved, "lies elsewhere"), (halves, "integers"), (broken, "cannot be read")):
+    for labels, word in ((cut, "shape"), (moved, "not aligned"), (halves, "integers"), (broken, "cannot be read")):
         with pytest.raises(InputError, match=word):
             make_reports(scan, labels=[labels], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -137,7 +136,7 @@ def browser():
 
 
 def open_page(browser, path: Path, size=(700, 620)):
-    """Open a report, note what it asks for and complains about, and wait until it has drawn."""
+    """Open a report, record its requests and errors, and wait until it is drawn."""
     page = browser.new_page(viewport={"width": size[0], "height": size[1]})
     page.seen = {"requests": [], "errors": []}
     page.on("request", lambda r: page.seen["requests"].append(r.url))
@@ -149,7 +148,7 @@ def open_page(browser, path: Path, size=(700, 620)):
 
 
 def pixels(page) -> np.ndarray:
-    page.wait_for_timeout(400)  # a frame drawn in software
+    page.wait_for_timeout(400)  # time to render a frame in software
     shot = page.locator("#view").screenshot(timeout=120_000)
     return np.asarray(Image.open(io.BytesIO(shot)).convert("RGB")).astype(int)
 
@@ -160,10 +159,10 @@ def changed(one: np.ndarray, two: np.ndarray) -> float:
 
 
 def check_in_browser(page, path: Path) -> None:
-    """What must hold for every report of several levels."""
+    """Checks for every report of several levels."""
     first = pixels(page)
     assert len(np.unique(first.reshape(-1, 3), axis=0)) > 100  # not blank
-    assert changed(first, pixels(page)) == 0  # and still: what changes below is no flicker
+    assert changed(first, pixels(page)) == 0  # and stable, so that later changes are not flicker
     part = page.locator('[data-table]:not([hidden]) input[data-part="1"]')
     part.uncheck()
     without = pixels(page)
@@ -174,7 +173,7 @@ def check_in_browser(page, path: Path) -> None:
     bare = pixels(page)
     assert changed(first, bare) > 0.002
     colourful = np.ptp(bare, axis=-1) > 60
-    assert colourful.mean() < 0.01 < (np.ptp(first, axis=-1) > 60).mean()  # nothing but the grey scan is left
+    assert colourful.mean() < 0.01 < (np.ptp(first, axis=-1) > 60).mean()  # only the grey scan remains
     page.locator("#opacity").fill("0.5")
     page.locator('input[name="level"]').first.check()
     assert changed(first, pixels(page)) > 0.002

@@ -1,4 +1,4 @@
-"""Figures of parts, against loops over voxels and cases worked out by hand."""
+"""Statistics of parts against loops over voxels and cases computed by hand."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from diffdiscover3d.reporting.parts import measure_parts, nest_levels, number_by
 AFFINE = np.array([[0, -2.0, 0, 10], [1.5, 0, 0, -4], [0, 0, 3.0, 7], [0, 0, 0, 1]])
 
 
-def test_figures_against_a_loop_over_voxels():
+def test_statistics_against_a_loop_over_voxels():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, (5, 7, 3)).astype(np.uint8)
     values = rng.normal(1000, 5, labels.shape).astype(np.float32)
@@ -29,9 +29,9 @@ def test_figures_against_a_loop_over_voxels():
 
 def test_components_and_neighbours_by_hand():
     labels = np.zeros((6, 4, 3), np.uint8)
-    labels[0, 0, 0] = labels[2, 0, 0] = labels[5, 3, 2] = 1  # three pieces
-    labels[3, 0, 0] = 2  # touches 0 and the second piece of 1
-    labels[4, 1, 0] = 3  # meets 2 at an edge only
+    labels[0, 0, 0] = labels[2, 0, 0] = labels[5, 3, 2] = 1  # three components
+    labels[3, 0, 0] = 2  # touches 0 and the second component of 1
+    labels[4, 1, 0] = 3  # shares only an edge with 2
     parts = measure_parts(labels, labels.astype(np.float32), np.eye(4), 4, topology=True)
     assert [p.components for p in parts] == [1, 3, 1, 1]
     assert [p.neighbours for p in parts] == [(1, 2, 3), (0, 2), (0, 1), (0,)]
@@ -50,7 +50,7 @@ def test_misuse():
 def test_largest_first_and_ties_by_centroid():
     labels = np.zeros((4, 3, 2), np.uint8)
     labels[3, 0], labels[0, 2], labels[2, 1, 0] = 1, 2, 4
-    # 0 is largest; 1 and 2 have two voxels, 2 lies first along the first axis; then 4; 3 and 5 are empty
+    # 0 is largest; 1 and 2 have two voxels, 2 comes first along the first axis; then 4; 3 and 5 are empty
     assert number_by_size(labels, 6).tolist() == [0, 2, 1, 4, 3, 5]
 
 

@@ -17,7 +17,7 @@ def test_loss_curves(tmp_path):
     log.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "confidence"}) + "\n" for r in rows))
     save_loss_curves(tmp_path / "b.png", log)
     with Image.open(tmp_path / "a.png") as two, Image.open(tmp_path / "b.png") as one:
-        assert two.width > 1.8 * one.width  # confidence has axes of its own
+        assert two.width > 1.8 * one.width  # confidence has its own axes
         assert len(set(one.convert("RGB").getdata())) > 20
     log.write_text("")
     save_loss_curves(tmp_path / "c.png", log)

@@ -1,4 +1,4 @@
-"""Figures gathered slab by slab, against those of the whole label map."""
+"""Statistics accumulated slab by slab, against those of the whole label map."""
 
 import itertools
 
@@ -24,10 +24,10 @@ def gather(labels, values, num_parts, axis, cuts):
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_against_the_whole(axis, share):
-    """Random parts of many pieces, some with arms that meet again in later slabs, one empty."""
+    """Random parts of many components, some with arms that merge in later slabs, one empty."""
     rng = np.random.default_rng(int(10 * share) + axis)
     labels = (rng.random((11, 9, 13)) < share).astype(np.uint8) * rng.integers(1, 3, (11, 9, 13)).astype(np.uint8)
-    values = rng.normal(1e5, 1, labels.shape).astype(np.float32)  # a mean far above the spread
+    values = rng.normal(1e5, 1, labels.shape).astype(np.float32)  # a mean far larger than the spread
     for cuts in ([], [1, 2, 5], list(range(1, labels.shape[axis]))):
         sums, topology = gather(labels, values, 4, axis, cuts)
         expected = measure_parts(labels, values, AFFINE, 4, topology=True)
@@ -40,10 +40,10 @@ def test_against_the_whole(axis, share):
         assert sums.by_size().tolist() == number_by_size(labels, 4).tolist()
 
 
-def test_arms_that_meet_late_are_one_piece():
+def test_arms_that_merge_late_are_one_component():
     labels = np.zeros((5, 6, 1), np.uint8)
     labels[:4, 0] = labels[:4, 2] = labels[:2, 4] = 1  # three arms, of which the last ends
-    labels[3, 1] = 1  # and two of which meet
+    labels[3, 1] = 1  # and two of which merge
     labels[4, 5] = 1
     counts = []
     topology = Topology(2)

@@ -16,7 +16,7 @@ from diffdiscover3d.reporting.tables import (
     write_slicer_colours,
 )
 
-COUNT = 20  # past the palette
+COUNT = 20  # beyond the palette
 
 
 def rgb(part):

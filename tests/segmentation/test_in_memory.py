@@ -1,4 +1,4 @@
-"""Files in, label maps out: through Python, and bad files through the command line."""
+"""Segment files through Python, and bad files through the command line."""
 
 import hashlib
 import json
@@ -18,6 +18,7 @@ from diffdiscover3d.cli import app as cli
 from diffdiscover3d.errors import InputError, MemoryLimitError, ModelError, NetworkError, OutputError
 from diffdiscover3d.segmentation import driver as module
 from diffdiscover3d.segmentation import in_memory
+from diffdiscover3d.segmentation import scan as scan_module
 from diffdiscover3d.segmentation.driver import choose_device, segment, stem
 from tests.helpers.corpus import CORPUS, SHAPE, blobs
 
@@ -64,7 +65,7 @@ def test_result_lies_on_the_input(scan, tiny_discovery):
 
     canonical = nib.as_closest_canonical(source).get_fdata(dtype=np.float32)
     expected = load_discovery(str(tiny_discovery)).segment(torch.from_numpy(canonical)).labels[0].numpy()
-    assert len(np.unique(expected)) > 1  # or nothing is told by comparing
+    assert len(np.unique(expected)) > 1  # otherwise equal labels would prove nothing
     np.testing.assert_array_equal(world_labels(result.labels), expected)
 
     fractions = np.bincount(expected.ravel(), minlength=3) / expected.size
@@ -107,7 +108,7 @@ def test_labels_do_not_depend_on_encoding_or_axis_order(tmp_path, make_nifti, ti
     nib.save(nib.Nifti1Image(values.astype(">i2"), affine, header), tmp_path / "big.nii.gz")
     scaled = make_nifti(tmp_path / "scaled.nii", (2 * (values + 3)).astype(np.int16), affine)
     raw = bytearray(scaled.read_bytes())
-    struct.pack_into("<ff", raw, 112, 0.5, -3)  # stored v stands for v / 2 - 3
+    struct.pack_into("<ff", raw, 112, 0.5, -3)  # a stored v means v / 2 - 3
     scaled.write_bytes(raw)
     turned = nib.Nifti1Image(values.astype(np.float32), affine).as_reoriented(np.array([[2, -1], [0, 1], [1, -1]]))
     nib.save(turned, tmp_path / "turned.nii.gz")
@@ -136,7 +137,7 @@ def test_existing_results_are_refused_without_overwrite(scan, tiny_discovery):
     for name in ("scan_dseg.nii.gz", "scan_dseg.json", "scan_dseg.png"):
         old = scan.parent / name
         old.write_bytes(b"old")
-        with pytest.raises(OutputError, match=rf"{name}: exists already; --overwrite"):
+        with pytest.raises(OutputError, match=rf"{name}: already exists; use --overwrite"):
             segment(scan, model=str(tiny_discovery), preview=True)
         assert old.read_bytes() == b"old" and names(scan.parent) == ["scan.nii.gz", name]
         old.unlink()
@@ -173,7 +174,7 @@ def test_two_inputs_of_one_stem(tmp_path, make_nifti, tiny_discovery):
     with pytest.raises(OutputError, match=r"would both write.*two output folders"):
         segment([one, two], tmp_path / "out", model=str(tiny_discovery))
     assert not (tmp_path / "out").exists()
-    assert len(segment([one, two], model=str(tiny_discovery))) == 2  # beside each input there is no clash
+    assert len(segment([one, two], model=str(tiny_discovery))) == 2  # beside their inputs the names do not clash
 
 
 def test_output_folder_is_made_and_may_lie_deep(scan, tmp_path, tiny_discovery):
@@ -184,7 +185,7 @@ def test_output_folder_is_made_and_may_lie_deep(scan, tmp_path, tiny_discovery):
 
 def test_output_folder_that_is_a_file_is_found_first(scan, tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="is no folder; choose another"):
+    with pytest.raises(OutputError, match="is not a folder; choose another"):
         segment(scan, tmp_path / "file" / "out", model="/no/model")  # before a model is looked for
 
 
@@ -218,20 +219,28 @@ def test_no_model_stops_at_once(tmp_path, make_nifti, monkeypatch):
         asked.append(1)
         raise NetworkError("offline")
 
-    monkeypatch.setattr(module, "discovery_folder", offline)
+    monkeypatch.setattr(module, "resolve_model", offline)
     with pytest.raises(NetworkError):
         segment(tmp_path, tmp_path / "out", model="user/name", on_error=errors.append)
     assert asked == [1] and errors == [] and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("step", ["write_like", "write_part_table", "save_slices", "write_json"])
+@pytest.mark.parametrize(
+    ("place", "step"),
+    [
+        (in_memory, "write_like"),
+        (scan_module, "write_part_table"),
+        (scan_module, "save_cuts"),
+        (scan_module, "write_json"),
+    ],
+)
 @pytest.mark.parametrize("error", [OutputError("full"), KeyboardInterrupt(), RuntimeError("bug")])
-def test_no_label_map_is_left_behind(scan, tmp_path, tiny_discovery, monkeypatch, overwrite, step, error):
+def test_no_label_map_is_left_behind(scan, tmp_path, tiny_discovery, monkeypatch, overwrite, place, step, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(in_memory, step, fail)
+    monkeypatch.setattr(place, step, fail)
     with pytest.raises(type(error)):
         segment(scan, tmp_path / "out", model=str(tiny_discovery), preview=True, overwrite=overwrite)
     assert not (tmp_path / "out").exists() or names(tmp_path / "out") == []
@@ -354,5 +363,5 @@ def test_several_inputs_go_on_after_a_bad_one(tmp_path, make_nifti, tiny_discove
         (line,) = printed.err.splitlines()
         assert caught.value.code == 3 and line.startswith("error: ") and "b.nii.gz" in line
         assert names(out) == everything and len(printed.out.splitlines()) == 2
-        for name in everything:  # or the folder given next would hold it
+        for name in everything:  # otherwise the next input, the folder, would contain it
             (out / name).unlink()

@@ -1,4 +1,4 @@
-"""What is said about memory: against measured peaks, and before anything is taken."""
+"""Estimates of memory against measured peaks, and refusals before memory is allocated."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_a_container_has_less(tmp_path, monkeypatch):
 
 
 def promise(path: Path, shape, dtype=np.uint8) -> Path:
-    """A file that holds all its header promises, in zeros which take no disk."""
+    """A sparse file of zeros, as long as its header declares."""
     header = nib.Nifti1Header()
     header.set_data_shape(shape)
     header.set_data_dtype(dtype)
@@ -65,7 +65,7 @@ def test_a_volume_that_cannot_be_read_into_memory(tmp_path, monkeypatch):
 def test_a_volume_that_can_be_read_but_not_segmented(tmp_path, monkeypatch, tiny_discovery):
     path = promise(tmp_path / "large.nii", (300, 256, 256))
     monkeypatch.setattr(machine, "free_memory", lambda: 2**30)
-    monkeypatch.setattr("diffdiscover3d.segmentation.driver.open_slabs", None)  # it must not come to that
+    monkeypatch.setattr("diffdiscover3d.segmentation.driver.stream_volume", None)  # must not be called
     with pytest.raises(MemoryLimitError, match=r"large\.nii.*needs about 3\.0 GiB and 1\.0 GiB"):
         segment(path, tmp_path / "out", model=str(tiny_discovery), device="cpu")
     monkeypatch.setattr(machine, "free_memory", lambda: 2**29)
@@ -75,9 +75,9 @@ def test_a_volume_that_can_be_read_but_not_segmented(tmp_path, monkeypatch, tiny
 
 
 def test_a_model_of_the_hub(tmp_path, make_nifti, monkeypatch, tiny_discovery):
-    """The repository is fetched first: the first volume too is announced, or refused."""
+    """The repository is fetched first, so that the first volume is announced or refused as well."""
     paths = [make_nifti(tmp_path / f"{name}.nii.gz", blobs().astype(np.float32)) for name in "ab"]
-    monkeypatch.setattr("diffdiscover3d.segmentation.driver.discovery_folder", lambda *_: tiny_discovery)
+    monkeypatch.setattr("diffdiscover3d.hub.resolve.fetch_snapshot", lambda *_, **__: tiny_discovery)
     monkeypatch.setattr(preflight, "LARGE", 1)
     lines = []
     segment(paths, tmp_path / "one", model="user/name", device="cpu", on_estimate=lines.append)
@@ -96,17 +96,3 @@ def test_large_volumes_are_announced(tmp_path, make_nifti, monkeypatch, tiny_dis
     segment(path, tmp_path / "two", model=str(tiny_discovery), on_estimate=lines.append)
     (line,) = lines
     assert line.startswith(f"{path}: 12 x 14 x 10 voxels, about 0.1 GiB of memory needed of ")
-
-
-def test_levels_of_a_nested_network(tmp_path):
-    config = {**NETWORK, "num_parts": 8, "parent": {**NETWORK, "num_parts": 4, "parent": {**NETWORK, "num_parts": 2}}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    found = [preflight.network_config(tmp_path, level)["num_parts"] for level in (None, 1, 2, 3)]
-    assert found == [8, 2, 4, 8]
-
-
-def test_configurations_that_are_none(tmp_path):
-    for text in ("", "[]", "{}", '{"num_parts": 2}', "null"):
-        (tmp_path / "config.json").write_text(text)
-        assert preflight.network_config(tmp_path) is None
-    assert preflight.network_config(tmp_path / "absent") is None and preflight.network_config("user/name") is None

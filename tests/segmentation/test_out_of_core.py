@@ -1,4 +1,4 @@
-"""Scans divided slab by slab: the same files as from memory, nothing left behind, and memory that stays bounded."""
+"""Scans segmented slab by slab: the same files as from memory, clean-up after errors, bounded memory."""
 
 import json
 import os
@@ -14,14 +14,16 @@ import torch
 
 from diffdiscover3d.cli import app as cli
 from diffdiscover3d.data.formats.nifti import raw_grid
+from diffdiscover3d.data.formats.nifti.source import open_nifti
 from diffdiscover3d.errors import InputError, MemoryLimitError, OutputError
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting import page
 from diffdiscover3d.segmentation import driver as module
-from diffdiscover3d.segmentation import in_memory, out_of_core
+from diffdiscover3d.segmentation import out_of_core
+from diffdiscover3d.segmentation import scan as scan_module
 from diffdiscover3d.segmentation.driver import segment
 from diffdiscover3d.segmentation.preflight import MemoryPlan, plan_memory
-from diffdiscover3d.utils.progress import Stages
+from diffdiscover3d.utils.progress import ProgressBar
 
 SHAPE = (26, 19, 40)
 LPS, PIR = np.diag([-1.5, -2, 3, 1]), np.array([[0, 0, 3, 0], [-1.5, 0, 0, 0], [0, -2, 0, 0], [0, 0, 0, 1.0]])
@@ -29,7 +31,7 @@ ALL = {"preview": True, "statistics": True, "tables": True, "probabilities": Tru
 
 
 def scan_values(shape=SHAPE) -> np.ndarray:
-    """Whole numbers: a ramp with a bright block and noise, so that every level finds something."""
+    """Integers: a ramp with a bright block and noise, so that every level finds several parts."""
     rng = np.random.default_rng(0)
     values = np.linspace(0, 200, shape[0])[:, None, None] + rng.normal(0, 40, shape)
     values[4:15, 5:12, 8:30] += 400
@@ -38,13 +40,13 @@ def scan_values(shape=SHAPE) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def sliding(tmp_path_factory):
-    """Folder of an untrained nested network of 3 and 5 parts whose windows have 16 voxels."""
+    """Folder of an untrained nested network of 3 and 5 parts with windows of 16 voxels."""
     folder = tmp_path_factory.mktemp("models") / "sliding"
     options = {"channels": (4, 8), "strides": (2,), "norm": "instance", "window_size": 16}
     with torch.random.fork_rng():
         torch.manual_seed(5)
         coarse = StructureDiscoveryModel(num_parts=3, **options)
-        StructureDiscoveryModel.inside(coarse, (1, 2, 2), **options).eval().save_pretrained(folder / "discovery")
+        StructureDiscoveryModel.from_parent(coarse, (1, 2, 2), **options).eval().save_pretrained(folder / "discovery")
     return folder
 
 
@@ -79,7 +81,7 @@ def store(folder: Path, kind: str) -> tuple[Path, dict]:
 
 
 def timeless(path: Path):
-    """What a file says, without how long it took and with what memory."""
+    """The contents of a file without time and memory."""
     if path.suffix == ".json":
         return {
             k: v for k, v in json.loads(path.read_text()).items() if k not in ("seconds", "peak_memory_mib", "windows")
@@ -159,7 +161,7 @@ def test_large_scans_are_shown_smaller_on_their_page(tmp_path, sliding, monkeypa
     assert "to keep the page small" in texts[0]
     mine, theirs = (image_of(d["scan"]) for d in data)
     np.testing.assert_array_equal(mine.affine, theirs.affine)
-    # means over boxes instead of a Gaussian and interpolation: alike, not equal
+    # box means instead of a Gaussian and interpolation: similar, not equal
     assert np.corrcoef(mine.get_fdata().ravel(), theirs.get_fdata().ravel())[0, 1] > 0.95
 
 
@@ -207,7 +209,7 @@ def test_nothing_is_left_behind(tmp_path, sliding, monkeypatch, kind, error, whe
     if where == "window":
         monkeypatch.setattr(StructureDiscoveryModel, "segment_window", fail)
     else:
-        monkeypatch.setattr(in_memory, "write_json", fail)
+        monkeypatch.setattr(scan_module, "write_json", fail)
     expected = OutputError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected):
         segment(path, tmp_path / "out", model=str(sliding), level=1, overwrite=True)
@@ -240,26 +242,27 @@ def test_resume(tmp_path, sliding):
 def test_progress_within_a_scan(tmp_path, sliding, monkeypatch):
     path, _ = store(tmp_path / "in", "plain")
     seen = []
-    monkeypatch.setattr(Stages, "within", lambda _, *figures: seen.append(figures))
+    monkeypatch.setattr(ProgressBar, "within", lambda _, *figures: seen.append(figures))
     segment(path, tmp_path / "out", model=str(sliding), level=2)
-    assert seen == [(i, 24, "window") for i in range(1, 25)]  # the level above has half of them
+    assert seen == [(i, 24, "window") for i in range(1, 25)]  # half of them for the coarser level
 
 
 def test_which_scans_are_divided_by_slabs(tmp_path, make_nifti):
     network = {"window_size": 16, "channels": [4], "num_parts": 3}
     path = make_nifti(tmp_path / "a.nii", scan_values().astype(np.int16))
     fits = make_nifti(tmp_path / "b.nii", scan_values((16, 9, 12)).astype(np.int16))
-    assert plan_memory(path, network, True) == MemoryPlan(True, None)
-    assert plan_memory(fits, network, True) == MemoryPlan(False, None)
-    for options in ({"fast": True}, {"working": (20, 20, 20)}):
-        assert not plan_memory(path, network, True, **options).by_slabs
+    with open_nifti(path) as large, open_nifti(fits) as small:
+        assert plan_memory(large, network, True) == MemoryPlan(True, None)
+        assert plan_memory(small, network, True) == MemoryPlan(False, None)
+        for options in ({"fast": True}, {"working": (20, 20, 20)}):
+            assert not plan_memory(large, network, True, **options).by_slabs
 
 
 def test_a_compressed_file_that_grows_is_not_read_before(tmp_path, sliding, monkeypatch, capsys):
-    """Whatever the size on disk, the command line looks at the header of what would be large in memory only."""
+    """The command line reads only the header of a file that would be large in memory, however small it is on disk."""
     path, _ = store(tmp_path / "in", "scaled")
     monkeypatch.setattr("diffdiscover3d.segmentation.preflight._READ_INTO", 0)
-    monkeypatch.setattr("diffdiscover3d.segmentation.preflight.read_nifti", None)
+    monkeypatch.setattr("diffdiscover3d.segmentation.preflight.read_volume", None)
     monkeypatch.setattr("diffdiscover3d.segmentation.preflight.LARGE", 1)
     arguments = ["segment", path, "--model", sliding, "--output", tmp_path / "out", "--level", "1"]
     monkeypatch.setattr(sys, "argv", ["diffdiscover3d", *map(str, arguments)])
@@ -286,7 +289,7 @@ def test_memory_stays_bounded(tmp_path):
     """The same scan takes less than 1.1 GiB slab by slab, and more from memory."""
     options = {"channels": (2, 4), "strides": (2,), "norm": "instance", "window_size": 64}
     coarse = StructureDiscoveryModel(num_parts=4, **options)
-    StructureDiscoveryModel.inside(coarse, (2, 2, 2, 2), **options).eval().save_pretrained(tmp_path / "model")
+    StructureDiscoveryModel.from_parent(coarse, (2, 2, 2, 2), **options).eval().save_pretrained(tmp_path / "model")
     rng = np.random.default_rng(0)
     values = rng.integers(0, 60, (200, 220, 240), dtype=np.int16)
     values[40:160, 60:180, 50:190] += 200
@@ -300,3 +303,22 @@ def test_memory_stays_bounded(tmp_path):
         assert child.returncode == 0
         peaks[how] = usage.ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
     assert peaks["slabs"] < 1.1 < peaks["memory"], peaks
+
+
+def test_a_scan_that_changes_meanwhile_is_refused(tmp_path, sliding, monkeypatch):
+    """A voxel changes in place while windows are read; older results remain."""
+    path, _ = store(tmp_path / "in", "plain")
+    segment(path, tmp_path / "out", model=str(sliding), level=1)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    real = StructureDiscoveryModel.segment_window
+
+    def change(*arguments, **options):
+        with open(path, "r+b") as file:
+            file.seek(-4, 2)
+            file.write(b"\x07\x07\x07\x07")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(StructureDiscoveryModel, "segment_window", change)
+    with pytest.raises(InputError, match=r"s\.nii: changed while it was being read"):
+        segment(path, tmp_path / "out", model=str(sliding), level=1, overwrite=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before

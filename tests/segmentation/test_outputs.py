@@ -1,4 +1,4 @@
-"""What `segment` writes beyond the label map, on which grid, and how it shares and resumes its work."""
+"""The files that `segment` writes beside the label map, their grid, sharing work and resuming."""
 
 import json
 import os
@@ -16,7 +16,6 @@ from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.errors import ModelError, OutputError
 from diffdiscover3d.hub.registry import load_discovery
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
-from diffdiscover3d.segmentation import driver as module
 from diffdiscover3d.segmentation.driver import segment
 
 SHAPE = (12, 14, 10)
@@ -32,7 +31,7 @@ AFFINES = {
 
 
 class Threshold:
-    """A network whose parts are known: 0 is everything, 1 the bright voxels."""
+    """A network with known parts: 1 the bright voxels, 0 all others."""
 
     config = SimpleNamespace(num_parts=2)
     device = torch.device("cpu")
@@ -55,14 +54,14 @@ def names(folder) -> list[str]:
 
 @pytest.fixture
 def levelled(tiny_discovery, tmp_path):
-    """A model folder as `discover` leaves it: a network that divides the largest part of the tiny one in three."""
+    """A model folder as `discover` writes it: a network that divides the largest part of the tiny one into three."""
     coarse = load_discovery(str(tiny_discovery))
     volume = torch.from_numpy(noise())
     children = [1, 1, 1]
     children[int(coarse.segment(volume).labels.flatten().bincount().argmax())] = 3
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        fine = StructureDiscoveryModel.inside(coarse, children, norm="instance").eval()
+        fine = StructureDiscoveryModel.from_parent(coarse, children, norm="instance").eval()
     assert len(fine.segment(volume).labels.unique()) > len(coarse.segment(volume).labels.unique())
     fine.save_pretrained(tmp_path / "levelled" / "discovery")
     return tmp_path / "levelled"
@@ -74,9 +73,9 @@ def test_a_marked_corner_stays_in_its_corner(tmp_path, make_nifti, monkeypatch, 
     affine = AFFINES[orientation].copy()
     affine[:3, 3] = 11, -7, 5
     values = noise()
-    values[:2, -3:, :1] = 1000  # one corner, of another extent along every axis
+    values[:2, -3:, :1] = 1000  # one corner, with a different extent along every axis
     scan = make_nifti(tmp_path / "scan.nii.gz", values, affine)
-    monkeypatch.setattr(module, "load_discovery", lambda *_: Threshold())
+    monkeypatch.setattr("diffdiscover3d.hub.resolve.load_discovery", lambda *_: Threshold())
     (result,) = segment(scan, tmp_path / "out", statistics=True, probabilities=True)
 
     marked = nib.load(result.labels)
@@ -91,7 +90,7 @@ def test_a_marked_corner_stays_in_its_corner(tmp_path, make_nifti, monkeypatch, 
     assert one.GetOrigin() == two.GetOrigin() and one.GetDirection() == two.GetDirection()
     bright, labelled = sitk.GetArrayFromImage(one) == 1000, sitk.GetArrayFromImage(two)
     np.testing.assert_array_equal(labelled, bright)
-    # the table's centroid is where SimpleITK (whose world is LPS) puts the corner
+    # the table's centroid is that of SimpleITK, whose world is LPS
     shape = sitk.LabelShapeStatisticsImageFilter()
     shape.Execute(two)
     lines = [line.split("\t") for line in result.levels[2].table.read_text().splitlines()]
@@ -113,7 +112,7 @@ def test_every_file_of_every_level(tmp_path, make_nifti, levelled):
     np.testing.assert_allclose(soft.sum(axis=-1), 1, atol=1e-5)
     one, two = (np.asarray(nib.load(result.levels[level].labels).dataobj) for level in (1, 2))
     np.testing.assert_array_equal(soft.argmax(axis=-1), one)
-    # both are what the networks say, and every fine part lies in the coarse one that it divides
+    # both are the networks' labels, and every fine part is nested in the coarse one that it divides
     networks = {level: load_discovery(str(levelled), level) for level in (1, 2)}
     for level, labels in ((1, one), (2, two)):
         np.testing.assert_array_equal(labels, networks[level].segment(scan).labels[0].numpy())
@@ -178,14 +177,14 @@ def test_resume_skips_what_is_done(tmp_path, make_nifti, tiny_discovery):
     scans = [make_nifti(tmp_path / "in" / f"{n}.nii.gz", noise(i)) for i, n in enumerate("abcd")]
     out, model = tmp_path / "out", str(tiny_discovery)
     segment(scans, out, model=model)
-    (out / "b_dseg.json").unlink()  # as if stopped before its end
+    (out / "b_dseg.json").unlink()  # as after an interruption
     make_nifti(scans[2], noise(9))  # another scan under the same name
     kept = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.glob("[ad]_*")}
     skipped = []
     results = segment(scans, out, model=model, resume=True, on_skip=skipped.append)
     assert [r.input for r in results] == scans[1:3] and skipped == [scans[0], scans[3]]
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.glob("[ad]_*")} == kept
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="already exists"):
         segment(scans, out, model=model)
     with pytest.raises(ModelError, match=r"another argument; use --overwrite"):
         segment(scans, out, model=model, resume=True, order="size")
@@ -205,7 +204,7 @@ def test_shares_are_disjoint_and_complete(tmp_path, make_nifti, tiny_discovery, 
     scans = [make_nifti(tmp_path / "in" / f"s{i}.nii.gz", noise(i)) for i in range(5)]
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = []
-    for rank in range(2):  # the second must not stumble over what the first has written
+    for rank in range(2):  # the second must accept the files of the first
         monkeypatch.setenv("RANK", str(rank))
         done.append([r.input for r in segment(tmp_path / "in", tmp_path / "out", model=str(tiny_discovery))])
     assert done == [scans[::2], scans[1::2]]
@@ -226,7 +225,7 @@ def test_processes_share_a_folder(tmp_path, make_nifti, tiny_discovery):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 5  # each scan by one process
+    assert len(done.stdout.splitlines()) == 5  # each scan was segmented by one process
     for path in alone.glob("*.nii.gz"):
         assert (shared / path.name).read_bytes() == path.read_bytes()
     assert names(shared) == names(alone)

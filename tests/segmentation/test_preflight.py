@@ -27,7 +27,7 @@ def test_without_torch(tmp_path, command, name):
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("name", CORPUS)
 def test_it_agrees_with_the_corpus(tmp_path, monkeypatch, name, large):
-    """It refuses nothing that would be read; what it lets pass the command itself refuses."""
+    """The early check refuses no file that can be read, and the command refuses the others."""
     if large:
         monkeypatch.setattr(preflight, "_READ_WHOLE", 0)
     write, expected = CORPUS[name]
@@ -51,6 +51,6 @@ def test_what_is_left_to_the_command(tmp_path, make_nifti):
     good = make_nifti(tmp_path / "good.nii.gz", blobs().astype(np.float32))
     for inputs in ([], [str(good), str(bad)], [str(tmp_path)], [f"{tmp_path}/*.nii.gz"], [str(tmp_path / "list.txt")]):
         refuse_early(inputs)
-    refuse_early([str(bad)], device="toaster")  # a wrong use, which is said first
+    refuse_early([str(bad)], device="toaster")  # a usage error, which is reported first
     with pytest.raises(InputError, match="web page"):
         refuse_early([str(bad)], device="cuda:1")

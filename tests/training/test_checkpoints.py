@@ -13,7 +13,7 @@ from diffdiscover3d.training.checkpoints import (
     load_checkpoint,
     pack_optimizer,
     prune_checkpoints,
-    remove_torn,
+    remove_partial,
     save_checkpoint,
     unpack_optimizer,
 )
@@ -80,7 +80,7 @@ def test_later_and_torn_ones(tmp_path):
     whole, damaged = later_checkpoints(tmp_path, 1)
     assert [p.name[-1] for p in whole] == ["2", "4"] and [p.name[-1] for p in damaged] == ["3"]
     assert later_checkpoints(tmp_path, 4) == ([], [])
-    remove_torn(tmp_path)
+    remove_partial(tmp_path)
     assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["1", "2", "3", "4"]
 
 

@@ -35,7 +35,7 @@ def test_nothing_left_to_divide():
 def test_parent_masks_are_the_parents_parts():
     torch.manual_seed(0)
     parent = StructureDiscoveryModel(2)
-    model = StructureDiscoveryModel.inside(parent, (3, 1)).eval()
+    model = StructureDiscoveryModel.from_parent(parent, (3, 1)).eval()
     model.order_parts(torch.tensor([0.1, 0.2, 0.3, 0.4]))
     volume = torch.rand(2, 1, 8, 12, 10)
     masks = model(volume).logits.softmax(dim=1)

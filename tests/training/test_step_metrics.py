@@ -15,7 +15,7 @@ from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, mak
 from diffdiscover3d.training.diffusion import DiffusionTraining
 from diffdiscover3d.training.discovery import DiscoveryTraining
 from diffdiscover3d.training.loop import _make_loader, _read_ahead, _take_step, make_accelerator
-from diffdiscover3d.training.step_metrics import MAX_BAD_STEPS, StepFigures
+from diffdiscover3d.training.step_metrics import MAX_BAD_STEPS, StepMetrics
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")  # only its type is looked at
 NAN = float("nan")
@@ -26,7 +26,7 @@ def values(loss, finite=1.0, stop=0.0):
 
 
 def test_a_cpu_is_read_at_once_and_a_gpu_a_step_late(tmp_path):
-    cpu, gpu = StepFigures(CPU, tmp_path), StepFigures(GPU, tmp_path)
+    cpu, gpu = StepMetrics(CPU, tmp_path), StepMetrics(GPU, tmp_path)
     for step in (1, 2, 3):
         for figures in (cpu, gpu):
             figures.add(step, ("loss",), values(float(step)))
@@ -37,7 +37,7 @@ def test_a_cpu_is_read_at_once_and_a_gpu_a_step_late(tmp_path):
 
 
 def test_steps_that_are_not_finite_are_counted_in_a_row(tmp_path):
-    figures = StepFigures(CPU, tmp_path)
+    figures = StepMetrics(CPU, tmp_path)
     for step, row in enumerate([values(NAN), values(1.0, finite=0.5), values(1.0), values(NAN)], start=1):
         figures.add(step, ("loss",), row)
         figures.catch_up()
@@ -49,13 +49,13 @@ def test_steps_that_are_not_finite_are_counted_in_a_row(tmp_path):
 
 
 def test_one_process_that_is_asked_to_stop_stops_all(tmp_path):
-    figures = StepFigures(CPU, tmp_path)
+    figures = StepMetrics(CPU, tmp_path)
     figures.add(1, (), torch.tensor([1.0, 0.0]))
     figures.catch_up()
-    assert not figures.stop_asked
+    assert not figures.stop_requested
     figures.add(2, (), torch.tensor([1.0, 0.5]))  # the mean over two processes
     figures.catch_up()
-    assert figures.stop_asked
+    assert figures.stop_requested
 
 
 class Reads(TorchDispatchMode):

@@ -22,7 +22,7 @@ def make(sample_size=8, nested=False, **options):
     teacher = DiffusionFeaturePipeline(unet.eval(), make_scheduler(50))
     model = StructureDiscoveryModel(2).eval()
     if nested:
-        model = StructureDiscoveryModel.inside(model, (1, 3)).eval()
+        model = StructureDiscoveryModel.from_parent(model, (1, 3)).eval()
     defaults = {"timestep": 10, "denoised_timesteps": (10, 20), "lambda_denoised": 1.0, "num_noise": 3}
     config = make_config(DiscoveryConfig, **{**defaults, **options})
     return TeacherSignals(config, teacher, model), teacher, model

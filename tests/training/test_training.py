@@ -1,5 +1,6 @@
 """Both trainings for real, on a folder of small scans: saving, resuming, sharing a batch."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -208,7 +209,7 @@ def test_children_chosen_otherwise_are_not_resumed(scans, teacher, tmp_path, mon
     run(discovery(scans, teacher, tmp_path / "out", **options, resume="latest"))
     # as another machine might choose; the weights would have the same shapes
     monkeypatch.setattr("diffdiscover3d.training.discovery.choose_children", lambda *_: (3, 1))
-    with pytest.raises(ModelError, match=r"into \[1, 3\] and this one would into \[3, 1\]; give --children 1 3"):
+    with pytest.raises(ModelError, match=r"into \[1, 3\], this one into \[3, 1\]; give --children 1 3"):
         run(discovery(scans, teacher, tmp_path / "out", **options, resume="latest"))
     run(discovery(scans, teacher, tmp_path / "out", **options, resume="latest", children=(1, 3)))
 
@@ -234,10 +235,38 @@ def test_scans_of_different_shapes_are_brought_to_one(scans, teacher, tmp_path):
     run(diffusion(mixed, tmp_path / "d", max_steps=2, preview_every=2))
     with pytest.raises(ValueError, match="--volume-size"):
         run(diffusion(mixed, tmp_path / "e", max_steps=2, pad=True, sample_size=None))
-    with pytest.raises(ValueError, match="goes with --pad"):
+    with pytest.raises(ValueError, match="requires --pad"):
         run(diffusion(mixed, tmp_path / "h", max_steps=2, volume_size=9))
     run(diffusion(mixed, tmp_path / "g", max_steps=2, pad=True, sample_size=None, volume_size=9, preview_every=0))
     assert load_teacher(str(tmp_path / "g")).unet.config.sample_size is None
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("out of memory")])
+def test_a_preview_leaves_the_weights_as_they_were(scans, tmp_path, monkeypatch, error):
+    """Its samples are of the averaged weights; the training goes on with its own, also after an error."""
+    from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline
+
+    task = DiffusionTraining(diffusion(scans, tmp_path), GRID)
+    task.model.train()
+    with torch.no_grad():
+        for weight in task.model.parameters():
+            weight.add_(1.0)
+    own = [p.clone() for p in task.model.parameters()]
+    seen, real = [], VolumeGenerationPipeline.__call__
+
+    def sampled(pipeline, *arguments, **options):
+        seen.extend(p.clone() for p in pipeline.unet.parameters())
+        if error:
+            raise error
+        return real(pipeline, *arguments, **options)
+
+    monkeypatch.setattr(VolumeGenerationPipeline, "__call__", sampled)
+    with pytest.raises(RuntimeError) if error else contextlib.nullcontext():
+        task.preview(1, tmp_path)
+    for averaged, before, after in zip(seen, own, task.model.parameters(), strict=True):
+        torch.testing.assert_close(averaged + 1, before)
+        assert torch.equal(before, after)
+    assert task.model.training
 
 
 def test_schedules():

@@ -1,10 +1,10 @@
 """The progress bar: drawn on a terminal, silent elsewhere."""
 
-from diffdiscover3d.utils.progress import Stages
+from diffdiscover3d.utils.progress import ProgressBar
 
 
 def work(**options):
-    with Stages(total=6, **options) as stages:
+    with ProgressBar(total=6, **options) as stages:
         for number in range(2):
             stages.begin_case(f"scan {number + 1} of 2", 3)
             stages.show("reading the scan", "loss 0.5")
@@ -34,11 +34,11 @@ def test_what_a_case_did_not_need_leaves_the_total():
 
 
 def test_a_share_of_a_long_step(capfd):
-    with Stages(total=4, force=True) as stages:
+    with ProgressBar(total=4, force=True) as stages:
         stages.begin_case("scan 1 of 1", 4)
         stages.done()
         stages.within(3, 4, "window")
         task = stages._bar.tasks[0]
-        assert task.completed == 1.75 and task.fields["figures"] == "window 3 of 4"
+        assert task.completed == 1.75 and task.fields["details"] == "window 3 of 4"
         stages.done()
         assert task.completed == 2

@@ -1,4 +1,4 @@
-"""From scans to pictures: the plan by its rules, and the whole of it on tiny scans."""
+"""`discover`: the rules of its plan, and a complete run on tiny scans."""
 
 import json
 import math
@@ -52,10 +52,10 @@ def test_little_memory_shrinks_batch_then_grid():
     assert plenty.batch_size == 4 and some.batch_size < 4 and little.batch_size == 1
     assert some.diffusion_grid == plenty.diffusion_grid > little.diffusion_grid
     assert math.prod(little.diffusion_grid) * discovery_plan._BYTES_PER_VOXEL <= 2**28
-    assert plan([(64, 64, 64)]).batch_size == 1  # no more than there are scans
+    assert plan([(64, 64, 64)]).batch_size == 1  # at most the number of scans
 
 
-def test_a_plan_of_another_recipe_is_not_gone_on_with(tmp_path):
+def test_a_plan_of_another_recipe_is_not_resumed(tmp_path):
     found = plan([(20, 20, 20)])
     write_json(tmp_path / "plan.json", asdict(found))
     assert read_plan(tmp_path / "plan.json") == found
@@ -127,11 +127,11 @@ def test_from_scans_to_pictures_and_resumed(scans, tmp_path, monkeypatch, make_n
         assert (out / "training" / folder / "losses.png").exists()
     assert sorted(p.name for p in (out / "model").iterdir()) == ["diffusion", "discovery"]
     assert not list((out / "model").rglob("checkpoints"))
-    # one network with both levels, nested: every fine part lies in the coarse one that it divides
+    # one network with both levels: every fine part is nested in the coarse one that it divides
     coarse, fine = load_discovery(str(out / "model")).levels
     assert (coarse.config.num_parts, fine.config.num_parts) == (2, 4)
     one, two = (np.asarray(nib.load(results[0].levels[level].labels).dataobj) for level in (1, 2))
-    # interpolated from the working grid, the borders of both levels may differ by some voxels
+    # after interpolation from the working grid, borders of the levels may differ by some voxels
     assert np.mean(np.array(fine.parents)[two] == one) > 0.9
     load_teacher(str(out / "model"))
     make_nifti(scans / "new.nii.gz", np.random.default_rng(5).normal(size=(9, 8, 7)).astype(np.float32))

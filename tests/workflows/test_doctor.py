@@ -1,4 +1,4 @@
-"""What `doctor` reports, against what the libraries say."""
+"""The output of `doctor` against the values of the libraries."""
 
 import importlib.metadata
 import json

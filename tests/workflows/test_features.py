@@ -13,7 +13,7 @@ from tests.helpers.corpus import blobs
 
 
 def failing_after(monkeypatch, module, name: str, successes: int, error: BaseException) -> None:
-    """Let a writer of the module fail at its next call but some."""
+    """Make a writer of the module fail after some calls."""
     write, calls = getattr(module, name), []
 
     def fail(*arguments, **options):
@@ -61,7 +61,7 @@ def test_generate(tmp_path, monkeypatch, error):
 def test_synthesize(tmp_path, monkeypatch, error):
     out = tmp_path / "out"
     out.mkdir()
-    failing_after(monkeypatch, synthesize, "write_volume", 5, error)  # in the middle of the second volume's files
+    failing_after(monkeypatch, synthesize, "write_volume", 5, error)  # between the files of the second volume
     with pytest.raises(type(error)):
         write_synthetic(out, count=2)
     assert list(out.iterdir()) == []

@@ -1,8 +1,9 @@
-"""Read the authors' pickled synthetic cells without running what a pickle may hold.
+"""Safe reader of the authors' pickled synthetic cells.
 
-The archive holds `{train,test}/im_{i}.p` and the labels `truth_{bg,sc,all}_{i}.p` of levels 1, 2 and 3. A pickle can
-call any function when it is loaded; this unpickler knows nothing but the few names that rebuild a numeric NumPy array,
-and stands in for them itself: NumPy meets no byte before the array's type, shape and length have been checked.
+The archive contains `{train,test}/im_{i}.p` and the labels `truth_{bg,sc,all}_{i}.p` of levels 1, 2 and 3. Unpickling
+can execute arbitrary code, so this reader uses a restricted unpickler that resolves only the names needed to rebuild a
+numeric NumPy array, and replaces them by its own classes. NumPy receives the data only after dtype, shape and length
+have been checked.
 """
 
 import io
@@ -19,14 +20,14 @@ from diffdiscover3d.utils.files import check_targets
 
 LABELS = {1: "truth_bg", 2: "truth_sc", 3: "truth_all"}  # by level of the hierarchy
 SPLITS = ("train", "test")
-_MAX_BYTES = 256 * 2**20  # a volume of the archive has one megabyte
-_MAX_DIMS = 4  # a volume, and an axis of channels
+_MAX_BYTES = 256 * 2**20  # volumes of the archive have about 1 MB
+_MAX_DIMS = 4  # three spatial axes and a channel axis
 _CODES = ("b1", "?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 _IMAGE = re.compile(r"im_(\d+)\.p")
 
 
-# What stands for NumPy's own objects: a pickle can call `__setstate__` of whatever it is given, and NumPy's believes
-# what it is told about sizes. Instances with slots throughout: none can be subclassed, or given attributes.
+# Replacements for NumPy's classes. A pickle can call `__setstate__` of any object, and NumPy's does not validate sizes.
+# The unpickler returns instances with slots, which cannot be subclassed or given attributes.
 
 
 class _NDArray:
@@ -34,7 +35,7 @@ class _NDArray:
 
 
 class _DType:
-    """One of the plain numbers; its byte order comes as its state."""
+    """Replacement for a numeric dtype; its state contains the byte order."""
 
     __slots__ = ("code", "order")
 
@@ -43,7 +44,7 @@ class _DType:
 
     def __setstate__(self, state):
         if type(state) is not tuple or state[:1] != (3,) or state[2:] != (None, None, None, -1, -1, 0):
-            raise pickle.UnpicklingError("not the state of a plain type of numbers")
+            raise pickle.UnpicklingError("not the state of a numeric dtype")
         if state[1] not in ("<", ">", "|"):
             raise pickle.UnpicklingError("not a byte order")
         self.order = state[1]
@@ -54,12 +55,12 @@ class _DType:
 
 
 class _Array:
-    """What an array is made of, checked; NumPy gets it when the whole pickle is read."""
+    """Replacement for an array, with validated state; `build` creates the NumPy array."""
 
     __slots__ = ("data", "dtype", "order", "shape")
 
     def __init__(self):
-        self.data = None  # no state yet
+        self.data = None  # set by `fill`
 
     def __setstate__(self, state):
         if type(state) is not tuple or len(state) != 5 or state[0] != 1 or type(state[3]) is not bool:
@@ -68,11 +69,11 @@ class _Array:
 
     def fill(self, data, dtype, shape, order):
         if type(dtype) is not _DType or type(data) not in (bytes, bytearray) or order not in ("C", "F"):
-            raise pickle.UnpicklingError("not the state of an array of numbers")
+            raise pickle.UnpicklingError("not the state of a numeric array")
         if type(shape) is not tuple or len(shape) > _MAX_DIMS or any(type(n) is not int or n < 1 for n in shape):
             raise pickle.UnpicklingError("not the shape of a volume")
         if len(data) != math.prod(shape) * dtype.real.itemsize:
-            raise pickle.UnpicklingError(f"holds {len(data)} bytes, which do not make an array of shape {shape}")
+            raise pickle.UnpicklingError(f"holds {len(data)} bytes, which does not match the shape {shape}")
         self.data, self.dtype, self.shape, self.order = bytes(data), dtype, shape, order
 
     def build(self) -> np.ndarray:
@@ -82,52 +83,52 @@ class _Array:
 
 
 class _Reconstruct:
-    """NumPy's constructor of an array that is filled by its state."""
+    """Replacement for `numpy.core.multiarray._reconstruct`, which creates an array before its state is set."""
 
     __slots__ = ()
 
     def __call__(self, kind, shape, typecode):
         if type(kind) is not _NDArray or shape not in ((0,), 0):
-            raise pickle.UnpicklingError("not how NumPy pickles an array")
+            raise pickle.UnpicklingError("not an array pickled by NumPy")
         return _Array()
 
 
 class _FromBuffer:
-    """NumPy's constructor of protocol 5; arrays whose axes are permuted in memory come with their order."""
+    """Replacement for NumPy's constructor of protocol 5. `axis_order` is given for arrays with permuted axes."""
 
     __slots__ = ()
 
     def __call__(self, buffer, dtype, shape, order, axis_order=None):
         if axis_order is not None:
-            raise pickle.UnpicklingError("arrays with permuted axes are not read")
+            raise pickle.UnpicklingError("arrays with permuted axes are not supported")
         array = _Array()
         array.fill(buffer, dtype, shape, order)
         return array
 
 
 class _Latin1:
-    """Old protocols write bytes as text; any other codec is refused."""
+    """Replacement for `_codecs.encode`, with which old protocols store bytes; only latin1 is allowed."""
 
     __slots__ = ()
 
     def __call__(self, text, encoding):
         if type(text) is not str or encoding not in ("latin1", "latin-1"):
-            raise pickle.UnpicklingError("only latin1 is decoded")
+            raise pickle.UnpicklingError("only latin1 is supported")
         return text.encode("latin1")
 
 
 class _MakeDType:
-    """`numpy.dtype` for plain numbers only, by its short code."""
+    """Replacement for `numpy.dtype`, for numeric type codes only."""
 
     __slots__ = ()
 
     def __call__(self, code, *flags):
         if code not in _CODES:
-            raise pickle.UnpicklingError(f"arrays of type {code!r} are not read")
+            raise pickle.UnpicklingError(f"arrays of type {code!r} are not supported")
         return _DType(code)
 
 
-_STAND_INS = {
+_REPLACEMENTS = {
     "_reconstruct": _Reconstruct,
     "_frombuffer": _FromBuffer,
     "encode": _Latin1,
@@ -146,43 +147,41 @@ _MODULES = {
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if module not in _MODULES.get(name, ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return _STAND_INS[name]()
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        return _REPLACEMENTS[name]()
 
     def persistent_load(self, pid):
-        raise pickle.UnpicklingError("it refers to something outside the file")
+        raise pickle.UnpicklingError("it refers to an object outside the file")
 
 
 def read_pickled_array(path: str | Path) -> np.ndarray:
-    """The numeric array in a pickle, which may hold nothing else.
+    """Read a pickled numeric array.
 
     Raises:
-        InputError: if the file is missing, too large, damaged, or holds anything but one array of numbers.
+        InputError: if the file is missing, too large or damaged, or contains anything else than one numeric array.
     """
     path = Path(path)
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise InputError(f"{path}: larger than {_MAX_BYTES // 2**20} MiB; it is no volume of the authors' archive.")
+            raise InputError(f"{path}: larger than {_MAX_BYTES // 2**20} MiB; not a volume of the authors' archive.")
         found = _ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
         if type(found) is not _Array:
-            raise pickle.UnpicklingError(f"it holds a {type(found).__name__}")
+            raise pickle.UnpicklingError(f"it contains a {type(found).__name__}")
         return found.build()
     except InputError:
         raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
-    except Exception as error:  # a hostile file can make the unpickler raise nearly anything
+    except Exception as error:  # a crafted file can make the unpickler raise any exception
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise InputError(
-            f"{path}: not a pickled array of numbers and nothing else ({reason}); it was not executed."
-        ) from error
+        raise InputError(f"{path}: not a pickled numeric array ({reason}); no code in it was executed.") from error
 
 
 def list_archive(root: str | Path) -> dict[str, list[int]]:
-    """The indices of the volumes in each split of an archive.
+    """List the indices of the volumes in each split of an archive.
 
     Raises:
-        InputError: if there are none, or a volume lacks one of its labels.
+        InputError: if there are no volumes, or a label file is missing.
     """
     root = Path(root)
     found = {}
@@ -199,31 +198,33 @@ def list_archive(root: str | Path) -> dict[str, list[int]]:
 
 
 def read_archive_volume(root: str | Path, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """A volume, (H, W, D) float32, and its labels, (3, H, W, D) uint8.
+    """Read a volume, (H, W, D) float32, and its labels, (3, H, W, D) uint8.
 
     Raises:
-        InputError: if a file is not what it should be, or their shapes differ.
+        InputError: if a file is invalid, or the shapes of volume and labels differ.
     """
     folder = Path(root) / split
     volume = np.squeeze(read_pickled_array(folder / f"im_{index}.p")).astype(np.float32)
     if volume.ndim != 3:
-        raise InputError(f"{folder / f'im_{index}.p'}: has shape {volume.shape}, not that of a volume.")
+        raise InputError(f"{folder / f'im_{index}.p'}: has shape {volume.shape}, expected three axes.")
     labels = []
     for name in LABELS.values():
         path = folder / f"{name}_{index}.p"
         label = np.squeeze(read_pickled_array(path))
         whole = label.astype(np.int64)
         if label.shape != volume.shape or (whole != label).any() or whole.min() < 0 or whole.max() > 255:
-            raise InputError(f"{path}: of shape {label.shape}; labels must be 0 to 255 on the volume's {volume.shape}.")
+            raise InputError(
+                f"{path}: of shape {label.shape}; labels must be integers in 0..255 of shape {volume.shape}."
+            )
         labels.append(whole.astype(np.uint8))
     return volume, np.stack(labels)
 
 
 def import_archive(root: str | Path, output: str | Path, *, overwrite: bool = False) -> list[Path]:
-    """Write `<split>/im_<i>.nii.gz` and `<split>/im_<i>_level-<L>_dseg.nii.gz` for every volume of an archive.
+    """Convert an archive to `<split>/im_<i>.nii.gz` and `<split>/im_<i>_level-<L>_dseg.nii.gz`.
 
     Returns:
-        The paths of the volumes; their folder is a dataset for training.
+        The paths of the volumes. Their folder can be used as a training dataset.
     """
     output = Path(output)
     jobs = [(split, index) for split, indices in list_archive(root).items() for index in indices]

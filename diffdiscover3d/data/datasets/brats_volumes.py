@@ -1,4 +1,4 @@
-"""BraTS for training and scoring: cropped, normalised, read once and memory-mapped afterwards."""
+"""BraTS volumes for training and evaluation: cropped, normalised and cached."""
 
 import hashlib
 import json
@@ -21,20 +21,21 @@ from diffdiscover3d.data.datasets.brats import (
 )
 from diffdiscover3d.data.datasets.folder import files_fingerprint
 
-_CACHE_VERSION = 1  # raise it whenever what is cached changes
+_CACHE_VERSION = 1  # increment when the cached content changes
 
 
 class BraTSVolumes(Sequence):
-    """The cases of a split as a sequence.
+    """Sequence of the cases of a split.
 
     Items are `{"volume": (1, h, w, d) float32 in [0, 1], "name": id, "spacing_mm": [x, y, z]}` on the cropped grid.
 
     Attributes:
         cases: the cases of this split, sorted by id.
-        split_ids: the ids of all splits, to be written beside every result.
+        split_ids: the ids of all splits, saved with every result.
 
     Raises:
-        InputError: when made, if there are no cases or one lacks the modality; on access, if a file is damaged.
+        InputError: on construction, if there are no cases or a file of the modality is missing; on access, if a file is
+            damaged.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class BraTSVolumes(Sequence):
             raise ValueError(f"`split` must be one of {tuple(splits)}, got {split!r}.")
         self.cases = splits[split]
         self.split_ids = {name: [case.id for case in side] for name, side in splits.items()}
-        files = [case.image(self.options.modality) for case in self.cases]  # a missing one is named now, not at night
+        files = [case.image(self.options.modality) for case in self.cases]  # fail fast on missing files
         stamps = [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
         chosen = [self.options.modality, self.options.crop, self.options.clip_percentiles]
         self._items = CachedVolumes(len(self.cases), self._make, [_CACHE_VERSION, chosen, stamps], cache)
@@ -62,30 +63,30 @@ class BraTSVolumes(Sequence):
         return self._items[index]
 
     def fingerprint(self) -> str:
-        """Of the ids of this split and its files of the modality, wherever they lie, and the other splits' ids."""
+        """Fingerprint of the ids of all splits and of the files of this split, independent of their location."""
         files = files_fingerprint((case.id, case.image(self.options.modality)) for case in self.cases)
         return f"BraTS {hashlib.sha256(json.dumps(self.split_ids).encode()).hexdigest()} {files}"
 
     def require_masks(self) -> None:
-        """Raise InputError now if a case has none, rather than in the middle of scoring."""
+        """Raise InputError if a case has no mask."""
         for case in self.cases:
             case.require_mask()
 
     def true_parts(self, index: int) -> np.ndarray:
-        """(H, W, D) uint8 on the whole, uncropped grid: 0 outside, 1 brain, 2 whole tumour.
+        """Reference parts on the uncropped grid: (H, W, D) uint8 with 0 background, 1 brain, 2 whole tumour.
 
         Raises:
-            InputError: if the case has no mask, or one of another shape.
+            InputError: if the case has no mask, or its shape differs from the image.
         """
         image = read_image(self.cases[index], self.options.modality).data
         return true_parts(image, read_mask(self.cases[index], image.shape))
 
     def crop(self, array: np.ndarray) -> np.ndarray:
-        """The part of a whole volume that lies within the crop."""
+        """Crop an array on the uncropped grid."""
         return array[crop_box(array.shape, self.options.crop)]
 
     def uncrop(self, array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-        """Lay an array of the cropped grid into zeros of the whole one."""
+        """Zero-pad an array on the cropped grid to the uncropped grid."""
         whole = np.zeros(tuple(shape), dtype=array.dtype)
         whole[crop_box(shape, self.options.crop)] = array
         return whole

@@ -1,6 +1,7 @@
-"""Datasets of the `datasets` library: synthetic cells, BraTS, the authors' archive, any folder of scans.
+"""Builders for the `datasets` library: synthetic cells, BraTS, the authors' archive and folders of scans.
 
-Needs the extra `datasets`. Each is an Arrow dataset in the library's cache, keyed by what decides its content.
+Requires the extra `datasets`. Each dataset is an Arrow dataset in the library's cache, with a key that identifies its
+content.
 """
 
 import gzip
@@ -30,7 +31,7 @@ class SyntheticCells(datasets.GeneratorBasedBuilder):
     Columns: `name`, `volume` (50, 50, 50) float32, `labels` (3, 50, 50, 50) uint8.
     """
 
-    # the version is part of the cache's path: a new generator never meets the volumes of an old one
+    # the version is part of the cache path, so a new generator version does not reuse old volumes
     BUILDER_CONFIGS: ClassVar = [
         datasets.BuilderConfig(name=variant, version=f"{synthetic.GENERATOR_VERSION}.0.0")
         for variant in synthetic.VARIANTS
@@ -54,21 +55,21 @@ class SyntheticCells(datasets.GeneratorBasedBuilder):
 
 @dataclass
 class _FilesConfig(datasets.BuilderConfig):
-    """What files a dataset is made of; `fingerprint` changes whenever one of them does."""
+    """Files and options of a dataset; `fingerprint` changes when a file changes."""
 
     root: str = ""
     fingerprint: str = ""
     modalities: tuple[str, ...] = ("flair",)
-    grade: str = "HGG"  # as in `BraTSOptions`: another default would be another split
+    grade: str = "HGG"  # must equal the default of `BraTSOptions`, which determines the split
     labels: bool = True
     split_seed: int = 0
 
 
 class BraTS(datasets.GeneratorBasedBuilder):
-    """A BraTS folder in any of its layouts, divided by [`split_cases`].
+    """A BraTS folder in any layout, with the splits of [`split_cases`].
 
-    Columns: `id`, `edition`, `grade`, one `Nifti` for each modality asked for, and with `labels` the `Nifti` columns
-    `labels` (as in the file) and `whole_tumour` (1 where a label is above 0).
+    Columns: `id`, `edition`, `grade`, one `Nifti` column per modality and, with `labels`, the `Nifti` columns `labels`
+    (as in the file) and `whole_tumour` (1 where a label is above 0).
     """
 
     BUILDER_CONFIG_CLASS = _FilesConfig
@@ -83,17 +84,17 @@ class BraTS(datasets.GeneratorBasedBuilder):
     def _split_generators(self, _):
         config = self.config
         splits = brats.split_cases(brats.find_cases(config.root, config.grade), config.split_seed)
-        for case in (case for side in splits.values() for case in side):  # all that is missing is said now
+        for case in (case for side in splits.values() for case in side):  # fail fast on missing files
             for modality in config.modalities:
                 case.image(modality)
             if config.labels and case.mask is None:
                 try:
                     case.require_mask()
                 except InputError as error:
-                    raise InputError(f"{error} With labels=False it is loaded without.") from error
+                    raise InputError(f"{error} Use labels=False to load without masks.") from error
         ids = {name: [case.id for case in side] for name, side in splits.items()}
         return [
-            datasets.SplitGenerator(name=name, gen_kwargs={"ids": wanted}) for name, wanted in ids.items() if wanted
+            datasets.SplitGenerator(name=name, gen_kwargs={"ids": members}) for name, members in ids.items() if members
         ]
 
     def _generate_examples(self, ids: list[str]) -> Iterator[tuple[str, dict]]:
@@ -109,7 +110,7 @@ class BraTS(datasets.GeneratorBasedBuilder):
                 mask = nib.load(case.require_mask())
                 if mask.shape != image.shape[:3]:
                     raise InputError(
-                        f"{case.mask}: has shape {mask.shape}, the image {image.shape[:3]}; they must be of one grid. "
+                        f"{case.mask}: has shape {mask.shape}, the image {image.shape[:3]}; they must be equal. "
                         "Download the case again."
                     )
                 tumour = (np.asarray(mask.dataobj) > 0).astype(np.uint8)
@@ -121,7 +122,7 @@ class BraTS(datasets.GeneratorBasedBuilder):
 
 
 class AuthorsArchive(datasets.GeneratorBasedBuilder):
-    """The authors' pickled synthetic cells, read by a restricted unpickler; columns as [`SyntheticCells`]."""
+    """The authors' pickled synthetic cells, read by a restricted unpickler; columns as for [`SyntheticCells`]."""
 
     BUILDER_CONFIG_CLASS = _FilesConfig
 
@@ -145,7 +146,7 @@ class AuthorsArchive(datasets.GeneratorBasedBuilder):
 
 
 class NiftiFolder(datasets.GeneratorBasedBuilder):
-    """NIfTI files as [`list_volumes`] finds them, one split "train"; columns `name` and `image`."""
+    """NIfTI files found by [`list_volumes`], with a single split "train" and the columns `name` and `image`."""
 
     BUILDER_CONFIG_CLASS = _FilesConfig
 
@@ -163,11 +164,11 @@ class NiftiFolder(datasets.GeneratorBasedBuilder):
 
 
 def make_builder(name_or_path: str, cache_dir: str | None, kind: str | None, **options):
-    """The builder of a dataset; see [`diffdiscover3d.load_dataset`]."""
+    """Create the builder of a dataset; see [`diffdiscover3d.load_dataset`]."""
     variant = name_or_path.removeprefix("synthetic-")
     if kind is None and name_or_path.startswith("synthetic-") and variant in synthetic.VARIANTS:
         if options:
-            raise ValueError(f"synthetic cells take no options, got {sorted(options)}.")
+            raise ValueError(f"synthetic cells have no options, got {sorted(options)}.")
         return SyntheticCells(config_name=variant, cache_dir=cache_dir, dataset_name="diffdiscover3d-synthetic")
     if kind is None:
         root = Path(name_or_path)
@@ -178,7 +179,7 @@ def make_builder(name_or_path: str, cache_dir: str | None, kind: str | None, **o
     if kind not in builders:
         raise ValueError(f"`kind` must be one of {tuple(builders)}, got {kind!r}.")
     if options and kind != "brats":
-        raise ValueError(f"a {kind} takes no options, got {sorted(options)}.")
+        raise ValueError(f"datasets of kind {kind!r} have no options, got {sorted(options)}.")
     if kind == "brats":
         options = _brats_options(**options)
         paths = [p for c in brats.find_cases(name_or_path) for p in (*c.images.values(), c.mask) if p is not None]
@@ -195,28 +196,29 @@ def make_builder(name_or_path: str, cache_dir: str | None, kind: str | None, **o
 
 
 def as_training_volumes(dataset: "datasets.Dataset", cache: str | Path | None = None) -> CachedVolumes:
-    """A map-style dataset for the trainings: normalised once, memory-mapped afterwards.
+    """Convert to a cached map-style dataset of normalised volumes for training.
 
     Args:
-        dataset: with a column `volume` (arrays), or `image` or a modality (`Nifti`, brought to canonical orientation).
-        cache: folder of the mapped files.
+        dataset: a dataset with a column `volume` (arrays), or a column `image` or of a modality (`Nifti`, reoriented
+            to RAS+).
+        cache: folder of the cache files.
 
     Returns:
-        Items `{"volume": (1, H, W, D) float32 in [0, 1], "name": str}`, with "labels" (L, H, W, D) uint8 where the
-        dataset has arrays of them.
+        Items `{"volume": (1, H, W, D) float32 in [0, 1], "name": str}`, with "labels", (L, H, W, D) uint8, if the
+        dataset has label arrays.
 
     Raises:
-        InputError: if there is no such column.
+        InputError: if none of these columns exists.
     """
     column = next((c for c in _VOLUME_COLUMNS if c in dataset.column_names), None)
     if column is None:
-        raise InputError(f"the dataset has the columns {dataset.column_names}; one must be of {_VOLUME_COLUMNS}.")
+        raise InputError(f"the dataset has the columns {dataset.column_names}; one of {_VOLUME_COLUMNS} is required.")
     return CachedVolumes(len(dataset), _TrainingItem(dataset, column), [1, column, dataset._fingerprint], cache)
 
 
 @dataclass
 class _TrainingItem:
-    """Makes an item of a training from a row; a class, so that it can be sent to processes that load volumes."""
+    """Converts a row to a training item; a class, so that it can be pickled for data-loading workers."""
 
     dataset: "datasets.Dataset"
     column: str
@@ -249,7 +251,7 @@ def _array_info(shape, description: str) -> datasets.DatasetInfo:
 
 
 def _channel(case: brats.BraTSCase, modality: str) -> bytes:
-    """One modality of an MSD file as a NIfTI of its own."""
+    """One modality of an MSD file as a separate NIfTI file."""
     return _pack(nib.load(case.image(modality)).slicer[..., brats.MODALITIES.index(modality)])
 
 

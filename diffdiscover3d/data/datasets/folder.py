@@ -14,25 +14,25 @@ from diffdiscover3d.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-_CACHE_BYTES = 4 * 2**30  # volumes are kept in memory up to this much, over all of a dataset
+_CACHE_BYTES = 4 * 2**30  # maximum size of the volumes of a dataset kept in memory
 _END_BYTES = 4096
 
 
 def list_volumes(source: str | Path) -> list[Path]:
-    """The NIfTI files a user means, sorted.
+    """List NIfTI files, sorted by path.
 
     Args:
-        source: a folder (searched with its subfolders), a glob pattern, a text file with one path a line (relative
-            to that file; empty lines and lines from # on are ignored), or one NIfTI file.
+        source: a folder (searched recursively), a glob pattern, a text file with one path per line (relative to that
+            file; empty lines and comments starting with # are ignored), or a NIfTI file.
 
     Raises:
-        InputError: if there are none, or a listed file does not exist.
+        InputError: if no file is found, or a listed file does not exist.
     """
     path = Path(source)
     check_reachable(path)
     if path.is_dir():
         found = [p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES)]
-        # hidden folders hold what is being written, or was when its process was killed
+        # skip hidden folders, which include staging folders, also those of killed processes
         found = [p for p in found if not _is_hidden(p.relative_to(path)) and not _is_label_map(p)]
     elif path.is_file() and path.name.endswith(SUFFIXES):
         found = [path]
@@ -50,7 +50,7 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _is_label_map(path: Path) -> bool:
-    """Label maps and probabilities this package wrote beside scans are no scans."""
+    """Whether a file is a label map or probability map written by this package."""
     return path.name.removesuffix(".gz").removesuffix(".nii").endswith(("_dseg", "_probseg"))
 
 
@@ -62,18 +62,18 @@ def _read_list(path: Path) -> list[Path]:
         raise InputError(reason) from error
     names = [line.split("#")[0].strip() for line in lines]
     found = [path.parent / name for name in names if name]
-    # unlike Path.is_file, os.path answers for names too long to be one: the file may be no list at all
+    # os.path.isfile returns False for names that are too long, for which Path.is_file raises
     missing = [p for p in found if not os.path.isfile(p)]
     if missing:
         raise InputError(
             f"{path}: lists {len(missing)} file(s) that do not exist, first {str(missing[0])[:200]}; "
-            "mend the list, or give a NIfTI file."
+            "correct the list, or give a NIfTI file."
         )
     return found
 
 
 def files_fingerprint(files: Iterable[tuple[str, Path]]) -> str:
-    """The sha256 over the names given, the sizes, and the first and last 4 KiB of files, in their order."""
+    """The sha256 over names, sizes, and the first and last 4 KiB of files, in the given order."""
     digest = hashlib.sha256()
     for name, path in files:
         size = path.stat().st_size
@@ -86,17 +86,17 @@ def files_fingerprint(files: Iterable[tuple[str, Path]]) -> str:
 
 
 class VolumeFolder:
-    """NIfTI volumes in canonical orientation, min-max normalised, as a sequence.
+    """Sequence of NIfTI volumes in canonical orientation, min-max normalised.
 
-    Items are `{"volume": (1, H, W, D) float32 in [0, 1], "name": str}`. Volumes stay in memory once read, up to
-    4 GiB in all.
+    Items are `{"volume": (1, H, W, D) float32 in [0, 1], "name": str}`. Volumes are kept in memory after the first
+    access, up to 4 GiB in total.
 
     Attributes:
-        paths: the files, sorted.
-        shapes: of the volumes, once something has read them all; `None` until then.
+        paths: paths of the files, sorted.
+        shapes: shapes of the volumes; `None` until set by [`read_all`].
 
     Raises:
-        InputError: when made, if there are no volumes; on access, if one cannot be read.
+        InputError: on construction, if there are no volumes; on access, if a volume cannot be read.
     """
 
     def __init__(self, source: str | Path):
@@ -109,14 +109,14 @@ class VolumeFolder:
         return len(self.paths)
 
     def fingerprint(self) -> str:
-        """The sha256 over names, sizes, and the first and last 4 KiB of the files, in their order.
+        """The sha256 over names, sizes, and the first and last 4 KiB of the files.
 
-        The end of a `.nii.gz` file holds the checksum of all its data; the folder's own name and place do not count.
+        It includes the checksum at the end of each `.nii.gz` file, and does not depend on the path of the folder.
         """
         return files_fingerprint((path.name, path) for path in self.paths)
 
     def __getitem__(self, index: int) -> dict:
-        import torch  # here, because listing files must not cost its import
+        import torch  # lazy, because listing files does not need torch
 
         from diffdiscover3d.data.transforms import min_max_normalize
 

@@ -1,4 +1,4 @@
-"""`load_dataset`: synthetic cells, BraTS, the authors' archive or a folder of scans, the Hugging Face way."""
+"""`load_dataset`: synthetic cells, BraTS, the authors' archive or a folder of scans as a Hugging Face dataset."""
 
 
 def load_dataset(
@@ -15,22 +15,23 @@ def load_dataset(
 
     Args:
         name_or_path: "synthetic-regular" or "synthetic-irregular"; the folder of a BraTS edition or of the authors'
-            archive, recognised by themselves; or a folder, glob, text list or file of NIfTI volumes.
-        split: "train", "validation" or "test"; default: all there are, by name.
-        streaming: yield examples one by one without writing a cache.
-        cache_dir: of the `datasets` library.
-        num_proc: processes that prepare the cache.
-        kind: "brats", "authors-archive" or "folder", where a folder should not be recognised by itself.
-        options: of BraTS: `modalities` (a name, several, or "all"; default flair), `grade` (HGG, LGG, all;
-            default HGG), `labels` (False for sets without masks), `split_seed`; they split as [`BraTSOptions`] does.
+            archive, detected automatically; or a folder, glob, text list or file of NIfTI volumes.
+        split: "train", "validation" or "test"; default: a dict of all splits.
+        streaming: iterate over the examples without writing a cache.
+        cache_dir: cache folder of the `datasets` library.
+        num_proc: number of processes that prepare the cache.
+        kind: "brats", "authors-archive" or "folder", to override the automatic detection.
+        options: options of BraTS: `modalities` (a name, several names, or "all"; default flair), `grade` (HGG, LGG or
+            all; default HGG), `labels` (False for data without masks) and `split_seed`. The splits are those of
+            [`BraTSOptions`].
 
     Returns:
-        `DatasetDict` or `Dataset`; when streaming their iterable kin. Synthetic cells have arrays `volume` and
-        `labels`, files are `Nifti` columns that keep their affine.
+        A `DatasetDict` or `Dataset`, or the iterable equivalent when streaming. Synthetic cells have the array columns
+        `volume` and `labels`; files are `Nifti` columns with their affine.
 
     Raises:
-        InputError: if there are no such files, or a BraTS case lacks one.
-        ValueError: for an unknown split or option.
+        InputError: if the files do not exist, or a file of a BraTS case is missing.
+        ValueError: if the split or an option is unknown.
         ImportError: if the `datasets` library is not installed.
 
     Example:

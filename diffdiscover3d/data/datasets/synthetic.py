@@ -1,7 +1,7 @@
 """Synthetic cells: nested spheres and cuboids under pink noise, after the recipe of Hsu et al. (NeurIPS 2021).
 
-Every volume is a pure function of (variant, split, index) and of this file, whose state `GENERATOR_VERSION` counts.
-The irregular variant is ours: its recipe was never published.
+Every volume is a pure function of variant, split, index and `GENERATOR_VERSION`. The irregular variant is specific to
+this package, because the recipe of the paper was not published.
 """
 
 from dataclasses import dataclass
@@ -10,25 +10,25 @@ from functools import lru_cache
 import numpy as np
 from scipy import ndimage, special
 
-GENERATOR_VERSION = 2  # raise it whenever a single voxel of any volume changes; caches are keyed by it
+GENERATOR_VERSION = 2  # increment when any voxel of any volume changes; part of cache keys
 VARIANTS = ("regular", "irregular")
 SPLITS = {"train": 80, "validation": 20, "test": 20}
 LEVEL_PARTS = {1: 2, 2: 4, 3: 8}  # parts (with background) of each level of the hierarchy
 SHAPE = (50, 50, 50)
 
-# Of the seeds 1 to 40 the one whose 20 regular test volumes are as hard for intensity k-means as the published ones
-# (.79/.36/.16 against .808/.326/.149 on a half-resolution grid; the mean over seeds is .78/.38/.18).
+# Selected from the seeds 1 to 40: intensity k-means on the 20 regular test volumes has the Dice closest to the
+# published values (.79/.36/.16 against .808/.326/.149 on a half-resolution grid; the mean over seeds is .78/.38/.18).
 _SEED = 17
 NOISE_VARIANCE = 0.25
-_NOISE_STEP = 2.0**-16  # noise is rounded to it: last-bit differences between FFT builds cannot show
-# The irregular variant's boundaries: a smooth warp of space (voxels), and organelles contracted towards their centres
-# by up to 10 %. The strengths are calibrated: benchmarks/results/calibration.json.
+_NOISE_STEP = 2.0**-16  # rounding step of the noise, which hides last-bit differences between FFT builds
+# Boundaries of the irregular variant: a smooth warp of space (in voxels), and organelles contracted towards their
+# centres by up to 10 %. The strengths are calibrated in benchmarks/results/calibration.json.
 _FIELD_SIGMA = 3.0
 _WARP_STD = 1.5
 _CONTRACTION = 0.1
-_CANDIDATES = 4096  # placements tried at once; the first that keeps the nesting is taken
+_CANDIDATES = 4096  # placements sampled at a time; the first valid one is used
 
-# the parent part of each part of level 3, and what each part is called
+# the names of the parts of level 3, and the part of each level to which they belong
 PART_NAMES = ("background", "cell", "vesicle", "mitochondrion", "protein 1", "protein 2", "protein 3", "protein 4")
 _LEVEL_OF_PART = {1: (0, 1, 1, 1, 1, 1, 1, 1), 2: (0, 1, 2, 3, 2, 2, 3, 3), 3: (0, 1, 2, 3, 4, 5, 6, 7)}
 
@@ -47,16 +47,16 @@ class SyntheticSample:
 
 
 def synthesize(variant: str, split: str, index: int) -> SyntheticSample:
-    """Make one synthetic volume with its three levels of labels.
+    """Generate one synthetic volume with labels at three levels.
 
     Args:
-        variant: "regular" (spheres and cuboids) or "irregular" (the same cells, their boundaries bent by smooth random
+        variant: "regular" (spheres and cuboids) or "irregular" (the same cells with boundaries warped by smooth random
             fields).
         split: "train", "validation" or "test".
-        index: any non-negative integer; the published splits use 80, 20 and 20 of them.
+        index: any non-negative integer; the splits of the paper have 80, 20 and 20 volumes.
 
     Raises:
-        ValueError: for an unknown variant or split or a negative index.
+        ValueError: if the variant or split is unknown, or the index is negative.
     """
     if variant not in VARIANTS:
         raise ValueError(f"`variant` must be one of {VARIANTS}, got {variant!r}.")
@@ -69,12 +69,14 @@ def synthesize(variant: str, split: str, index: int) -> SyntheticSample:
     points = np.indices(SHAPE, dtype=np.float64) - (np.array(SHAPE).reshape(3, 1, 1, 1) - 1) / 2
     contraction = np.zeros(SHAPE)
     if variant == "irregular":
-        fields = np.random.default_rng([*key, 1])  # a stream of its own: objects, colours and noise stay the same
-        # bending space itself, rather than each surface, keeps children inside their parents
+        fields = np.random.default_rng(
+            [*key, 1]
+        )  # separate stream, so that objects, colours and noise equal the regular variant
+        # warping the coordinates, rather than each surface, preserves the nesting
         points += np.stack([smooth_field(fields, SHAPE, _FIELD_SIGMA) * _WARP_STD for _ in range(3)])
         contraction = _CONTRACTION * special.erf(np.abs(smooth_field(fields, SHAPE, _FIELD_SIGMA)) / np.sqrt(2))
     parts = _paint_parts(rng, points, contraction)
-    while len(np.unique(parts)) < len(PART_NAMES):  # a protein so small that no voxel lies in it
+    while len(np.unique(parts)) < len(PART_NAMES):  # resample if a protein contains no voxel
         parts = _paint_parts(rng, points, contraction)
     colours = rng.standard_normal(len(PART_NAMES))
     volume = (colours[parts] + pink_noise(rng, SHAPE, NOISE_VARIANCE)).astype(np.float32)
@@ -83,7 +85,7 @@ def synthesize(variant: str, split: str, index: int) -> SyntheticSample:
 
 
 def pink_noise(rng: np.random.Generator, shape: tuple[int, ...], variance: float) -> np.ndarray:
-    """Zero-mean noise with a power spectrum proportional to 1/f (f: radial frequency) and exactly this variance."""
+    """Zero-mean noise with a power spectrum proportional to 1/f (f: radial frequency), scaled to `variance`."""
     amplitude, scale = _pink_amplitude(tuple(shape))
     white = rng.standard_normal(shape)
     noise = np.fft.irfftn(np.fft.rfftn(white) * amplitude, s=shape, axes=range(len(shape))) * scale
@@ -92,7 +94,7 @@ def pink_noise(rng: np.random.Generator, shape: tuple[int, ...], variance: float
 
 
 def smooth_field(rng: np.random.Generator, shape: tuple[int, ...], sigma: float) -> np.ndarray:
-    """White noise smoothed by a periodic Gaussian of `sigma` voxels, scaled to zero mean and unit variance."""
+    """White noise smoothed by a periodic Gaussian of `sigma` voxels, standardised to zero mean and unit variance."""
     field = ndimage.gaussian_filter(rng.standard_normal(shape), sigma, mode="wrap")
     return (field - field.mean()) / field.std()
 
@@ -101,7 +103,7 @@ def smooth_field(rng: np.random.Generator, shape: tuple[int, ...], sigma: float)
 def _pink_amplitude(shape: tuple[int, ...]) -> tuple[np.ndarray, float]:
     axes = [np.fft.fftfreq(n) for n in shape[:-1]] + [np.fft.rfftfreq(shape[-1])]
     frequency = np.sqrt(sum(f**2 for f in np.meshgrid(*axes, indexing="ij")))
-    frequency[(0,) * len(shape)] = np.inf  # no mean
+    frequency[(0,) * len(shape)] = np.inf  # removes the mean
     amplitude = frequency**-0.5
     return amplitude, 1.0 / amplitude.max()
 
@@ -111,7 +113,7 @@ def _paint_parts(rng: np.random.Generator, points: np.ndarray, contraction: np.n
 
     Args:
         points: (3, H, W, D) coordinates in voxels from the centre.
-        contraction: (H, W, D) in [0, 1), by how much the organelles and what they hold shrink towards their centres.
+        contraction: (H, W, D) in [0, 1), contraction of the organelles and their proteins towards their centres.
     """
     cell_radius = rng.normal(25, 1)
     vesicle_radius = rng.normal(8, 0.5)
@@ -144,7 +146,7 @@ def _paint_parts(rng: np.random.Generator, points: np.ndarray, contraction: np.n
 
     parts = np.zeros(points.shape[1:], dtype=np.uint8)
     parts[_in_sphere(points, np.zeros(3), cell_radius)] = 1
-    # coordinates from each organelle's centre; dividing them shrinks it together with the proteins it holds
+    # coordinates relative to the centre of each organelle; dividing them contracts the organelle and its proteins
     from_vesicle = (points - vesicle.reshape(3, 1, 1, 1)) / (1 - contraction)
     from_mito = (points - mito.reshape(3, 1, 1, 1)) / (1 - contraction)
     parts[_in_sphere(from_vesicle, np.zeros(3), vesicle_radius)] = 2
@@ -156,13 +158,13 @@ def _paint_parts(rng: np.random.Generator, points: np.ndarray, contraction: np.n
 
 
 def _first_valid(draw, is_valid) -> tuple[np.ndarray, np.ndarray]:
-    """Draw pairs of centres until one pair keeps the nesting."""
+    """Sample pairs of centres until a pair is valid."""
     for _ in range(1000):
         a, b = draw()
         hits = np.flatnonzero(is_valid(a, b))
         if len(hits):
             return a[hits[0]], b[hits[0]]
-    raise RuntimeError("no placement keeps the nesting; the radii drawn leave no room.")
+    raise RuntimeError("no valid placement found for the sampled radii.")
 
 
 def _in_sphere(points: np.ndarray, centre: np.ndarray, radius: float) -> np.ndarray:

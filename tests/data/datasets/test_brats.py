@@ -106,7 +106,7 @@ def test_a_missing_mask_stops_scoring_but_not_training(tmp_path):
     options = BraTSOptions(crop=CROP)
     assert len(BraTSVolumes(root, "train", options)) == 4
     volumes = BraTSVolumes(root, "test", options)
-    with pytest.raises(InputError, match=r"BraTS2021_\d+: has no mask in .*; scores need one"):
+    with pytest.raises(InputError, match=r"BraTS2021_\d+: has no mask in .*, which is required"):
         volumes.require_masks()
 
 

@@ -1,4 +1,4 @@
-"""Writing NIfTI piece by piece: the header of a result, then its voxels in the order in which they are stored."""
+"""Streaming NIfTI writer: the header of a result, followed by its voxels in storage order."""
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,21 +15,21 @@ _LABEL_INTENT = 1002
 
 
 def output_header(source: nib.Nifti1Header, dtype: np.dtype, shape: Sequence[int], labels: bool) -> nib.Nifti1Header:
-    """The header of a result that lies on the grid of a file: its affine and codes bit for bit, but no extensions.
+    """The header of a result on the grid of a file, with a bit-exact copy of its affine and codes, without extensions.
 
     Args:
-        source: the file's header.
-        dtype: of the result's voxels; they are stored in the byte order of `source`.
-        shape: of the result, on the file's own axes.
-        labels: mark it as a label map (intent LABEL).
+        source: header of the file.
+        dtype: data type of the result; stored in the byte order of `source`.
+        shape: shape of the result on the axes of the file.
+        labels: mark the result as a label map (intent LABEL).
     """
     header = source.copy()
     header.set_data_dtype(dtype)
     header.set_data_shape(shape)
     if len(shape) == 3:
-        header["pixdim"] = source["pixdim"]  # setting the shape touches the unused ones
+        header["pixdim"] = source["pixdim"]  # `set_data_shape` modifies unused entries
     header["cal_min"] = header["cal_max"] = 0
-    header["vox_offset"] = 0  # the library puts its own
+    header["vox_offset"] = 0  # set by nibabel on writing
     header.extensions.clear()
     header.set_slope_inter(1, 0)
     header.set_intent(_LABEL_INTENT if labels else 0, name="parts" if labels else "", allow_unknown=True)
@@ -40,17 +40,17 @@ def output_header(source: nib.Nifti1Header, dtype: np.dtype, shape: Sequence[int
 
 @contextmanager
 def nifti_stream(path: str | Path, header: nib.Nifti1Header) -> Iterator[Callable[[np.ndarray], None]]:
-    """Write a file atomically: yields a function that takes its voxels in pieces, first axis fastest.
+    """Write a file atomically. Yields a function that writes the next voxels, first axis fastest.
 
     Args:
-        path: target ending in `.nii` or `.nii.gz`; the same bytes every time, however the voxels are divided.
-        header: as [`output_header`] makes it.
+        path: target path ending in `.nii` or `.nii.gz`. The bytes are reproducible and independent of the chunking.
+        header: header from [`output_header`].
 
     Raises:
-        OutputError: if it cannot be written.
+        OutputError: if the file cannot be written.
     """
     path, dtype = Path(path), header.get_data_dtype()
-    # as gzip.compress, which stores neither name nor time
+    # gzip format without file name and time stamp, as by gzip.compress
     packer = zlib.compressobj(6, zlib.DEFLATED, 31) if path.name.endswith(".gz") else None
     start = BytesIO()
     header.write_to(start)

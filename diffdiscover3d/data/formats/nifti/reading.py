@@ -1,4 +1,4 @@
-"""Read NIfTI volumes into canonical orientation, and write results back on the input's own grid."""
+"""Reading of NIfTI volumes in canonical orientation, and writing of results on the grid of the input."""
 
 import os
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
-from diffdiscover3d.data.formats.nifti.header import check_fits, check_shape, check_size, read_affine, read_header
+from diffdiscover3d.data.formats.nifti.header import check_fits, read_affine
 from diffdiscover3d.data.formats.nifti.output import nifti_stream, output_header
-from diffdiscover3d.data.formats.nifti.payload import read_payload
+from diffdiscover3d.data.formats.nifti.source import NiftiFile, open_nifti
 from diffdiscover3d.data.formats.nifti.voxels import check_contrast, check_finite, pick_volume, read_scaling, to_float32
 from diffdiscover3d.errors import InputError
 
@@ -23,14 +23,15 @@ _CANONICAL = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
 
 @dataclass(frozen=True)
 class NiftiVolume:
-    """A volume in canonical (RAS+) orientation that remembers the grid it came from.
+    """A volume in canonical (RAS+) orientation, with the grid of its file.
 
     Attributes:
-        data: (H, W, D) float32 intensities, finite, along right, anterior, superior.
-        affine: (4, 4) from voxels of `data` to millimetres.
-        header: the file's header, unchanged.
-        orientation: of the file's axes, as `nibabel.orientations.io_orientation` gives it.
-        notes: what was unusual about the file, in words for the user.
+        data: (H, W, D) finite float32 intensities in RAS+ orientation.
+        affine: (4, 4) affine from voxels of `data` to millimetres.
+        header: the unmodified header of the file.
+        orientation: orientation of the axes of the file, from `nibabel.orientations.io_orientation`.
+        notes: warnings about the file for the user.
+        sha256: hash of the file, computed while reading; `None` if the volume was not read from a file.
     """
 
     data: np.ndarray
@@ -38,14 +39,20 @@ class NiftiVolume:
     header: nib.Nifti1Header
     orientation: np.ndarray
     notes: tuple[str, ...] = ()
+    sha256: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, D) of `data`."""
+        return self.data.shape
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
-        """Edge lengths of a voxel of `data`, in mm."""
+        """Voxel size of `data` in mm."""
         return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
 
     def to_input_grid(self, array: np.ndarray) -> np.ndarray:
-        """Turn an (H, W, D, ...) array on the grid of `data` into the file's own axis order and directions."""
+        """Convert an (H, W, D, ...) array on the grid of `data` to the axis order and directions of the file."""
         return apply_orientation(array, ornt_transform(_CANONICAL, self.orientation))
 
 
@@ -57,29 +64,52 @@ def read_nifti(
     ignore_affine: bool = False,
     allow_constant: bool = False,
 ) -> NiftiVolume:
-    """Read a `.nii` or `.nii.gz` file whole, after checking its header.
+    """Validate the header of a `.nii` or `.nii.gz` file and read the volume.
 
     Args:
-        path: the file (NIfTI-1 or NIfTI-2, any data type of real numbers, either byte order).
-        volume: which volume of a 4-D or 5-D file, from 0; a single one needs no choice.
-        nan_to_zero: put 0 for NaN and Inf instead of refusing them.
-        ignore_affine: go on with the voxel grid alone where the affine is unusable.
-        allow_constant: take a volume without contrast too, such as a mask that marks nothing.
+        path: path of the file (NIfTI-1 or NIfTI-2, any real data type, either byte order).
+        volume: index of the volume in a 4-D or 5-D file, from 0; not required for a single volume.
+        nan_to_zero: replace NaN and Inf by 0 instead of raising.
+        ignore_affine: use the voxel grid alone if the affine is unusable, instead of raising.
+        allow_constant: accept a volume without contrast, such as an empty mask.
 
     Raises:
         InputError: if the file is missing, damaged, not a 3D volume of real numbers, or has no contrast.
-        MemoryLimitError: if the volume is larger than this machine's memory.
+        MemoryLimitError: if the volume does not fit into the memory of this machine.
     """
-    path = Path(path)
+    with open_nifti(path) as file:
+        return read_volume(
+            file, volume=volume, nan_to_zero=nan_to_zero, ignore_affine=ignore_affine, allow_constant=allow_constant
+        )
+
+
+def read_volume(
+    file: NiftiFile,
+    *,
+    volume: int | None = None,
+    nan_to_zero: bool = False,
+    ignore_affine: bool = False,
+    allow_constant: bool = False,
+) -> NiftiVolume:
+    """Read the voxels of an open file into memory.
+
+    Args:
+        file: file from [`open_nifti`]; its voxels can be read only once.
+        volume, nan_to_zero, ignore_affine, allow_constant: as for [`read_nifti`].
+
+    Raises:
+        InputError, MemoryLimitError: as for [`read_nifti`].
+    """
+    path, header, shape = file.path, file.header, file.shape
     notes: list[str] = []
-    header = read_header(path)
-    shape = check_shape(path, header)
-    check_size(path, header, shape)
     check_fits(path, header, shape)
     affine = read_affine(path, header, ignore_affine, notes)
     scaling = read_scaling(header, notes)
-    data = _read_data(path, header, notes)
-    data = to_float32(data[..., pick_volume(path, shape, volume, notes)], scaling)
+    dtype, offset = header.get_data_dtype(), int(header["vox_offset"])
+    payload = file.payload.read(offset, int(np.prod(shape)) * dtype.itemsize, notes)
+    sha256 = file.payload.sha256()
+    stored = np.frombuffer(payload, dtype=dtype).reshape(*shape[:3], -1, order="F")
+    data = to_float32(stored[..., pick_volume(path, shape, volume, notes)], scaling)
     finite = np.isfinite(data)
     bad = data.size - int(np.count_nonzero(finite))
     check_finite(path, bad, data.size, nan_to_zero, notes)
@@ -90,19 +120,20 @@ def read_nifti(
     orientation = io_orientation(affine)
     canonical_affine = affine @ inv_ornt_aff(orientation, data.shape)
     data = np.ascontiguousarray(apply_orientation(data, orientation))
-    return NiftiVolume(data, canonical_affine, header, orientation, tuple(notes))
+    return NiftiVolume(data, canonical_affine, header, orientation, tuple(notes), sha256)
 
 
 def write_like(path: str | Path, array: np.ndarray, like: NiftiVolume, *, labels: bool = False) -> None:
-    """Write an array lying on the grid of `like.data` as NIfTI, on the grid, affine and codes of its file.
+    """Write an array on the grid of `like.data` as NIfTI, with the grid, affine and codes of the file of `like`.
 
     Args:
-        path: target ending in `.nii` or `.nii.gz`; written atomically, the same bytes every time.
+        path: target path ending in `.nii` or `.nii.gz`; written atomically, with reproducible bytes.
         array: (H, W, D) or (H, W, D, C).
-        labels: mark it as a label map (intent LABEL).
+        like: volume that defines the grid.
+        labels: mark the file as a label map (intent LABEL).
 
     Raises:
-        OutputError: if it cannot be written.
+        OutputError: if the file cannot be written.
     """
     array = like.to_input_grid(array)
     with nifti_stream(path, output_header(like.header, array.dtype, array.shape, labels)) as write:
@@ -113,7 +144,7 @@ def write_like(path: str | Path, array: np.ndarray, like: NiftiVolume, *, labels
 def write_volume(
     path: str | Path, array: np.ndarray, affine: np.ndarray | None = None, *, labels: bool = False
 ) -> None:
-    """Write a new (H, W, D) volume or label map with the given affine (default: 1 mm, RAS)."""
+    """Write an (H, W, D) volume or label map with the given affine (default: 1 mm, RAS+)."""
     affine = np.eye(4) if affine is None else affine
     header = nib.Nifti1Image(np.zeros((1, 1, 1), np.uint8), affine).header
     header.set_xyzt_units("mm")
@@ -121,23 +152,23 @@ def write_volume(
 
 
 def as_volume_tensor(volume) -> "torch.Tensor":
-    """Bring whatever a user has to a (B, 1, H, W, D) float32 tensor of raw intensities.
+    """Convert a file, image or array to a (B, 1, H, W, D) float32 tensor of raw intensities.
 
     Args:
-        volume: a path or nibabel image (brought to canonical orientation), a [`NiftiVolume`], or an array or tensor
-            of shape (H, W, D), (B, H, W, D) or (B, 1, H, W, D).
+        volume: a path or nibabel image (reoriented to RAS+), a [`NiftiVolume`], or an array or tensor of shape
+            (H, W, D), (B, H, W, D) or (B, 1, H, W, D).
 
     Raises:
-        InputError: if the file cannot be read, or the array is not of such a shape.
+        InputError: if the file cannot be read, or the shape or data type is not supported.
     """
-    import torch  # here, because a bad file is refused before torch is imported
+    import torch  # lazy, so that invalid files are reported before the slow import
 
     if isinstance(volume, str | os.PathLike):
         volume = read_nifti(volume)
-    volume = getattr(volume, "nifti_image", volume)  # the datasets library's wrapper cannot be reoriented itself
+    volume = getattr(volume, "nifti_image", volume)  # unwrap images of the datasets library
     if isinstance(volume, nib.spatialimages.SpatialImage):
-        if volume.get_data_dtype().kind == "c":  # asking nibabel for float32 would drop the imaginary part
-            raise InputError("the image must hold real numbers, got complex ones; take their magnitude.")
+        if volume.get_data_dtype().kind == "c":  # converting to float32 would discard the imaginary part
+            raise InputError("the image must have real values, got complex values; use their magnitude.")
         image = nib.as_closest_canonical(volume)
         volume = np.asarray(image.dataobj, dtype=np.float32)
         volume = (
@@ -145,15 +176,15 @@ def as_volume_tensor(volume) -> "torch.Tensor":
         )
         if volume.ndim != 3:
             raise InputError(
-                f"the image must hold one 3D volume, got shape {volume.shape}; pick one, as image.slicer[..., 0]."
+                f"the image must contain one 3D volume, got shape {volume.shape}; select one, as image.slicer[..., 0]."
             )
     if isinstance(volume, NiftiVolume):
         volume = volume.data
-    if isinstance(volume, np.ndarray):  # torch takes neither negative strides nor the other byte order
+    if isinstance(volume, np.ndarray):  # torch supports neither negative strides nor non-native byte orders
         volume = np.ascontiguousarray(volume, dtype=volume.dtype.newbyteorder("="))
     tensor = torch.as_tensor(volume)
     if tensor.is_complex():
-        raise InputError("the volume must hold real numbers, got complex ones; take their magnitude.")
+        raise InputError("the volume must have real values, got complex values; use their magnitude.")
     if tensor.ndim == 3:
         tensor = tensor[None, None]
     elif tensor.ndim == 4:
@@ -163,10 +194,3 @@ def as_volume_tensor(volume) -> "torch.Tensor":
             f"a volume must be (H, W, D), (B, H, W, D) or (B, 1, H, W, D), got shape {tuple(tensor.shape)}."
         )
     return tensor.float()
-
-
-def _read_data(path: Path, header, notes: list[str]) -> np.ndarray:
-    """The stored numbers, whole."""
-    dtype, shape, offset = header.get_data_dtype(), header.get_data_shape(), int(header["vox_offset"])
-    payload = read_payload(path, offset, int(np.prod(shape)) * dtype.itemsize, notes)
-    return np.frombuffer(payload, dtype=dtype).reshape(*shape[:3], -1, order="F")

@@ -1,6 +1,7 @@
-"""Scans larger than memory: opened after the checks of `read_nifti`, then read by regions."""
+"""Region-wise access to scans larger than memory, with the validation of `read_nifti`."""
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,9 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import inv_ornt_aff, io_orientation
 
-from diffdiscover3d.data.formats.nifti.header import check_shape, check_size, read_affine, read_header
-from diffdiscover3d.data.formats.nifti.payload import unpack_payload
-from diffdiscover3d.data.formats.nifti.raw_grid import RawGrid, Region
+from diffdiscover3d.data.formats.nifti.header import read_affine
+from diffdiscover3d.data.formats.nifti.raw_grid import SLAB_VOXELS, RawGrid, Region
+from diffdiscover3d.data.formats.nifti.source import NiftiFile, open_nifti
 from diffdiscover3d.data.formats.nifti.voxels import check_contrast, check_finite, pick_volume, read_scaling, to_float32
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.utils.files import scratch_file
@@ -20,16 +21,18 @@ from diffdiscover3d.utils.files import scratch_file
 
 @dataclass(frozen=True)
 class SlabScan:
-    """An open scan in canonical (RAS+) orientation, of which only what is asked for is read.
+    """An open scan in canonical (RAS+) orientation that is read region by region.
 
     Attributes:
-        path: its file.
-        grid: the stored numbers.
-        affine: (4, 4) from canonical voxels to millimetres.
-        header: the file's header, unchanged.
-        scaling: slope and intercept of the stored numbers, `None` for 1 and 0.
-        low, high: the smallest and the largest value of the whole scan.
-        notes: what was unusual about the file, in words for the user.
+        path: path of the file.
+        grid: the stored values.
+        affine: (4, 4) affine from canonical voxels to millimetres.
+        header: the unmodified header of the file.
+        scaling: slope and intercept of the stored values, `None` for 1 and 0.
+        low, high: minimum and maximum of the whole scan.
+        notes: warnings about the file for the user.
+        sha256: of the file's bytes, hashed while they were read.
+        private: the voxels are a decompressed copy, which nothing else can change.
     """
 
     path: Path
@@ -40,102 +43,151 @@ class SlabScan:
     low: np.float32
     high: np.float32
     notes: tuple[str, ...]
+    sha256: str
+    private: bool
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(H, W, D), in canonical orientation."""
+        """(H, W, D) in canonical orientation."""
         return self.grid.canonical_shape
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
-        """Edge lengths of a voxel along the canonical axes, in mm."""
+        """Voxel size along the canonical axes, in mm."""
         return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
 
     def read(self, region: Region) -> np.ndarray:
-        """The values in a region, (h, w, d) float32, finite.
+        """Read the values in a region as finite (h, w, d) float32.
 
         Raises:
-            InputError: if the file cannot be read any more.
+            InputError: if the file cannot be read.
         """
         values = to_float32(_reading(self.path, self.grid.read, region), self.scaling)
-        finite = np.isfinite(values)  # what is not was refused, or is to be 0
+        finite = np.isfinite(values)  # non-finite values only occur with `nan_to_zero`
         return values if finite.all() else np.where(finite, values, np.float32(0))
 
     def normalized(self, region: Region) -> np.ndarray:
-        """The same, with the whole scan's smallest value at 0 and its largest at 1."""
+        """Read the values in a region, min-max normalised by the range of the whole scan."""
         return (self.read(region) - self.low) / (self.high - self.low)
+
+    def check_unchanged(self) -> None:
+        """Hash an uncompressed file again to detect changes since it was opened.
+
+        Raises:
+            InputError: if the file has changed.
+        """
+        if not self.private and _reading(self.path, _sha256, self.grid.file) != self.sha256:
+            raise InputError(
+                f"{self.path}: changed while it was being read; run again when it is no longer written to."
+            )
 
 
 @contextmanager
-def open_slabs(
-    path: str | Path,
+def open_slabs(path: str | Path, scratch: str | Path, **reading) -> Iterator[SlabScan]:
+    """Open a `.nii` or `.nii.gz` file for region-wise access, after one pass over its bytes to validate them.
+
+    Args:
+        path, scratch, reading: as for [`stream_volume`].
+
+    Raises:
+        InputError, OutputError: as for [`stream_volume`].
+    """
+    with open_nifti(path) as file, stream_volume(file, scratch, **reading) as scan:
+        yield scan
+
+
+@contextmanager
+def stream_volume(
+    file: NiftiFile,
     scratch: str | Path,
     *,
     volume: int | None = None,
     nan_to_zero: bool = False,
     ignore_affine: bool = False,
 ) -> Iterator[SlabScan]:
-    """Open a `.nii` or `.nii.gz` file that need not fit into memory, after passing once over its voxels.
+    """Validate the voxels of an open file in one pass over its bytes and provide region-wise access.
 
     Args:
-        path: the file, as for [`read_nifti`].
-        scratch: folder for the decompressed voxels of a `.nii.gz`, in a file without a name.
+        file: file from [`open_nifti`]; its voxels can be read only once.
+        scratch: folder for the decompressed voxels of a `.nii.gz`, which are written to an anonymous file.
         volume, nan_to_zero, ignore_affine: as for [`read_nifti`].
 
     Raises:
-        InputError: as [`read_nifti`].
-        OutputError: if the disk cannot take the decompressed voxels.
+        InputError: as for [`read_nifti`].
+        OutputError: if the decompressed voxels cannot be written.
     """
-    path, notes, chosen = Path(path), [], []
-    header = read_header(path)
-    shape = check_shape(path, header)
-    check_size(path, header, shape)
+    path, header, shape, notes, chosen = file.path, file.header, file.shape, [], []
     affine = read_affine(path, header, ignore_affine, notes)
     orientation = io_orientation(affine)
     scaling = read_scaling(header, notes)
     number = pick_volume(path, shape, volume, chosen)
+    dtype, offset = header.get_data_dtype(), int(header["vox_offset"])
+    volume_bytes = int(np.prod(shape[:3])) * dtype.itemsize
+    selection = range(number * volume_bytes, (number + 1) * volume_bytes)
     with ExitStack() as stack:
-        file, offset = _open_voxels(path, header, shape, number, Path(scratch), notes, stack)
-        grid = RawGrid(file, shape[:3], header.get_data_dtype(), orientation, offset)
+        unpacked = stack.enter_context(scratch_file(Path(scratch), volume_bytes)) if path.name.endswith(".gz") else None
+        values, at = _Range(dtype, scaling), 0
+        for piece in file.payload.pieces(offset, int(np.prod(shape)) * dtype.itemsize, notes):
+            first, last = max(selection.start - at, 0), min(selection.stop - at, len(piece))
+            own = memoryview(piece)[first : max(first, last)]
+            if unpacked:
+                with unpacked.writing():
+                    _write_all(unpacked.raw, own)
+            values.add(own)
+            at += len(piece)
         notes += chosen
-        low, high = _survey(path, grid, scaling, nan_to_zero, notes)
-        canonical_affine = affine @ inv_ornt_aff(orientation, shape[:3])
-        yield SlabScan(path, grid, canonical_affine, header, scaling, low, high, tuple(notes))
+        check_finite(path, values.bad, int(np.prod(shape[:3])), nan_to_zero, notes)
+        check_contrast(path, float(values.low), float(values.high))
+        raw, start = (unpacked.raw, 0) if unpacked else (file.payload.raw, offset + selection.start)
+        yield SlabScan(
+            path,
+            RawGrid(raw, shape[:3], dtype, orientation, start),
+            affine @ inv_ornt_aff(orientation, shape[:3]),
+            header,
+            scaling,
+            values.low,
+            values.high,
+            tuple(notes),
+            file.payload.sha256(),
+            unpacked is not None,
+        )
 
 
-def _open_voxels(
-    path: Path, header, shape: Sequence[int], number: int, scratch: Path, notes: list[str], stack: ExitStack
-) -> tuple[BinaryIO, int]:
-    """A file that holds the voxels as they are, and where in it the chosen volume begins."""
-    offset, size = int(header["vox_offset"]), header.get_data_dtype().itemsize
-    volume_bytes = int(np.prod(shape[:3])) * size
-    if not path.name.endswith(".gz"):
-        return stack.enter_context(_reading(path, open, path, "rb", buffering=0)), offset + number * volume_bytes
-    file = stack.enter_context(scratch_file(scratch, volume_bytes))
-    wanted = range(number * volume_bytes, (number + 1) * volume_bytes)
-    with file.writing():
-        unpack_payload(path, offset, int(np.prod(shape)) * size, wanted, file.raw, notes)
-    return file.raw, 0
+class _Range:
+    """Running minimum and maximum, and number of NaN and Inf voxels."""
+
+    def __init__(self, dtype: np.dtype, scaling: tuple[float, float] | None):
+        self._dtype, self._scaling = dtype, scaling
+        self.low, self.high, self.bad = np.float32(np.inf), np.float32(-np.inf), 0
+
+    def add(self, stored: memoryview) -> None:
+        """Add the bytes of complete voxels. Non-finite values count as 0."""
+        numbers = np.frombuffer(stored, self._dtype)
+        for start in range(0, len(numbers), SLAB_VOXELS):
+            values = to_float32(numbers[start : start + SLAB_VOXELS], self._scaling)
+            finite = np.isfinite(values)
+            if not finite.all():
+                self.bad += values.size - int(np.count_nonzero(finite))
+                values = np.where(finite, values, np.float32(0))
+            self.low, self.high = min(self.low, values.min()), max(self.high, values.max())
 
 
-def _survey(path: Path, grid: RawGrid, scaling, nan_to_zero: bool, notes: list[str]) -> tuple[np.float32, np.float32]:
-    """The smallest and the largest value, once all have been looked at."""
-    low, high, bad = np.float32(np.inf), np.float32(-np.inf), 0
-    for start, stop in grid.slabs():
-        values = to_float32(_reading(path, grid.read_planes, start, stop), scaling)
-        finite = np.isfinite(values)
-        if not finite.all():
-            bad += values.size - int(np.count_nonzero(finite))
-            values = np.where(finite, values, np.float32(0))
-        low, high = min(low, values.min()), max(high, values.max())
-    check_finite(path, bad, int(np.prod(grid.shape)), nan_to_zero, notes)
-    check_contrast(path, float(low), float(high))
-    return low, high
+def _write_all(file: BinaryIO, rest: memoryview) -> None:
+    while rest:  # an unbuffered write may be partial
+        rest = rest[file.write(rest) :]
 
 
-def _reading(path: Path, call, *arguments, **options):
-    """Call what reads the scan: that it fails later on is the scan's fault, not that of a result."""
+def _sha256(file: BinaryIO) -> str:
+    file.seek(0)
+    digest = hashlib.sha256()
+    while piece := file.read(2**22):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _reading(path: Path, call, *arguments):
+    """Call a function that reads the scan and convert an OSError to an InputError."""
     try:
-        return call(*arguments, **options)
+        return call(*arguments)
     except OSError as error:
         raise InputError(f"{path}: its data cannot be read ({error}); copy it again.") from error

@@ -399,8 +399,8 @@ def test_arrays_that_are_no_scan(tmp_path, make_nifti, name):
 
 HEADER_DAMAGE = {
     "negative dimension": ((40, "<8h", 3, -5, 6, 7, 1, 1, 1, 1), "shape|damaged"),
-    "empty axis": ((40, "<8h", 3, 0, 6, 7, 1, 1, 1, 1), "impossible shape"),
-    "dim[0] zero": ((40, "<h", 0), "impossible shape|damaged"),
+    "empty axis": ((40, "<8h", 3, 0, 6, 7, 1, 1, 1, 1), "invalid shape"),
+    "dim[0] zero": ((40, "<h", 0), "invalid shape|damaged"),
     "dim[0] nine": ((40, "<h", 9), "shape|damaged"),
     "unknown type": ((70, "<h", 999), "damaged"),
     "magic": ((344, "<4s", b"XXXX"), "magic|damaged"),

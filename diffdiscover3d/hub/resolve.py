@@ -1,0 +1,145 @@
+"""Resolve a discovery network once: its folder, levels, configuration and weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from diffdiscover3d.errors import ModelError
+from diffdiscover3d.hub.download import fetch_snapshot
+from diffdiscover3d.hub.registry import check_source, embedded_models, find_discovery, load_discovery
+from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+from diffdiscover3d.models.window_layout import hierarchy
+from diffdiscover3d.utils.files import read_model_json
+from diffdiscover3d.utils.provenance import weights_sha256
+
+DEFAULT_LEVEL = 2
+WORKING_GRID_FILE = "working_grid.json"
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A discovery network whose files are on this machine.
+
+    Attributes:
+        name: as the user gave it: an embedded model's name, a folder, or a Hub id.
+        revision: of a Hub id, as the user gave it.
+        folder: that holds `config.json` and the weights.
+        commit: of the Hub snapshot; `None` for other models.
+        config: the contents of `config.json`.
+        working_grid: the grid that scans are resampled to first; `None` if they keep their own.
+    """
+
+    name: str
+    revision: str | None
+    folder: Path
+    commit: str | None
+    config: dict
+    working_grid: tuple[int, int, int] | None
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The levels of a nested network, 1 the coarsest; empty for a single network."""
+        return tuple(range(1, count + 1)) if (count := len(hierarchy(self.config))) > 1 else ()
+
+    @cached_property
+    def weights_sha256(self) -> dict[str, str]:
+        """The sha256 of every safetensors file, by its path in the folder."""
+        return weights_sha256(self.folder)
+
+    def choose_levels(self, level: int | str | None) -> tuple[int | None, ...]:
+        """The levels meant by a number, "all" or `None`; see [`choose_levels`]."""
+        return choose_levels(self.name, self.levels, level)
+
+    def level_config(self, level: int | None = None) -> dict | None:
+        """The configuration of one level; `None` if it is not that of a discovery network.
+
+        Args:
+            level: 1 the coarsest; default: the finest.
+        """
+        levels = hierarchy(self.config)
+        config = levels[-1 if level is None else min(level, len(levels)) - 1]
+        return config if {"num_parts", "channels", "window_size"} <= config.keys() else None
+
+    def load(self, levels: Sequence[int | None], device: torch.device) -> dict[int | None, StructureDiscoveryModel]:
+        """The networks of some levels. Those of one hierarchy share their weights, which are read once.
+
+        Raises:
+            ModelError: if the files are damaged.
+        """
+        if len(levels) == 1:
+            return {levels[0]: load_discovery(str(self.folder), levels[0]).to(device)}
+        networks = load_discovery(str(self.folder)).to(device).levels
+        return {level: networks[level - 1] for level in levels}
+
+    def describe(self, level: int | None) -> dict:
+        """What a sidecar records about the model, as JSON values."""
+        described = {"id": self.name, "level": level, "revision": self.revision}
+        if self.commit is not None:
+            described["commit"] = self.commit
+        return {**described, "sha256": self.weights_sha256}
+
+
+def resolve_model(name: str, revision: str | None = None) -> ResolvedModel:
+    """Find a discovery network; a Hub repository is fetched, or taken from the cache.
+
+    Args:
+        name: an embedded model's name, a folder, or a Hub id.
+        revision: branch, tag or commit of a Hub id.
+
+    Raises:
+        ModelError: if there is no such model, or a file that describes it is damaged.
+        NetworkError: if the Hub cannot be reached and the cache does not hold it.
+    """
+    commit = None
+    if name in embedded_models():
+        folder = embedded_models()[name].discovery
+    else:
+        check_source(StructureDiscoveryModel, folder := find_discovery(Path(name)), name, "config.json", revision)
+        if not folder.is_dir():
+            folder = fetch_snapshot(name, revision=revision)
+            commit = folder.name  # the cache names a snapshot's folder after its commit
+    config = read_model_json(folder / "config.json")
+    coarser = config.get("parent")
+    while coarser is not None:
+        if not isinstance(coarser, dict):
+            raise ModelError(f"{folder / 'config.json'}: `parent` must be a configuration, got {coarser!r:.60}.")
+        coarser = coarser.get("parent")
+    return ResolvedModel(name, revision, folder, commit, config, _read_working_grid(folder))
+
+
+def choose_levels(name: str, known: Sequence[int], level: int | str | None) -> tuple[int | None, ...]:
+    """The levels meant by a number, "all" or `None` (the default); `(None,)` for a model without levels.
+
+    Args:
+        name: of the model, for messages.
+        known: its levels, empty for a single network.
+
+    Raises:
+        ModelError: if the model has no such level.
+    """
+    if level == "all":
+        return tuple(sorted(known)) or (None,)
+    if level is None:
+        if not known:
+            return (None,)
+        level = DEFAULT_LEVEL if DEFAULT_LEVEL in known else min(known)
+    if known and level not in known:
+        raise ModelError(f"{name} has the levels {sorted(known)}, not {level}.")
+    return (int(level),)
+
+
+def _read_working_grid(folder: Path) -> tuple[int, int, int] | None:
+    """The grid that [`discover`] trained the network on, if its scans were resampled to one."""
+    file = folder / WORKING_GRID_FILE
+    if not file.is_file():
+        return None
+    try:
+        grid = read_model_json(file)["grid"]
+        if grid is not None and not (len(grid) == 3 and all(isinstance(n, int) and n > 1 for n in grid)):
+            raise ValueError(f"`grid` must be three integers > 1, got {grid}")
+    except (ModelError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file}: not readable ({error}); remove it to segment at full resolution.") from error
+    return tuple(grid) if grid else None

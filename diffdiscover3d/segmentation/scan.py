@@ -1,0 +1,189 @@
+"""Segment one scan: find its parts at every level, and write all of its files or none."""
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
+from diffdiscover3d.data.formats.nifti.slabs import SlabScan
+from diffdiscover3d.reporting.page import ShownLevel, ShownScan, shown_grid, shown_voxels, write_page
+from diffdiscover3d.reporting.parts import PartStatistics, nest_counts
+from diffdiscover3d.reporting.pictures import save_cuts
+from diffdiscover3d.reporting.tables import (
+    COLUMNS,
+    STATISTICS_COLUMNS,
+    write_itksnap_labels,
+    write_part_table,
+    write_slicer_colours,
+)
+from diffdiscover3d.segmentation.in_memory import InMemoryFinder
+from diffdiscover3d.segmentation.job import FoundParts, PartFinder, ScanJob, SegmentedFile
+from diffdiscover3d.segmentation.out_of_core import OutOfCoreFinder
+from diffdiscover3d.segmentation.outputs import LevelFiles
+from diffdiscover3d.utils.files import staged_folder, write_json
+from diffdiscover3d.utils.provenance import peak_memory_mib
+
+
+@dataclass(frozen=True)
+class ScanResults:
+    """What was found in one scan; its files and its report are made from this.
+
+    Attributes:
+        scan: in memory or on disk.
+        finder: that found the parts.
+        found: the parts, by level.
+        parts: the statistics of every part, by level.
+        links: which part is nested in which, see [`nest_levels`].
+    """
+
+    scan: NiftiVolume | SlabScan
+    finder: PartFinder
+    found: dict[int | None, FoundParts]
+    parts: dict[int | None, list[PartStatistics]]
+    links: list[dict]
+
+
+def segment_scan(job: ScanJob, scan: NiftiVolume | SlabScan) -> SegmentedFile:
+    """Segment one scan at every level and write its results; on an error none of them is left, and older ones stay.
+
+    Args:
+        job: what to do, and which files to write.
+        scan: in memory as [`read_volume`] reads it, or on disk as [`stream_volume`] opens it.
+
+    Raises:
+        InputError: if the scan's file changes while it is read by regions.
+        MemoryLimitError: if the scan, or a window of it, does not fit into the device's memory.
+        OutputError: if a file cannot be written, or the disk cannot hold the temporary files.
+    """
+    case = job.case
+    with staged_folder(case.folder) as folder, ExitStack() as scratch:
+
+        def staged(path: Path) -> Path:
+            return folder / path.name
+
+        clock = time.perf_counter()
+        if isinstance(scan, NiftiVolume):
+            finder: PartFinder = InMemoryFinder(job, scan)
+        else:
+            finder = OutOfCoreFinder(job, scan, folder, scratch)
+        found: dict[int | None, FoundParts] = {}
+        parts: dict[int | None, list[PartStatistics]] = {}
+        recorded: dict[int | None, dict] = {}
+        for level, files in case.levels.items():
+            job.stages.show("finding the parts" + (f" of level {level}" if len(case.levels) > 1 else ""))
+            found[level] = finder.find(level)
+            found[level].write(staged(files.labels), staged(files.probabilities) if files.probabilities else None)
+            parts[level] = found[level].statistics(topology=job.extras.statistics or case.report is not None)
+            listed = parts[level] if job.extras.statistics else [replace(p, components=None) for p in parts[level]]
+            recorded[level] = {**_write_tables(files, staged, listed), **found[level].recorded}
+            job.stages.done()
+        job.stages.show("writing the results")
+        results = ScanResults(scan, finder, found, parts, _nest(found))
+        if case.tree:
+            write_json(staged(case.tree), {"input": case.input.name, "tree": results.links})
+        if case.preview:
+            _save_preview(staged(case.preview), results)
+        finder.check_unchanged()
+        seconds = job.read_seconds + time.perf_counter() - clock
+        sidecars = _write_sidecars(job, staged, results, recorded, seconds)
+        if case.report:
+            _write_report(staged(case.report), case.input.name, results, sidecars)
+        job.stages.done()
+    first = next(iter(case.levels))
+    return SegmentedFile(
+        case.input,
+        case.levels[first].labels,
+        case.levels[first].sidecar,
+        case.preview,
+        _fractions(parts[first]),
+        tuple(finder.notes),
+        seconds,
+        case.levels,
+        case.tree,
+        case.report,
+    )
+
+
+def _fractions(parts: Sequence[PartStatistics]) -> tuple[float, ...]:
+    total = sum(p.voxels for p in parts)
+    return tuple(p.voxels / total for p in parts)
+
+
+def _write_tables(files: LevelFiles, staged: Callable[[Path], Path], parts: Sequence[PartStatistics]) -> dict:
+    """Write the tables of a level's parts; return the sidecar's entries about the parts and the table's columns."""
+    write_part_table(staged(files.table), parts)
+    if files.itksnap:
+        write_itksnap_labels(staged(files.itksnap), len(parts))
+    if files.slicer:
+        write_slicer_colours(staged(files.slicer), len(parts))
+    return {
+        "parts": [{"index": k, "fraction": round(f, 6)} for k, f in enumerate(_fractions(parts))],
+        **COLUMNS,
+        **(STATISTICS_COLUMNS if parts[0].components is not None else {}),
+    }
+
+
+def _nest(found: Mapping[int | None, FoundParts]) -> list[dict]:
+    """The links of [`nest_levels`]."""
+    links = []
+    for (coarse, above), (fine, below) in itertools.pairwise(found.items()):
+        links += nest_counts(fine, coarse, below.count_pairs(above))
+    return links
+
+
+def _save_preview(path: Path, results: ScanResults) -> None:
+    found = results.found
+    save_cuts(
+        path,
+        [results.finder.middle_slices()] * len(found),
+        [parts.middle_slices() for parts in found.values()],
+        spacing_mm=results.scan.spacing_mm,
+        titles=[f"level {level}" for level in found] if len(found) > 1 else None,
+        num_parts=max(parts.num_parts for parts in found.values()),
+    )
+
+
+def _write_sidecars(
+    job: ScanJob,
+    staged: Callable[[Path], Path],
+    results: ScanResults,
+    recorded: Mapping[int | None, dict],
+    seconds: float,
+) -> dict[int | None, dict]:
+    """Write the sidecar of every level; return their contents.
+
+    Args:
+        recorded: by level, the entries about its parts and its table.
+    """
+    scan = results.scan
+    source = {"name": job.case.input.name, "sha256": scan.sha256, "shape": list(scan.header.get_data_shape())}
+    sidecars = {}
+    for level, files in job.case.levels.items():
+        sidecars[level] = {
+            **job.provenance[level],
+            "input": source,
+            **recorded[level],
+            "notes": list(results.finder.notes),
+            "seconds": round(seconds, 3),
+            "peak_memory_mib": peak_memory_mib(),
+        }
+        write_json(staged(files.sidecar), sidecars[level])
+    return sidecars
+
+
+def _write_report(path: Path, name: str, results: ScanResults, sidecars: Mapping[int | None, dict]) -> None:
+    """Write the report from what was found and measured; no result is read back."""
+    scan = results.scan
+    grid = shown_grid(scan.shape)
+    picks = shown_voxels(scan.shape, grid)
+    levels = [
+        ShownLevel(
+            level if len(results.found) > 1 else None, sidecars[level], results.parts[level], found.sample(picks)
+        )
+        for level, found in results.found.items()
+    ]
+    shown = ShownScan(name, scan.shape, scan.affine, results.finder.shrink(grid), scan.notes)
+    write_page(path, shown, levels, results.links)
