@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from diffdiscover3d.cli.options import Model, OutputFolder, Overwrite
+from diffdiscover3d.cli.options import Device, Model, OutputFolder, Overwrite
 
 
 def synthesize(
@@ -58,7 +58,7 @@ def benchmark(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for models, scores and tables.")] = Path(
         "benchmark"
     ),
-    table: Annotated[int, typer.Option(min=1, max=2, help="1: methods and ablations; 2: decoder stages.")] = 1,
+    table: Annotated[int, typer.Option(min=1, max=3, help="1: methods; 2: decoder stages; 3: BraTS.")] = 1,
     method: Annotated[list[str] | None, typer.Option(help="Only this row; repeatable.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="regular or irregular; repeatable (default: both).")] = None,
     level: Annotated[list[int] | None, typer.Option(min=1, max=3, help="Only this level; repeatable.")] = None,
@@ -68,11 +68,26 @@ def benchmark(
         str | None, typer.Option(help="Diffusion model to use (default: train one for each variant).")
     ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    med3d: Annotated[
+        str | None, typer.Option(help="MedicalNet's ResNet-50 weights: file or Hub id (default: rows left out).")
+    ] = None,
+    brats: Annotated[Path | None, typer.Option(help="Folder of a BraTS edition, for table 3.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER or Hub id of a trained network, for table 3; repeatable.")
+    ] = None,
+    device: Device = "auto",
 ) -> None:
     """Reproduce a table of the paper: train, score, write JSON, Markdown and PNG. Can be interrupted and resumed."""
     from diffdiscover3d.evaluation.paper_methods import TABLES
     from diffdiscover3d.evaluation.paper_tables import benchmark as run
     from diffdiscover3d.reporting.score_tables import format_table
+    from diffdiscover3d.segmentation.driver import choose_device
+
+    shared = {"recipe": recipe, "teacher": teacher, "split": split, "med3d": med3d}
+    shared["device"] = str(choose_device(device))
+    if table == 3:
+        _brats_table(output, brats, method, seed, model, shared)
+        return
 
     def show(row: dict, number: int, count: int) -> None:
         print(
@@ -88,8 +103,40 @@ def benchmark(
         level or (1, 2, 3),
         seed or (0,),
         progress_callback=show,
-        recipe=recipe,
-        teacher=teacher,
-        split=split,
+        **shared,
     )
     print("\n" + format_table(result["summary"]))
+    _print_missing(result["missing"])
+
+
+def _brats_table(
+    output: Path,
+    brats: Path | None,
+    methods: list[str] | None,
+    seeds: list[int] | None,
+    models: list[str] | None,
+    shared,
+) -> None:
+    from diffdiscover3d.cli.brats import named_models
+    from diffdiscover3d.evaluation.brats_table import brats_table, format_brats_table
+    from diffdiscover3d.evaluation.paper_methods import TABLES
+
+    if brats is None:
+        raise ValueError("table 3 needs --brats FOLDER, the unpacked training set of a BraTS edition.")
+    if len(seeds or (0,)) > 1:
+        raise ValueError(f"table 3 takes one --seed, got {len(seeds)}; run it once for each, with its own --output.")
+    seed = seeds[0] if seeds else 0
+
+    def show(row: dict, number: int, count: int) -> None:
+        print(f"[{number}/{count}] {row['title']}: Dice {row['raw']['dice']:.3f}", flush=True)
+
+    result = brats_table(
+        output, brats, methods or TABLES[3], named_models(models), seed=seed, progress_callback=show, **shared
+    )
+    print("\n" + format_brats_table(result["rows"]))
+    _print_missing(result["missing"])
+
+
+def _print_missing(methods: list[str]) -> None:
+    if methods:
+        print(f"Missing, for want of weights (--med3d, --teacher): {', '.join(methods)}.")
