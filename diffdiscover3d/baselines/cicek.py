@@ -12,6 +12,7 @@ from diffdiscover3d.baselines.base import TrainedBaseline, place
 from diffdiscover3d.baselines.fitting import Schedule
 from diffdiscover3d.baselines.supervision import HIDDEN, best_numbering_loss, class_weights, sparse_cross_entropy
 from diffdiscover3d.data.transforms import pad_to_multiple
+from diffdiscover3d.models.cpu_kernels import precise_if_small
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,12 @@ class Cicek(TrainedBaseline):
         c = self.config
         network = self.seeded(lambda: make_unet(c.channels, 1, self.num_parts)).to(self.device)
         weights = class_weights(volumes, self.num_parts).to(self.device)
+        stride = 2 ** (len(c.channels) - 1)
 
         def loss(_) -> torch.Tensor:
             x, labels = (t.to(self.device) for t in draw_labelled(volumes, c.batch_size, c.crop, c.max_gamma))
-            logits = network(x)
+            with precise_if_small(x, stride):
+                logits = network(x)
             return best_numbering_loss(lambda y: sparse_cross_entropy(logits, y, weights), labels, self.num_parts)
 
         schedule = Schedule(c.steps, c.learning_rate, decay="cosine", bf16=c.bf16)

@@ -125,17 +125,24 @@ def _resume(
         raise ModelError(
             f"{checkpoints[-1]}: made with other settings ({state.get('identity')}); remove {folder} to train again."
         )
-    try:
-        network.load_state_dict(tensors["model"])
-    except RuntimeError as error:
-        raise ModelError(f"{checkpoints[-1]}: does not fit the network ({error}); remove {folder}.") from error
+    own, stored = _tensors(network), tensors["model"]
+    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in stored.items()}:
+        raise ModelError(f"{checkpoints[-1]}: does not fit the network; remove {folder} to train again.")
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(stored[name])
     unpack_optimizer(optimizer, tensors["optimizer"])
     return state["step"], float(state["seconds"])
 
 
+def _tensors(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, each once: some networks of MONAI have two names for a layer."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
 def _save(network: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, step: int, state: dict) -> None:
     older = list_checkpoints(folder)
-    tensors = {"model": network.state_dict(), "optimizer": pack_optimizer(optimizer)}
+    tensors = {"model": _tensors(network), "optimizer": pack_optimizer(optimizer)}
     save_checkpoint(folder, step, tensors, state)
     for path in older:
         shutil.rmtree(path, ignore_errors=True)

@@ -13,6 +13,7 @@ from diffdiscover3d.baselines.base import TrainedBaseline, place
 from diffdiscover3d.baselines.cicek import draw_labelled, label_volume
 from diffdiscover3d.baselines.fitting import Schedule
 from diffdiscover3d.baselines.supervision import HIDDEN, best_numbering_loss
+from diffdiscover3d.models.cpu_kernels import precise_if_small
 
 _BLOCKS_DOWN, _BLOCKS_UP = (1, 2, 2, 4), (1, 1, 1)
 
@@ -113,7 +114,8 @@ class Jiang(TrainedBaseline):
 
         def loss(_) -> torch.Tensor:
             x, labels = (t.to(self.device) for t in draw_labelled(volumes, c.batch_size, c.crop, c.max_gamma))
-            outputs = network.stages(x)
+            with precise_if_small(x, 8):
+                outputs = network.stages(x)
             return best_numbering_loss(
                 lambda y: sum(soft_dice_losses(logits, y) for logits in outputs), labels, self.num_parts
             )

@@ -15,6 +15,7 @@ from diffdiscover3d.baselines.fitting import Schedule
 from diffdiscover3d.baselines.supervision import HIDDEN, class_weights, sparse_cross_entropy
 from diffdiscover3d.data.transforms import pad_to_multiple
 from diffdiscover3d.errors import InputError
+from diffdiscover3d.models.cpu_kernels import precise_if_small
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,9 @@ class TransformNetworks(nn.Module):
     def _run(self, network: nn.Module, atlas: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         h, w, d = other.shape[2:]
         both = torch.cat([atlas.expand_as(other), other], dim=1)
-        with torch.autocast(both.device.type, torch.bfloat16, enabled=self.bf16):
-            return network(pad_to_multiple(both, self.stride))[..., :h, :w, :d].float()
+        padded = pad_to_multiple(both, self.stride)
+        with torch.autocast(both.device.type, torch.bfloat16, enabled=self.bf16), precise_if_small(padded, self.stride):
+            return network(padded)[..., :h, :w, :d].float()
 
 
 def gradient_penalty(field: torch.Tensor, keep: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
@@ -188,7 +190,8 @@ class Zhao(TrainedBaseline):
             with torch.no_grad():
                 x, y = self.synthesize(transforms, atlas, labels, self._draw(volumes), self._draw(volumes))
                 x = pad_to_multiple(x, transforms.stride)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=c.bf16):
+            precise = precise_if_small(x, transforms.stride)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=c.bf16), precise:
                 logits = network(x)[..., : grid[0], : grid[1], : grid[2]]
             return sparse_cross_entropy(logits, y, weights).mean()
 

@@ -20,7 +20,7 @@ def labelled(amount, count=4):
 @pytest.mark.parametrize(
     ("method", "amount"),
     [
-        (Cicek(2, steps=40, crop=16, learning_rate=5e-3, channels=(8, 16)), "slice"),
+        (Cicek(2, steps=40, crop=16, learning_rate=5e-3, channels=(8, 8, 16)), "slice"),
         (Jiang(2, steps=25, crop=16, learning_rate=5e-3), "all"),
     ],
 )
@@ -41,7 +41,7 @@ def test_cubes_and_their_labels_stay_together():
     given = y != HIDDEN  # the volume is one voxel thinner than the cube
     assert torch.equal((x[:, 0] > 0.5).long()[given], y[given])
     assert given.flatten(1).sum(dim=1).tolist() == [6 * 6 * 5] * 12
-    assert len({tuple(v.shape) + tuple(v.flatten()[:4].tolist()) for v in x}) > 6  # they differ
+    assert len({tuple(v.flatten().tolist()) for v in x}) > 6  # they differ
     cube, _ = cut(volume, item["labels"], 4)
     assert cube.shape == (1, 4, 4, 4)
 
