@@ -1,4 +1,4 @@
-"""The three label-free losses of the paper, Eq. 5 to 8.
+"""The three label-free losses of the paper, Eq. 5 to 8, and what this package adds: space, smoothness, assignments.
 
 With M the masks, h a representation of the volume and z_k the mean of h in part k, Eq. 5 is
 
@@ -12,6 +12,8 @@ float32.
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -79,6 +81,126 @@ def photometric_invariance(masks: torch.Tensor, masks_changed: torch.Tensor) -> 
         )
     a, b = masks.flatten(1).float(), masks_changed.flatten(1).float()
     return (1 - 2 * (a * b).sum(dim=1) / (a.square().sum(dim=1) + b.square().sum(dim=1))).mean()
+
+
+def spatial_consistency(
+    masks: torch.Tensor, families: Sequence[Sequence[int]], spacing: Sequence[float] = (1.0, 1.0, 1.0)
+) -> torch.Tensor:
+    """Eq. 5 with the position of a voxel as its representation: parts that are compact in space cost little.
+
+    Relative, as [`region_consistency`] is: the share of the spatial spread of each family, taken as a whole, that its
+    parts leave unexplained. The coordinates of a grid are separable, so the sums over voxels reduce to sums over the
+    marginals of the masks along each axis; the result is exact.
+
+    Args:
+        masks: (B, K, H, W, D) soft parts.
+        families: groups of parts that divide one structure between them, such as the inclusions of a cell. The part
+            that surrounds the inclusions should not be in a family: its centre coincides with theirs.
+        spacing: edge lengths of a voxel in mm, along H, W and D.
+
+    Returns:
+        Scalar in [0, 1], averaged over families and batch; float32, or float64 for float64 masks.
+
+    Raises:
+        ValueError: if there is no family, or a family has fewer than two parts.
+    """
+    if not families or min(map(len, families)) < 2:
+        raise ValueError(f"`families` must hold one or more groups of at least two parts, got {families!r}.")
+    with torch.autocast(masks.device.type, enabled=False):
+        masks = masks if masks.dtype == torch.float64 else masks.float()
+        shares = []
+        for family in families:
+            parts = masks[:, list(family)]
+            whole = _spread(parts.sum(dim=1, keepdim=True), spacing)[:, 0]
+            tiny = torch.finfo(masks.dtype).eps * parts.sum(dim=(1, 2, 3, 4)).clamp(min=1)
+            shares.append(_spread(parts, spacing).sum(dim=1) / torch.maximum(whole, tiny))
+        return torch.stack(shares).mean()
+
+
+def smoothness(masks: torch.Tensor, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> torch.Tensor:
+    """Expected Potts energy of the soft parts: the share of the area between neighbouring voxels that is a boundary.
+
+    The voxels' parts count as independent draws from the masks, so that two neighbours u and v lie in different parts
+    with probability 1 - sum_k M_ku M_kv. Each pair of neighbours is weighted by the area of the face they share, which
+    makes the sum the expected area of the boundaries in mm² where voxels are anisotropic.
+
+    Args:
+        masks: (B, K, H, W, D) soft parts, summing to 1 over K.
+        spacing: edge lengths of a voxel in mm, along H, W and D.
+
+    Returns:
+        Scalar in [0, 1], averaged over the batch; float32, or float64 for float64 masks.
+    """
+    with torch.autocast(masks.device.type, enabled=False):
+        masks = masks if masks.dtype == torch.float64 else masks.float()
+        boundary, total = 0.0, 0.0
+        for axis in (2, 3, 4):
+            pairs = masks.shape[axis] - 1
+            if pairs < 1:
+                continue
+            area = math.prod(spacing) / spacing[axis - 2]
+            same = (masks.narrow(axis, 0, pairs) * masks.narrow(axis, 1, pairs)).sum(dim=1)
+            boundary = boundary + area * (1 - same).sum(dim=(1, 2, 3))
+            total += area * same[0].numel()
+        if not total:
+            raise ValueError(f"`masks` must have two or more voxels along an axis, got shape {tuple(masks.shape)}.")
+        return (boundary / total).mean()
+
+
+def assignment_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    families: Sequence[Sequence[int]],
+    interchangeable: bool = False,
+) -> torch.Tensor:
+    """Cross-entropy and soft Dice distance between the parts of a network and assigned parts.
+
+    Args:
+        logits: (B, K, H, W, D), minus infinity where a part cannot lie.
+        labels: (B, H, W, D) int64, the assigned part of every voxel.
+        families: groups of parts that divide one structure between them, the part that surrounds the others first.
+            Every family counts the same, over the voxels that are assigned to it; other voxels do not count.
+        interchangeable: number the parts of a family, but for the first, in each volume as the network does. Targets
+            of one kind have no order, and the network finds one of its own.
+
+    Returns:
+        Scalar, averaged over families and batch; families without a voxel in a volume count zero.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        log_probs = logits.float().log_softmax(dim=1)
+        losses = []
+        for family in families:
+            orders = [tuple(family)]
+            if interchangeable:
+                orders = [(family[0], *order) for order in itertools.permutations(family[1:])]
+            truth = torch.stack([labels == part for part in family], dim=1).float()  # (B, k, H, W, D)
+            within = truth.sum(dim=1, keepdim=True)
+            found = [log_probs[:, part].masked_fill(~within[:, 0].bool(), 0.0) for part in family]
+            found = torch.stack(found, dim=1)
+            probs = found.exp() * within
+            volume = within.sum(dim=(1, 2, 3, 4))
+            sizes = probs.sum(dim=(2, 3, 4))[:, :, None] + truth.sum(dim=(2, 3, 4))[:, None]  # (B, found, true)
+            overlap = torch.einsum("bixyz,bjxyz->bij", probs, truth)
+            entropy = -torch.einsum("bixyz,bjxyz->bij", found, truth) / volume.clamp(min=1)[:, None, None]
+            cost = entropy + (1 - (2 * overlap + 1) / (sizes + 1)) / len(family)
+            columns = torch.arange(len(family), device=logits.device)
+            places = [[family.index(part) for part in order] for order in orders]
+            costs = torch.stack([cost[:, place, columns].sum(dim=1) for place in places])
+            losses.append(costs.amin(dim=0) * (volume > 0))
+        return torch.stack(losses).mean()
+
+
+def _spread(masks: torch.Tensor, spacing: Sequence[float]) -> torch.Tensor:
+    """sum_u M_ku |p_u - z_k|^2 for the positions p in mm and the centres z: (B, K)."""
+    size = masks.sum(dim=(2, 3, 4))
+    total = torch.zeros_like(size)
+    for axis, step in zip((2, 3, 4), spacing, strict=True):
+        n = masks.shape[axis]
+        position = (torch.arange(n, dtype=masks.dtype, device=masks.device) - (n - 1) / 2) * step
+        marginal = masks.sum(dim=[a for a in (2, 3, 4) if a != axis])
+        first = marginal @ position
+        total = total + marginal @ position.square() - first.square() / size.clamp(min=torch.finfo(masks.dtype).eps)
+    return total.clamp(min=0)
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,12 +1,14 @@
-"""Training from the command line: `accelerate launch -m diffdiscover3d.train diffusion|discovery [options]`."""
+"""Training from the command line: `accelerate launch -m diffdiscover3d.train diffusion|discovery|brain [options]`."""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 from pathlib import Path
 
 from diffdiscover3d.errors import MemoryLimitError, exit_code, expected_errors, is_out_of_memory
+from diffdiscover3d.training.brain_config import BrainConfig
 from diffdiscover3d.training.config import (
     DiffusionConfig,
     DiscoveryConfig,
@@ -15,9 +17,10 @@ from diffdiscover3d.training.config import (
     make_config,
 )
 from diffdiscover3d.utils.files import check_folder
+from diffdiscover3d.utils.locks import locked_folder
 from diffdiscover3d.utils.signals import end_children, interrupt_on_termination
 
-_PHASES = {"diffusion": DiffusionConfig, "discovery": DiscoveryConfig}
+_PHASES = {"diffusion": DiffusionConfig, "discovery": DiscoveryConfig, "brain": BrainConfig}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -37,6 +40,10 @@ def run(config: TrainingConfig) -> str:
     """Run the training described by a config and return the output folder."""
     check_folder(Path(config.output_dir))
     # heavy imports follow the validation of the options
+    if isinstance(config, BrainConfig):
+        from diffdiscover3d.training.brain_run import train_brain
+
+        return str(train_brain(config))
     from diffdiscover3d.data.loading import common_grid, has_splits, load_volumes
     from diffdiscover3d.hub.registry import load_discovery, load_teacher
     from diffdiscover3d.training.data_check import read_all
@@ -78,7 +85,10 @@ def run(config: TrainingConfig) -> str:
         task = DiscoveryTraining(config, teacher, volumes, selection, accelerator, start, parent)
         if task.model.config.children:
             identity["children"] = list(task.model.config.children)
-    return str(train(task, config, volumes, accelerator, identity))
+        volumes = task.volumes
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    with locked_folder(config.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
+        return str(train(task, config, volumes, accelerator, identity))
 
 
 def _check_start(config: DiscoveryConfig, start) -> None:

@@ -1,34 +1,10 @@
 #!/usr/bin/env bash
-# BraTS as in the paper: both training stages, the three ablations, and one table with k-means on the intensities and on
-# the features beside them (Dice and HD95 of the whole tumour, with and without post-processing).
+# Table 3 of the paper on a BraTS folder: a diffusion model and four discovery networks (ours and three ablations) trained on
+# its training cases, brain-flair, and the baselines, scored by Dice and HD95 of the whole tumour, plain and post-processed.
 #
-#   examples/brats_table3.sh BRATS OUTPUT
+#   examples/brats_table3.sh BRATS OUTPUT [options of `diffdiscover3d benchmark`]
 #
-# BRATS is the unpacked training set of any edition (2017 to 2021, 2023, or MSD Task01); of 2019 the HGG cases are used.
-# It wants GPUs: LAUNCH="accelerate launch --num_processes 8 -m". Further options by the variables DATA_OPTIONS
-# (such as "--modality t2"), DIFFUSION_OPTIONS and DISCOVERY_OPTIONS. Interrupted, the same line goes on.
+# BRATS is the unpacked training set of any edition (2017 to 2021, 2023, or MSD Task01); of 2019 the HGG cases are used. The
+# trainings need GPUs: --launcher "accelerate launch --num_processes 8 -m". Interrupted, the same line continues.
 set -euo pipefail
-brats=$1 output=$2
-launch=${LAUNCH:-python -m}
-read -ra data <<< "${DATA_OPTIONS:-}"
-read -ra diffusion <<< "${DIFFUSION_OPTIONS:-}"
-read -ra discovery <<< "${DISCOVERY_OPTIONS:-}"
-
-$launch diffdiscover3d.train diffusion --preset brats --dataset "$brats" --output-dir "$output/diffusion" \
-    --resume latest "${data[@]}" "${diffusion[@]}"
-
-discover() {
-    $launch diffdiscover3d.train discovery --preset brats --dataset "$brats" --teacher "$output/diffusion" \
-        --output-dir "$output/$1" --resume latest "${data[@]}" "${discovery[@]}" "${@:2}"
-}
-discover ours
-discover no-invariance --lambda-invariance 0
-discover no-features --lambda-feature 0
-discover no-visual --lambda-visual 0
-
-diffdiscover3d evaluate-brats "$brats" --output "$output/table3.json" --overwrite "${data[@]}" \
-    --teacher "$output/diffusion" \
-    --model ours="$output/ours" \
-    --model "no invariance=$output/no-invariance" \
-    --model "no features=$output/no-features" \
-    --model "no visual=$output/no-visual"
+diffdiscover3d benchmark "$1" --table 3 --output "$2" "${@:3}"

@@ -1,4 +1,4 @@
-"""Features of a scan at three depths of a diffusion model, in twenty lines.
+"""Extract the features of a scan at three decoder stages of a diffusion model.
 
 python examples/features.py scan.nii.gz
 """
@@ -10,7 +10,7 @@ import torch
 from diffdiscover3d import DiffusionFeaturePipeline, read_nifti
 from diffdiscover3d.hub import embedded_models
 
-scan = read_nifti(sys.argv[1])  # in canonical orientation; scan.affine goes with scan.data
+scan = read_nifti(sys.argv[1])  # in RAS+ orientation, with scan.affine for scan.data
 pipe = DiffusionFeaturePipeline.from_pretrained(embedded_models()["synthetic-regular"].diffusion)
 out = pipe(scan.data, timestep=25, stages=(1, 2, 3), generator=torch.Generator().manual_seed(0), num_noise=4)
 for stage, features in zip(out.stages, out.features, strict=True):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Both training stages on a folder of .nii/.nii.gz scans, then the parts of all of them.
+# Both training phases on a folder of .nii/.nii.gz scans, followed by the segmentation of all scans.
 #
-#   examples/train_on_your_folder.sh SCANS OUTPUT [options of both stages, such as --max-steps 200]
+#   examples/train_on_your_folder.sh SCANS OUTPUT [options of both phases, such as --max-steps 200]
 #
 # With several GPUs: LAUNCH="accelerate launch --num_processes 8 -m" examples/train_on_your_folder.sh ... --batch-size 8
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Shared fixtures."""
 
 import sys
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
-    """Each test may choose its precision: in one process accelerate keeps the first, as its own tests know."""
+    """Reset accelerate's state, which otherwise keeps the first mixed precision of the process."""
     yield
     state = sys.modules.get("accelerate.state")
     if state is not None:

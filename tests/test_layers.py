@@ -1,4 +1,4 @@
-"""The direction of imports: down the layers only, and never in a circle."""
+"""Imports point down the layers and have no cycles."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -52,7 +52,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 MODULES = {module_name(p): p for p in ROOT.rglob("*.py")}
-# the root holds names for type checkers only, and `__main__` starts the command line
+# the root contains names for type checkers only, and `__main__` starts the command line
 GRAPH = {name: imports_of(path) - {name, ""} for name, path in MODULES.items() if name not in ("", "__main__")}
 
 

@@ -8,7 +8,7 @@ from diffdiscover3d.losses import interpolation_matrix, photometric_invariance, 
 
 
 def eq5(masks, features, extent=None):
-    """Eq. 5 as the paper states it: upsample, average, square, sum."""
+    """Eq. 5 as in the paper: upsample, average, square, sum."""
     grid = masks.shape[2:]
     h = F.interpolate(features, size=tuple(extent or grid), mode="trilinear", align_corners=True)
     h = h[..., : grid[0], : grid[1], : grid[2]]
@@ -42,7 +42,7 @@ def test_value_and_gradient_equal_eq5(grid, coarse, extent):
     features = torch.randn(2, 5, *coarse, dtype=torch.float64) + 3
     ours, direct = (f(logits.softmax(dim=1), features, extent) for f in (region_consistency, eq5))
     torch.testing.assert_close(ours, direct, rtol=1e-12, atol=1e-14)
-    # through the softmax, so that gradients are compared along the simplex on which masks live
+    # gradients through the softmax, i.e. on the simplex of the masks
     torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (ours, direct)), rtol=1e-9, atol=1e-15)
 
 
@@ -96,7 +96,7 @@ def test_float32_survives_a_large_mean(offset):
     features = torch.randn(2, 16, 4, 5, 3, dtype=torch.float64) + offset
     exact = eq5(masks, features)
     ours = region_consistency(masks.float(), features.float())
-    # what float32 cannot hold of the features themselves is all that may be lost
+    # the only error is the float32 rounding of the features
     rounding = 1e-5 + 4 * offset * torch.finfo(torch.float32).eps
     assert abs(ours - exact) / exact < rounding
 
@@ -140,7 +140,7 @@ def test_invariance_by_hand():
     b = torch.tensor([[0.6, 0.5], [0.4, 0.5]]).reshape(1, 2, 2, 1, 1)
     torch.testing.assert_close(photometric_invariance(a, b), torch.tensor(1 - 2 * 1.06 / 2.2))
     assert abs(photometric_invariance(a, a)) < 1e-6
-    # averaged over volumes, not pooled: a volume counts as much as any other
+    # averaged over volumes instead of pooled, so that all volumes have equal weight
     both = photometric_invariance(torch.cat([a, a]), torch.cat([b, a]))
     torch.testing.assert_close(both, torch.tensor((1 - 2 * 1.06 / 2.2) / 2))
 

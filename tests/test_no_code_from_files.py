@@ -1,4 +1,4 @@
-"""Nothing that is loaded can run code: the source is walked for whatever could, and hostile files are tried."""
+"""Loading files cannot run code: static check of the source, and tests with malicious files."""
 
 import ast
 import json
@@ -14,13 +14,13 @@ from diffdiscover3d.errors import ModelError
 from diffdiscover3d.hub.registry import embedded_models, load_discovery, load_teacher
 
 ROOT = Path(diffdiscover3d.__file__).parent
-# the two readers of somebody else's pickles, and how they may do it; the unpickler admits numeric arrays alone
+# the two readers of third-party pickles and their permitted calls; the unpickler allows only numeric arrays
 GUARDED = {
     ("models/authors_checkpoint.py", "torch.load(weights_only=True)"),
     ("data/datasets/authors_archive.py", "pickle.Unpickler"),
 }
 
-# calls that run what they read, or can be made to
+# calls that can execute the content they read
 FORBIDDEN = {
     "pickle.load", "pickle.loads", "pickle.Unpickler", "_pickle.load", "cPickle.load", "dill.load", "dill.loads",
     "cloudpickle.load", "cloudpickle.loads", "joblib.load", "marshal.load", "marshal.loads", "shelve.open",
@@ -32,7 +32,7 @@ FORBIDDEN_METHODS = {"extractall", "unpack_archive"}  # a member's path may lead
 
 
 def findings(source: str) -> set[str]:
-    """What a module calls of the above, imports by name or under another one included."""
+    """The forbidden calls in a module, including those through imported names and aliases."""
     tree, names = ast.parse(source), {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -59,7 +59,7 @@ def findings(source: str) -> set[str]:
 
 
 def dotted(node, names: dict[str, str]) -> str | None:
-    """The full name of what is called; a method of something unnamed begins with a dot."""
+    """The full name of a called function; methods of unnamed objects start with a dot."""
     parts = []
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
@@ -116,7 +116,7 @@ class _Evil:
 
 @pytest.fixture
 def hostile(tmp_path, monkeypatch):
-    """A good diffusion model, to be spoiled; afterwards nothing of it may have run."""
+    """A valid diffusion model to modify; checks afterwards that no code from it has run."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "model"
     shutil.copytree(embedded_models()["synthetic-regular"].diffusion, folder)

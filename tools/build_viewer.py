@@ -1,7 +1,7 @@
-"""Rebuild the viewer that reports carry, byte for byte, from the pinned npm package: python tools/build_viewer.py
+"""Rebuild the report viewer reproducibly from the pinned npm package: python tools/build_viewer.py
 
-Writes `niivue.js.gz`, the package's own minified bundle, and `LICENSES.txt`, the licences of NiiVue and of what its
-bundle contains, into diffdiscover3d/reporting/viewer/. Needs npm. With --check it only compares.
+Writes `niivue.js.gz`, the minified bundle of the package, and `LICENSES.txt`, the licences of NiiVue and its bundled
+dependencies, into diffdiscover3d/reporting/viewer/. Needs npm. With --check, files are only compared.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 VERSION = "0.69.0"
 SHA256 = "6e9a6a471b428eb3b258a0086beca9187d95e43a781a39e8a519c6da246af485"
 BUNDLE = "package/dist/niivue.umd.js"
-# what dist/metafile-esm.json of the package names as bundled; their tarballs are fetched for the licences alone
+# bundled packages according to dist/metafile-esm.json; their tarballs are downloaded only for the licences
 BUNDLED = (
     "gl-matrix@3.4.3",
     "fflate@0.8.2",
@@ -29,7 +29,7 @@ BUNDLED = (
     "@ungap/structured-clone@1.2.0",
 )
 TARGET = Path(__file__).parent.parent / "diffdiscover3d" / "reporting" / "viewer"
-# the npm package names its licence (BSD-2-Clause) without the text; this is LICENSE of github.com/niivue/niivue
+# the npm package declares BSD-2-Clause without the licence text; copied from LICENSE of github.com/niivue/niivue
 NIIVUE_LICENSE = """\
 BSD 2-Clause License
 
@@ -77,7 +77,7 @@ def license_of(package: str, folder: Path) -> str:
 
 
 def build() -> dict[str, bytes]:
-    """The files by name."""
+    """Build the files; returns their content by name."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tarball = fetch(f"@niivue/niivue@{VERSION}", folder)
@@ -98,10 +98,10 @@ def main() -> None:
     check = parser.parse_args().check
     for name, content in build().items():
         path = TARGET / name
-        # another zlib may compress otherwise: what counts is the content
+        # compare the decompressed content, because compression depends on the zlib version
         same = path.exists() and _content(path.read_bytes()) == _content(content)
         if check and not same:
-            sys.exit(f"{path}: differs from what npm gives.")
+            sys.exit(f"{path}: differs from the build from npm.")
         if not same:
             path.write_bytes(content)
         print(f"{path}  {len(content) / 2**10:.0f} KiB  {'as before' if same else 'written'}")

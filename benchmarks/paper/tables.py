@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks import DOCS, RESULTS
 from benchmarks.paper.calibrate import PUBLISHED as PUBLISHED_BASELINES
-from diffdiscover3d.evaluation.paper_methods import METHODS
+from diffdiscover3d.evaluation.methods import METHODS
 from diffdiscover3d.evaluation.paper_tables import Cell, PaperTable, mean_over_seeds
 from diffdiscover3d.reporting.markdown import markdown_table
 from diffdiscover3d.reporting.score_tables import format_table, plot_table

@@ -14,8 +14,23 @@ from diffdiscover3d.cli.discover import discover
 from diffdiscover3d.cli.doctor import doctor
 from diffdiscover3d.cli.features import features, generate
 from diffdiscover3d.cli.hub import pull, push
+from diffdiscover3d.cli.listing import list_contents
 from diffdiscover3d.cli.models import convert_authors_checkpoint, list_models
-from diffdiscover3d.cli.options import Device, IgnoreAffine, Model, NanToZero, Overwrite, Quiet, VolumeNumber
+from diffdiscover3d.cli.options import (
+    Device,
+    IgnoreAffine,
+    Include,
+    MissingChunks,
+    Model,
+    NanToZero,
+    Neurological,
+    Overwrite,
+    Quiet,
+    Resolution,
+    Series,
+    VolumeNumber,
+    VoxelSize,
+)
 from diffdiscover3d.cli.report import report
 from diffdiscover3d.errors import (
     OUT_OF_MEMORY,
@@ -70,7 +85,7 @@ def _options(
 
 @app.command(rich_help_panel="Use", epilog="Example: diffdiscover3d segment scan.nii.gz --preview")
 def segment(
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="NIfTI files, folders, globs or lists.")],
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Volumes, folders, globs or lists.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the results (default: beside each input).")
     ] = None,
@@ -102,15 +117,30 @@ def segment(
     volume: VolumeNumber = None,
     nan_to_zero: NanToZero = False,
     ignore_affine: IgnoreAffine = False,
+    series: Series = None,
+    resolution: Resolution = 0,
+    missing_chunks: MissingChunks = False,
+    voxel_size: VoxelSize = None,
+    include: Include = None,
+    neurological: Neurological = False,
     offline: Annotated[bool, typer.Option("--offline", help="Load a Hub model from the cache only.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Segment volumes into parts: write STEM_dseg.nii.gz, .json and .tsv on each input's grid."""
+    """Segment volumes into parts: write label maps, .json and .tsv on each input's grid and in its format."""
     from diffdiscover3d.segmentation.preflight import refuse_early
 
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
-    refuse_early(inputs, device, by_slabs=not fast, volume=volume, nan_to_zero=nan_to_zero, ignore_affine=ignore_affine)
+    reading = {
+        "volume": volume,
+        "nan_to_zero": nan_to_zero,
+        "ignore_affine": ignore_affine,
+        "series": series,
+        "resolution": resolution,
+        "missing_chunks": missing_chunks,
+        "voxel_size": voxel_size,
+    }
+    refuse_early(inputs, device, by_slabs=not fast, **reading)
     from diffdiscover3d.segmentation.driver import segment as run
 
     errors: list[DiffDiscoverError] = []
@@ -151,9 +181,9 @@ def segment(
         report=report,
         overwrite=overwrite,
         resume=resume,
-        volume=volume,
-        nan_to_zero=nan_to_zero,
-        ignore_affine=ignore_affine,
+        **reading,
+        include=include or (),
+        neurological=neurological,
         progress=not quiet,
         on_done=done,
         on_error=failed,
@@ -183,6 +213,8 @@ def _register() -> None:
         (doctor, "Help", "doctor --json"),
     ):
         app.command(rich_help_panel=panel, epilog=f"Example: diffdiscover3d {example}")(command)
+    listing = app.command("list", rich_help_panel=use, epilog="Example: diffdiscover3d list patient/")
+    listing(list_contents)
     models_app.command("list", epilog="Example: diffdiscover3d models list")(list_models)
 
 

@@ -10,14 +10,14 @@ from diffdiscover3d.cli.options import Device, Model, OutputFolder, Overwrite
 
 def synthesize(
     output: OutputFolder = Path("synthetic"),
-    variant: Annotated[str, typer.Option(help="regular or irregular.")] = "regular",
+    variant: Annotated[str, typer.Option(help="regular, irregular or brain-phantom.")] = "regular",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     count: Annotated[
         int | None, typer.Option("--count", "-n", min=1, help="Number of volumes (default: the whole split).")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write synthetic cells and their true labels at three levels as NIfTI."""
+    """Write synthetic cells or brain phantoms and their true labels as NIfTI."""
     from diffdiscover3d.workflows.synthesize import write_synthetic
 
     for path in write_synthetic(output, variant=variant, split=split, count=count, overwrite=overwrite):
@@ -55,39 +55,58 @@ def evaluate(
 
 
 def benchmark(
+    dataset: Annotated[
+        str | None, typer.Argument(metavar="[FOLDER]", help="Of table 3: the unpacked folder of a BraTS edition.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for models, scores and tables.")] = Path(
         "benchmark"
     ),
-    table: Annotated[int, typer.Option(min=1, max=3, help="1: methods; 2: decoder stages; 3: BraTS.")] = 1,
+    table: Annotated[
+        int, typer.Option(min=1, max=3, help="1: methods and ablations; 2: decoder stages; 3: BraTS.")
+    ] = 1,
     method: Annotated[list[str] | None, typer.Option(help="Only this row; repeatable.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="regular or irregular; repeatable (default: both).")] = None,
     level: Annotated[list[int] | None, typer.Option(min=1, max=3, help="Only this level; repeatable.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(min=0, help="Repeatable (default: 0).")] = None,
-    recipe: Annotated[str, typer.Option(help="Training recipe: small (CPU) or paper (GPU).")] = "small",
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Repeatable (default: 0); one for table 3.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Training recipe: small (CPU) or paper (GPU); default: small, of table 3 paper.")
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Diffusion model to use (default: train one for each variant).")
     ] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    split: Annotated[str, typer.Option(help="train, validation or test; table 3 also all.")] = "test",
+    modality: Annotated[str, typer.Option(help="Of table 3: flair, t1, t1ce or t2.")] = "flair",
+    grade: Annotated[
+        str, typer.Option(help="Of table 3: HGG, LGG or all, where the edition tells them apart.")
+    ] = "HGG",
+    crop: Annotated[tuple[int, int, int], typer.Option(help="Of table 3: central box in voxels.")] = (200, 200, 155),
+    diffusion_options: Annotated[
+        Path | None, typer.Option(help="Of table 3: JSON or YAML file of options for the diffusion training.")
+    ] = None,
+    discovery_options: Annotated[
+        Path | None, typer.Option(help="Of table 3: the same for the discovery trainings.")
+    ] = None,
+    launcher: Annotated[
+        str, typer.Option(help="Of table 3: starts a training, as 'accelerate launch --num_processes 8 -m'.")
+    ] = "",
     med3d: Annotated[
         str | None, typer.Option(help="MedicalNet's ResNet-50 weights: file or Hub id (default: rows left out).")
-    ] = None,
-    brats: Annotated[Path | None, typer.Option(help="Folder of a BraTS edition, for table 3.")] = None,
-    model: Annotated[
-        list[str] | None, typer.Option(help="NAME=FOLDER or Hub id of a trained network, for table 3; repeatable.")
     ] = None,
     device: Device = "auto",
 ) -> None:
     """Reproduce a table of the paper: train, score, write JSON, Markdown and PNG. Can be interrupted and resumed."""
-    from diffdiscover3d.evaluation.paper_methods import TABLES
+    if table == 3:
+        _benchmark_brats(
+            dataset, output, method, seed, recipe, split, (modality, grade, crop), diffusion_options, discovery_options,
+            launcher, device, med3d,
+        )  # fmt: skip
+        return
+    if dataset is not None:
+        raise ValueError("a FOLDER goes with --table 3 only.")
+    from diffdiscover3d.evaluation.paper_tables import TABLES
     from diffdiscover3d.evaluation.paper_tables import benchmark as run
     from diffdiscover3d.reporting.score_tables import format_table
     from diffdiscover3d.segmentation.driver import choose_device
-
-    shared = {"recipe": recipe, "teacher": teacher, "split": split, "med3d": med3d}
-    shared["device"] = str(choose_device(device))
-    if table == 3:
-        _brats_table(output, brats, method, seed, model, shared)
-        return
 
     def show(row: dict, number: int, count: int) -> None:
         print(
@@ -103,40 +122,54 @@ def benchmark(
         level or (1, 2, 3),
         seed or (0,),
         progress_callback=show,
-        **shared,
+        recipe=recipe or "small",
+        teacher=teacher,
+        split=split,
+        med3d=med3d,
+        device=str(choose_device(device)),
     )
     print("\n" + format_table(result["summary"]))
-    _print_missing(result["missing"])
+    if result["missing"]:
+        print(f"Missing, for want of MedicalNet's weights (--med3d): {', '.join(result['missing'])}.")
 
 
-def _brats_table(
-    output: Path,
-    brats: Path | None,
-    methods: list[str] | None,
-    seeds: list[int] | None,
-    models: list[str] | None,
-    shared,
+def _benchmark_brats(
+    dataset,
+    output,
+    method,
+    seed,
+    recipe,
+    split,
+    prepared,
+    diffusion_options,
+    discovery_options,
+    launcher,
+    device,
+    med3d,
 ) -> None:
-    from diffdiscover3d.cli.brats import named_models
-    from diffdiscover3d.evaluation.brats_table import brats_table, format_brats_table
-    from diffdiscover3d.evaluation.paper_methods import TABLES
+    if dataset is None:
+        raise ValueError("table 3 needs the FOLDER of a BraTS edition.")
+    if seed and len(seed) > 1:
+        raise ValueError("table 3 takes one --seed.")
+    from diffdiscover3d.data.datasets.brats import BraTSOptions
+    from diffdiscover3d.evaluation.brats import format_brats_rows
+    from diffdiscover3d.evaluation.brats_table import fill_table3, format_table3
+    from diffdiscover3d.segmentation.driver import choose_device
+    from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, read_options
 
-    if brats is None:
-        raise ValueError("table 3 needs --brats FOLDER, the unpacked training set of a BraTS edition.")
-    if len(seeds or (0,)) > 1:
-        raise ValueError(f"table 3 takes one --seed, got {len(seeds)}; run it once for each, with its own --output.")
-    seed = seeds[0] if seeds else 0
-
-    def show(row: dict, number: int, count: int) -> None:
-        print(f"[{number}/{count}] {row['title']}: Dice {row['raw']['dice']:.3f}", flush=True)
-
-    result = brats_table(
-        output, brats, methods or TABLES[3], named_models(models), seed=seed, progress_callback=show, **shared
+    result = fill_table3(
+        dataset,
+        output,
+        method,
+        on_row=lambda row: print("\n".join(format_brats_rows(row["rows"]).splitlines()[2:]), flush=True),
+        options=BraTSOptions(*prepared),
+        split=split,
+        recipe=recipe or "paper",
+        seed=(seed or [0])[0],
+        device=choose_device(device),
+        launcher=launcher,
+        med3d=med3d,
+        diffusion_options=diffusion_options and read_options(DiffusionConfig, diffusion_options),
+        discovery_options=discovery_options and read_options(DiscoveryConfig, discovery_options),
     )
-    print("\n" + format_brats_table(result["rows"]))
-    _print_missing(result["missing"])
-
-
-def _print_missing(methods: list[str]) -> None:
-    if methods:
-        print(f"Missing, for want of weights (--med3d, --teacher): {', '.join(methods)}.")
+    print("\n" + format_table3(result["rows"]))

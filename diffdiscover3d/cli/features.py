@@ -9,17 +9,21 @@ import typer
 from diffdiscover3d.cli.options import (
     Device,
     IgnoreAffine,
+    MissingChunks,
     Model,
     NanToZero,
     OutputFolder,
     Overwrite,
+    Resolution,
     Seed,
+    Series,
     VolumeNumber,
+    VoxelSize,
 )
 
 
 def features(
-    input: Annotated[str, typer.Argument(help="A NIfTI file.")],
+    input: Annotated[str, typer.Argument(help="A volume.")],
     output: OutputFolder = Path("."),
     model: Model = "synthetic-regular",
     stage: Annotated[
@@ -37,11 +41,24 @@ def features(
     volume: VolumeNumber = None,
     nan_to_zero: NanToZero = False,
     ignore_affine: IgnoreAffine = False,
+    series: Series = None,
+    resolution: Resolution = 0,
+    missing_chunks: MissingChunks = False,
+    voxel_size: VoxelSize = None,
 ) -> None:
     """Write the diffusion features of a scan, one 4-D NIfTI per decoder stage, aligned with the scan."""
     from diffdiscover3d.segmentation.preflight import refuse_early
 
-    refuse_early([input], device, volume=volume, nan_to_zero=nan_to_zero, ignore_affine=ignore_affine)
+    reading = {
+        "volume": volume,
+        "nan_to_zero": nan_to_zero,
+        "ignore_affine": ignore_affine,
+        "series": series,
+        "resolution": resolution,
+        "missing_chunks": missing_chunks,
+        "voxel_size": voxel_size,
+    }
+    refuse_early([input], device, **reading)
     from diffdiscover3d.workflows.features import extract_features
 
     paths = extract_features(
@@ -56,9 +73,7 @@ def features(
         device=device,
         preview=preview,
         overwrite=overwrite,
-        volume=volume,
-        nan_to_zero=nan_to_zero,
-        ignore_affine=ignore_affine,
+        **reading,
     )
     for path in paths:
         print(path)

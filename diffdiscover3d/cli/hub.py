@@ -17,6 +17,9 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
     commit_message: Annotated[str | None, typer.Option(help="The commit's first line.")] = None,
+    with_pictures: Annotated[
+        bool, typer.Option("--with-pictures", help="Also upload the preview, which shows training volumes.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Upload a model with its card as one commit. Log in with `hf auth login`, or set HF_TOKEN."""
@@ -31,6 +34,7 @@ def push(
             private=private or None,
             create_pr=create_pr,
             commit_message=commit_message,
+            with_pictures=with_pictures,
         )
     )
 

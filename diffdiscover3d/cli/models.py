@@ -26,7 +26,8 @@ def convert_authors_checkpoint(
     overwrite: Overwrite = False,
 ) -> None:
     """Convert a checkpoint released by the paper's authors to a pipeline folder. Nothing in it is executed."""
-    from diffdiscover3d.utils.files import check_folder, staged_folder
+    from diffdiscover3d.utils.files import check_folder
+    from diffdiscover3d.utils.staging import staged_folder
 
     check_folder(output)
     if output.exists() and any(output.iterdir()) and not overwrite:

@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from diffdiscover3d.cli.options import IgnoreAffine, NanToZero, Overwrite, VolumeNumber
+from diffdiscover3d.cli.options import (
+    IgnoreAffine,
+    MissingChunks,
+    NanToZero,
+    Neurological,
+    Overwrite,
+    Resolution,
+    Series,
+    VolumeNumber,
+    VoxelSize,
+)
 
 
 def report(
@@ -24,10 +34,25 @@ def report(
     volume: VolumeNumber = None,
     nan_to_zero: NanToZero = False,
     ignore_affine: IgnoreAffine = False,
+    series: Series = None,
+    resolution: Resolution = 0,
+    missing_chunks: MissingChunks = False,
+    voxel_size: VoxelSize = None,
+    neurological: Neurological = False,
 ) -> None:
     """Write an HTML report per scan with a 3D viewer of its parts, and an index of several; they need no network."""
     from diffdiscover3d.workflows.reports import make_reports
 
-    reading = {"volume": volume, "nan_to_zero": nan_to_zero, "ignore_affine": ignore_affine}
-    for path in make_reports(inputs, labels=labels, parts=parts, output=output, overwrite=overwrite, **reading):
+    reading = {
+        "volume": volume,
+        "nan_to_zero": nan_to_zero,
+        "ignore_affine": ignore_affine,
+        "series": series,
+        "resolution": resolution,
+        "missing_chunks": missing_chunks,
+        "voxel_size": voxel_size,
+    }
+    for path in make_reports(
+        inputs, labels=labels, parts=parts, output=output, overwrite=overwrite, neurological=neurological, **reading
+    ):
         print(path)

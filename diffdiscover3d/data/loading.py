@@ -92,7 +92,7 @@ def load_volumes(name_or_path: str, split: str = "train", brats: BraTSOptions | 
     Args:
         name_or_path: "synthetic-regular", "synthetic-irregular", "synthetic" (both), the folder of a BraTS edition
             (detected automatically), a Hub dataset as `hf://datasets/user/name`, or a folder, glob pattern, text list
-            or file of NIfTI volumes.
+            or file of volumes.
         split: "train", "validation" or "test", for a named dataset or BraTS. Other files have no splits; all of them
             are returned.
         brats: preprocessing of BraTS; default: as in the paper.

@@ -1,6 +1,11 @@
-"""Resumable reproduction of Table 3: baselines trained and scored on a BraTS folder, next to given models."""
+"""Table 3 of the paper on the folder of any BraTS edition, by one command that can be interrupted."""
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -8,178 +13,310 @@ import torch
 from diffdiscover3d.baselines.supervision import LimitedLabels
 from diffdiscover3d.data.datasets.brats import BraTSOptions
 from diffdiscover3d.data.datasets.brats_volumes import BraTSVolumes
-from diffdiscover3d.errors import InputError, ModelError
-from diffdiscover3d.evaluation.brats import NUM_PARTS, evaluate_brats, score_brats
+from diffdiscover3d.errors import InputError, ModelError, NetworkError
+from diffdiscover3d.evaluation.brats import NUM_PARTS, score_brats
 from diffdiscover3d.evaluation.memory_use import PeakMemory
-from diffdiscover3d.evaluation.paper_methods import METHODS, TABLES, make_baseline, preset_of, published_brats
+from diffdiscover3d.evaluation.methods import METHODS, UNSUPERVISED, make_baseline, preset_of
+from diffdiscover3d.evaluation.published import published_brats
+from diffdiscover3d.hub.registry import embedded_models, load_discovery, load_teacher
+from diffdiscover3d.hub.resolve import resolve_model
 from diffdiscover3d.reporting.markdown import markdown_table
 from diffdiscover3d.reporting.score_tables import LABEL_AMOUNTS
-from diffdiscover3d.utils.files import atomic_file, read_json, write_json
-from diffdiscover3d.utils.provenance import describe_environment
+from diffdiscover3d.training.recipes import Training
+from diffdiscover3d.utils.files import read_json, write_json
+from diffdiscover3d.utils.provenance import describe_environment, weights_sha256
+
+logger = logging.getLogger("diffdiscover3d")
 
 
-def brats_table(
-    output: str | Path,
-    root: str | Path,
-    methods: Sequence[str] = TABLES[3],
-    models: Mapping[str, str] | None = None,
-    teacher: str | None = None,
-    med3d: str | None = None,
-    recipe: str = "small",
-    split: str = "test",
-    seed: int = 0,
-    options: BraTSOptions | None = None,
-    device: str = "cpu",
-    progress_callback: Callable[[dict, int, int], None] | None = None,
-) -> dict:
-    """Train baselines on the training cases of a BraTS folder and score them; write `table.json` and `table.md`.
+@dataclass(frozen=True)
+class TrainedRow:
+    """A network trained on the folder's training cases; `options` change the discovery's."""
 
-    After an interruption, call again with the same arguments to resume.
+    title: str
+    options: dict = field(default_factory=dict)
+
+
+TRAINED = {
+    "ours": TrainedRow("ours"),
+    "no-invariance": TrainedRow("ours, λinv = 0", {"lambda_invariance": 0.0}),
+    "no-feature": TrainedRow("ours, λf = 0", {"lambda_feature": 0.0}),
+    "no-visual": TrainedRow("ours, λv = 0", {"lambda_visual": 0.0}),
+}
+# rows of published models, and of baselines as `METHODS` has them
+EMBEDDED = ("brain-flair",)
+BASELINES = (
+    "jiang", "nalepa", "iic", "jule", "hsu", "med3d", "k-means", "features-k-means-2", "med3d-k-means", "aucseg",
+)  # fmt: skip
+# options of the two trainings: "paper" as in the paper, "small" for two CPU cores
+RECIPES: dict[str, tuple[dict, dict]] = {
+    "paper": ({"preset": "brats"}, {"preset": "brats"}),
+    "small": (
+        {"preset": "small", "sample_size": (48,)},
+        {"preset": "small", "num_parts": NUM_PARTS, "stages": (2,), "volume_size": (96, 96, 80)},
+    ),
+}
+
+
+def table3_rows() -> tuple[str, ...]:
+    """The rows that can be filled, in the table's order."""
+    return (
+        *TRAINED,
+        *(name for name in EMBEDDED if name in embedded_models()),
+        *BASELINES,
+    )
+
+
+class BraTSTable:
+    """Fills Table 3 row by row, each from what is already in the output folder.
 
     Args:
-        output: folder for checkpoints (`models/`), a JSON file for each row (`cells/`) and the table.
-        root: folder of a BraTS edition; all cases of the split need a mask, and those of the training split for
-            supervised methods.
-        methods: names from `TABLES[3]`.
-        models: for each row's name a folder, Hub id or embedded discovery network; use the titles of `METHODS` ("ours",
-            "ours, λv = 0") to get the published scores next to them.
-        teacher: diffusion model for k-means on its features; without it that row is missing.
-        med3d: file or Hub id of MedicalNet's weights; without it the rows that need it are missing.
-        recipe: "paper" selects the published hyper-parameters of the baselines, others the small ones.
-        split: split to evaluate.
-        seed: of the trainings and clusterings.
-        options: how the volumes are prepared.
-        device: device for networks.
-        progress_callback: called with each row, its number and the number of rows.
-
-    Returns:
-        `rows` (raw and post-processed scores of each method, `published` Dice and HD95, kind, labels, seconds, memory)
-        and `missing`, the methods left out for lack of weights.
+        root: the folder of a BraTS edition, in any of its layouts.
+        output: folder for everything: `models/`, a JSON file for each row in `rows/`, and the table.
+        options: modality, crop and so on, for training and scoring alike.
+        split: which cases are scored; "all" for rows that are not trained on the folder.
+        recipe: how networks are trained, "paper" or "small".
+        seed: of the trainings and baselines.
+        device: for networks that are scored.
+        launcher: command that starts a training, such as "accelerate launch --num_processes 8 -m"; default: this
+            Python's `-m`.
+        diffusion_options, discovery_options: replace the recipe's.
+        med3d: file or Hub id of MedicalNet's weights, for the rows that use them.
 
     Raises:
-        InputError: if a method is not in Table 3, or a case has no mask.
-        ModelError: if the folder holds rows of other settings, or a model cannot be loaded.
+        InputError: if there are no cases, or one to be scored has no mask.
+        ValueError: for an unknown recipe or split.
     """
-    unknown = sorted(set(methods) - set(TABLES[3]))
-    if unknown:
-        raise InputError(f"unknown: {', '.join(unknown)}; methods of table 3 are {', '.join(TABLES[3])}.")
-    options, output = options or BraTSOptions(), Path(output)
-    train, scored = BraTSVolumes(root, "train", options), BraTSVolumes(root, split, options)
-    scored.require_masks()
-    missing = [
-        name
-        for name in methods
-        if (METHODS[name].needs_med3d and med3d is None) or (METHODS[name].needs_teacher and teacher is None)
-    ]
-    present = [name for name in methods if name not in missing]
-    shared = {
-        "training": train.fingerprint(),
-        "scored": scored.fingerprint(),
-        "seed": seed,
+
+    def __init__(
+        self,
+        root: str | Path,
+        output: str | Path,
+        options: BraTSOptions | None = None,
+        split: str = "test",
+        recipe: str = "paper",
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        launcher: str = "",
+        diffusion_options: dict | None = None,
+        discovery_options: dict | None = None,
+        med3d: str | None = None,
+    ):
+        if recipe not in RECIPES:
+            raise ValueError(f"`recipe` must be one of {tuple(RECIPES)}, got {recipe!r}.")
+        self.root, self.output, self.split = str(root), Path(output), split
+        self.options, self.seed, self.device, self.launcher = options or BraTSOptions(), seed, device, launcher
+        self.preset, self.med3d = preset_of(recipe), med3d
+        diffusion, discovery = RECIPES[recipe]
+        self.diffusion_options = {**diffusion, **(diffusion_options or {})}
+        self.discovery_options = {**discovery, **(discovery_options or {})}
+        self.volumes = BraTSVolumes(root, split, self.options)
+        self.volumes.require_masks()
+
+    def fill(self, name: str) -> dict:
+        """The row of a method, computed or read from an earlier run.
+
+        Returns:
+            `rows` (plain and post-processed, see [`score_brats`]; with kind, labels, published scores,
+            `training_seconds`, `None` if trained in a process of its own, and `peak_memory_mib`), `cases`, `settings`,
+            `weights_sha256`, `environment`.
+
+        Raises:
+            InputError: for an unknown row, or one that would be scored on cases it was trained on.
+            ModelError: if the folder holds results of other settings, or a training fails.
+            NetworkError: if a baseline's weights cannot be fetched.
+        """
+        if name not in table3_rows():
+            raise InputError(f"{name}: no such row; there are {', '.join(table3_rows())}.")
+        if self.split in ("train", "all") and self._learns(name):
+            raise InputError(f"{name}: is trained on the folder's training cases; score it on test or validation.")
+        path, settings = self.output / "rows" / f"{name}.json", self.settings_of(name)
+        if path.exists():
+            row = read_json(path)
+            if row["settings"] != settings:
+                raise ModelError(f"{path}: made with other settings ({row['settings']}); choose another --output.")
+            return row
+        with PeakMemory() as memory:
+            title, predict, parts, weights, seconds = self._method(name)
+            rows, cases = score_brats(predict, self.volumes, parts)
+        method = METHODS.get(name)
+        details = {
+            "kind": method.kind if method else UNSUPERVISED,
+            "labels": method.labels if method else "none",
+            "published": published_brats(title),
+            "training_seconds": seconds,
+            "peak_memory_mib": memory.peak_mib,
+        }
+        row = {
+            "method": name,
+            "rows": [{"method": title, "parts": parts, **details, **r} for r in rows],
+            "cases": cases,
+            "settings": settings,
+            "weights_sha256": weights,
+            "environment": describe_environment(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, row)
+        return row
+
+    def settings_of(self, name: str) -> dict:
+        """What a row must have been made with, as JSON values."""
+        found = {"split": self.split, "cases": self.volumes.split_ids[self.split], "seed": self.seed}
+        found["brats"] = _plain(asdict(self.options))
+        if name in TRAINED or self._needs_teacher(name):
+            found["diffusion"] = _plain(self.diffusion_options)
+        if name in TRAINED:
+            found["discovery"] = _plain({**self.discovery_options, **TRAINED[name].options})
+        if name in BASELINES and METHODS[name].trained:
+            found |= {"preset": self.preset, "labels": METHODS[name].labels}
+        if name in BASELINES and METHODS[name].needs_med3d:
+            found["med3d"] = self.med3d
+        if name in EMBEDDED:
+            found["weights_sha256"] = weights_sha256(resolve_model(name).folder)
+        return found
+
+    def _method(self, name: str) -> tuple[str, Callable, int, str | None, float | None]:
+        """Title, prediction of a (1, h, w, d) volume, number of parts, sha256 of the weights, seconds of training."""
+        if name in TRAINED or name in EMBEDDED:
+            folder = self._train(name) if name in TRAINED else resolve_model(name).folder
+            network = load_discovery(str(folder)).to(self.device)
+            title = TRAINED[name].title if name in TRAINED else name
+            predict = lambda v: network.segment(v[None]).labels[0].cpu().numpy()  # noqa: E731
+            return title, predict, network.config.num_parts, weights_sha256(folder), None
+        method = METHODS[name]
+        teacher = load_teacher(str(self._teacher())).to(self.device) if method.needs_teacher else None
+        device = str(self.device)
+        baseline = make_baseline(method, NUM_PARTS, self.seed, teacher, self.preset, device, self.med3d)
+        if not method.trained:
+            if self.split in ("test", "validation"):
+                baseline.fit(BraTSVolumes(self.root, "train", self.options))
+            return method.title, baseline.predict, NUM_PARTS, None, 0.0
+        train = BraTSVolumes(self.root, "train", self.options)
+        if method.labels != "none":
+            train.require_masks()
+        volumes = LimitedLabels(train, lambda i: _parts_of(train, i), method.labels, self.seed)
+        baseline.fit(volumes, self.output / "models" / name)
+        return method.title, baseline.predict, NUM_PARTS, None, round(baseline.training_seconds, 1)
+
+    def _learns(self, name: str) -> bool:
+        """Whether the folder's training cases are used for more than scores."""
+        return name in TRAINED or self._needs_teacher(name) or (name in METHODS and METHODS[name].trained)
+
+    def _needs_teacher(self, name: str) -> bool:
+        return name in METHODS and name not in TRAINED and METHODS[name].needs_teacher
+
+    def _teacher(self) -> Path:
+        """The diffusion model, trained on the folder's training cases if need be."""
+        return self._run(Training("diffusion", self._shared(self.diffusion_options), self.output / "models/diffusion"))
+
+    def _train(self, name: str) -> Path:
+        options = {**self.discovery_options, **TRAINED[name].options, "teacher": self._teacher()}
+        return self._run(Training("discovery", self._shared(options), self.output / "models" / name))
+
+    def _shared(self, options: dict) -> dict:
+        prepared = {
+            "modality": self.options.modality,
+            "grade": self.options.grade,
+            "crop": self.options.crop,
+            "clip_percentiles": self.options.clip_percentiles,
+        }
+        given = {k: v for k, v in prepared.items() if v is not None}
+        return {**options, **given, "dataset": self.root, "seed": self.seed}
+
+    def _run(self, training: Training) -> Path:
+        """Run a training in a process of its own, from its last checkpoint; one that is finished is left alone."""
+        folder = training.folder
+        if any((folder / marker).is_file() for marker in ("model_index.json", "config.json")):
+            return folder
+        start = shlex.split(self.launcher) or [sys.executable, "-m"]
+        command = [*start, "diffdiscover3d.train", *training.arguments(), "--resume", "latest"]
+        code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+        if code:
+            raise ModelError(f"a training ended with exit code {code}: {' '.join(command)}")
+        return folder
+
+
+def fill_table3(
+    root: str | Path,
+    output: str | Path,
+    methods: Sequence[str] | None = None,
+    on_row: Callable[[dict], None] | None = None,
+    **options,
+) -> dict:
+    """Fill Table 3 and write `table3.json` and `table3.md`; interrupted, the same call continues.
+
+    Args:
+        root: the folder of a BraTS edition.
+        output: folder for models, rows and tables.
+        methods: names out of [`table3_rows`]; default: all, but for baselines whose weights cannot be had, which are
+            left out with the reason under "left_out".
+        on_row: called with each row.
+        **options: of [`BraTSTable`].
+
+    Raises:
+        InputError, ModelError, NetworkError: as [`BraTSTable.fill`].
+    """
+    table = BraTSTable(root, output, **options)
+    rows, cases, left_out, details = [], {}, {}, {}
+    for name in methods or table3_rows():
+        try:
+            row = table.fill(name)
+        except (InputError, ModelError, NetworkError) as error:
+            if methods or name not in BASELINES:
+                raise
+            logger.warning("%s is left out: %s", name, error)
+            left_out[name] = str(error)
+            continue
+        rows += row["rows"]
+        cases[name] = row["cases"]
+        details[name] = {k: row[k] for k in ("settings", "weights_sha256", "environment")}
+        if on_row:
+            on_row(row)
+    result = {
+        "table": 3,
+        "dataset": Path(root).name,
+        "split": table.split,
+        "rows": rows,
+        "cases": cases,
+        "details": details,
+        "left_out": left_out,
+        "split_ids": table.volumes.split_ids,
     }
-    rows, total = [], len(present) + len(models or {})
-    for name in present:
-        settings = {**shared, "preset": preset_of(recipe), "teacher": teacher, "med3d": med3d}
-        row = _cached(
-            output / "cells" / f"brats-{name}-seed{seed}.json",
-            settings,
-            lambda n=name: _score_method(n, train, scored, output, teacher, med3d, recipe, seed, device),
-        )
-        rows.append(row)
-        if progress_callback:
-            progress_callback(row, len(rows), total)
-    for title, source in (models or {}).items():
-        row = _score_model(title, source, root, split, options, seed, device)
-        rows.append(row)
-        if progress_callback:
-            progress_callback(row, len(rows), total)
-    result = {"settings": {**shared, "recipe": recipe}, "missing": missing, "rows": rows}
-    write_json(output / "table.json", result)
-    with atomic_file(output / "table.md") as temporary:
-        temporary.write_text(format_brats_table(rows), encoding="utf-8")
+    write_json(table.output / "table3.json", result)
+    (table.output / "table3.md").write_text(format_table3(rows) + "\n", encoding="utf-8")
     return result
 
 
-def format_brats_table(rows: Sequence[dict]) -> str:
-    """Rows as a Markdown table."""
-    header = ["method", "Dice WT", "HD95 (mm)", "post-processed: Dice", "HD95 (mm)", "published Dice", "HD95 (mm)"]
-    header += ["kind", "labels", "training (s)", "memory (MiB)"]
-    table = []
+def format_table3(rows: Sequence[dict]) -> str:
+    """Table 3 in Markdown, from the rows of [`fill_table3`]: our scores, the published ones, and the costs."""
+    header = ["method", "post-processed", "Dice WT", "std", "HD95 (mm)", "std", "empty"]
+    header += ["published Dice", "published HD95 (mm)", "kind", "labels", "training (s)", "memory (MiB)"]
+    lines = []
     for row in rows:
-        scores = [row[kind] for kind in ("raw", "postprocessed")]
-        published = row["published"] or (None, None)
-        table.append(
+        published = ("" if value is None else str(value) for value in row["published"] or (None, None))
+        seconds = row["training_seconds"]
+        lines.append(
             (
-                row["title"],
-                *(text for s in scores for text in (f"{s['dice']:.3f}", f"{s['hd95_mm']:.1f}")),
-                *("" if value is None else str(value) for value in published),
+                row["method"],
+                "yes" if row["postprocessed"] else "no",
+                *(f"{row[k]:.3f}" for k in ("dice", "dice_std")),
+                *(f"{row[k]:.1f}" for k in ("hd95_mm", "hd95_std")),
+                row["empty"],
+                *published,
                 row["kind"],
                 LABEL_AMOUNTS[row["labels"]],
-                "" if row["training_seconds"] is None else f"{row['training_seconds']:.0f}",
+                "" if seconds is None else f"{seconds:.0f}",
                 f"{row['peak_memory_mib']:.0f}",
             )
         )
-    return markdown_table(header, table) + "\n"
+    return markdown_table(header, lines)
 
 
-def _cached(path: Path, settings: dict, make: Callable[[], dict]) -> dict:
-    if path.exists():
-        row = read_json(path)
-        if row["settings"] != settings:
-            raise ModelError(f"{path}: created with different settings ({row['settings']}); choose another --output.")
-        return row
-    row = {**make(), "settings": settings, "environment": describe_environment()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, row)
-    return row
+def _parts_of(volumes: BraTSVolumes, index: int) -> torch.Tensor:
+    """True parts of a case on the grid of its prepared volume."""
+    return torch.from_numpy(volumes.crop(volumes.true_parts(index)))
 
 
-def _score_method(name, train, scored, output, teacher, med3d, recipe, seed, device) -> dict:
-    method = METHODS[name]
-    if method.labels != "none":
-        train.require_masks()
-    volumes = LimitedLabels(train, lambda i: torch.from_numpy(train.crop(train.true_parts(i))), method.labels, seed)
-    with PeakMemory() as memory:
-        loaded = None
-        if method.needs_teacher:
-            from diffdiscover3d.hub.registry import load_teacher
-
-            loaded = load_teacher(teacher).to(device)
-        baseline = make_baseline(method, NUM_PARTS, seed, loaded, preset_of(recipe), device, med3d)
-        if method.trained:
-            baseline.fit(volumes, output / "models" / f"{name}-seed{seed}")
-        else:
-            baseline.fit(volumes)
-        (raw, post), cases = score_brats(baseline.predict, scored, NUM_PARTS)
-    return {
-        "method": name,
-        "title": method.title,
-        "kind": method.kind,
-        "labels": method.labels,
-        "raw": raw,
-        "postprocessed": post,
-        "published": published_brats(method.title),
-        "training_seconds": round(baseline.training_seconds, 1) if method.trained else 0.0,
-        "peak_memory_mib": memory.peak_mib,
-        "cases": cases,
-    }
-
-
-def _score_model(title, source, root, split, options, seed, device) -> dict:
-    """The row of a discovery network trained elsewhere, whose time of training is not known here."""
-    with PeakMemory() as memory:
-        found = evaluate_brats(root, {title: source}, split, options, kmeans=False, seed=seed, device=device)
-    raw, post = found["rows"]
-    return {
-        "method": title,
-        "title": title,
-        "kind": "unsupervised",
-        "labels": "none",
-        "raw": raw,
-        "postprocessed": post,
-        "published": published_brats(title),
-        "training_seconds": None,
-        "peak_memory_mib": memory.peak_mib,
-        "cases": found["cases"][title],
-        "weights_sha256": found["weights_sha256"],
-    }
+def _plain(options: dict) -> dict:
+    """Tuples as lists, as JSON has them."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}

@@ -15,13 +15,19 @@ from diffdiscover3d.data.datasets.synthetic import GENERATOR_VERSION, LEVEL_PART
 from diffdiscover3d.data.loading import load_volumes
 from diffdiscover3d.errors import InputError, ModelError
 from diffdiscover3d.evaluation.memory_use import PeakMemory
-from diffdiscover3d.evaluation.paper_methods import METHODS, Method, make_baseline, preset_of, published_dice
+from diffdiscover3d.evaluation.methods import METHODS, Method, make_baseline, preset_of
+from diffdiscover3d.evaluation.published import published_dice
 from diffdiscover3d.evaluation.synthetic import score
 from diffdiscover3d.reporting.score_tables import plot_table, write_table
 from diffdiscover3d.training.fingerprints import weights_fingerprint
 from diffdiscover3d.training.recipes import RECIPES, Recipe, Training, diffusion_training, train_level
 from diffdiscover3d.utils.files import read_json, write_json
 from diffdiscover3d.utils.provenance import describe_environment, weights_sha256
+
+TABLES: dict[int, tuple[str, ...]] = {
+    1: tuple(name for name in METHODS if not name.startswith("stage-") and name not in ("supervised", "aucseg")),
+    2: ("stage-1", "stage-2", "stage-3"),
+}
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ class PaperTable:
 
     def _fit(self, cell: Cell, method: Method) -> tuple[Callable, float]:
         """Fit a baseline to the training volumes with the labels it is allowed; return what predicts, and seconds."""
-        teacher = _load_teacher(self._teacher(cell.variant)) if method.needs_teacher else None
+        teacher = _load_teacher(self.teacher_of(cell.variant)) if method.needs_teacher else None
         baseline = make_baseline(
             method, LEVEL_PARTS[cell.level], cell.seed, teacher, preset_of(self.recipe), self.device, self.med3d
         )
@@ -157,10 +163,14 @@ class PaperTable:
         return {"teacher_sha256": weights_fingerprint(_load_teacher(self.teacher).unet)}
 
     def _recipe(self, method: Method) -> Recipe:
-        name = f"{self.recipe}-as-written" if method.as_written else self.recipe
-        return RECIPES.get(name, RECIPES[self.recipe]).changed(**method.options, **self.overrides)
+        name = f"{self.recipe}-{method.recipe}" if method.recipe else self.recipe
+        if method.recipe == "as-written":
+            name = name if name in RECIPES else self.recipe  # that of the paper is as written
+        if name not in RECIPES:
+            raise ModelError(f"{method.title}: there is no recipe {name!r}; choose another --recipe or row.")
+        return RECIPES[name].changed(**method.options, **self.overrides)
 
-    def _teacher(self, variant: str) -> str:
+    def teacher_of(self, variant: str) -> str:
         """The diffusion model of a variant, trained if necessary, with seed 0."""
         if self.teacher is not None:
             return self.teacher
@@ -182,7 +192,7 @@ class PaperTable:
             cell.level,
             f"synthetic-{cell.variant}",
             cell.seed,
-            self._teacher(cell.variant),
+            self.teacher_of(cell.variant),
             parent,
             base / f"level{cell.level}",
             lambda training: seconds.append(self._run(training)),

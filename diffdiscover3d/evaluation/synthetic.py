@@ -46,7 +46,7 @@ def evaluate(
         ModelError: if the model cannot be loaded.
     """
     if dataset not in SYNTHETIC_NAMES:
-        raise InputError(f"{dataset}: has no reference labels; choose one of {', '.join(SYNTHETIC_NAMES)}.")
+        raise InputError(f"{dataset}: has no labels; choose one of {', '.join(SYNTHETIC_NAMES)}.")
     networks = _load_levels(model, levels)
     volumes = load_volumes(dataset, split)
     rows = []

@@ -17,6 +17,8 @@ from diffdiscover3d.utils.files import read_model_json, sha256
 CARD_NAME, SCORES_NAME, PICTURE_NAME = "README.md", "scores.json", "preview.png"
 DATASETS = ("synthetic-regular", "synthetic-irregular", "synthetic", "brats")  # any other is own data
 _OURS = "diffdiscover3d"
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_MARKUP = re.compile(r"[\\`*_\[\]<>|#~$]")
 _KINDS = {
     "DiffusionFeaturePipeline": "diffusion",
     "VolumeGenerationPipeline": "diffusion",
@@ -90,19 +92,34 @@ def render_card(folder: str | Path, repo_id: str) -> str:
         name=repo_id.split("/")[1],
         dataset=dataset,
         trained=bool(options),
-        scored=scored,
-        split=scores.get("split"),
-        modality=_MODALITIES.get(str(options.get("modality") or "flair").lower(), options.get("modality")),
-        crop=options.get("crop") or _BRATS_CROP,
-        clip_percentiles=options.get("clip_percentiles"),
-        config=read_model_json(folder / "config.json") if kind != "diffusion" else {},
-        command=training_command(kind, options) if options else None,
+        scored=escape_markdown(scored),
+        split=escape_markdown(scores.get("split") or ""),
+        modality=escape_markdown(
+            _MODALITIES.get(str(options.get("modality") or "flair").lower()) or str(options.get("modality"))
+        ),
+        crop=_escape_values(options.get("crop") or _BRATS_CROP),
+        clip_percentiles=_escape_values(options.get("clip_percentiles")),
+        config=_escape_values(read_model_json(folder / "config.json")) if kind != "diffusion" else {},
+        command=_CONTROL.sub("?", training_command(kind, options)) if options else None,
         header=["method", *(_COLUMNS[c] for c in columns)],
-        rows=[[_method_name(row), *(_format_score(row, c) for c in columns)] for row in rows],
+        rows=[[escape_markdown(_method_name(row)), *(_format_score(row, c) for c in columns)] for row in rows],
         picture=PICTURE_NAME if (folder / PICTURE_NAME).is_file() else None,
         version=__version__,
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def escape_markdown(text: str) -> str:
+    """A string as plain text of a Markdown line or table cell: no markup, no HTML, no line breaks."""
+    return _MARKUP.sub(r"\\\g<0>", _CONTROL.sub(" ", str(text)))
+
+
+def _escape_values(value):
+    if isinstance(value, dict):
+        return {key: _escape_values(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escape_values(inner) for inner in value]
+    return escape_markdown(value) if isinstance(value, str) else value
 
 
 def write_card(folder: str | Path, repo_id: str) -> Path:

@@ -10,6 +10,7 @@ import torch
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.hub.download import fetch_snapshot
 from diffdiscover3d.hub.registry import check_source, embedded_models, find_discovery, load_discovery
+from diffdiscover3d.models.config_schema import read_config
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.window_layout import hierarchy
 from diffdiscover3d.utils.files import read_model_json
@@ -28,7 +29,7 @@ class ResolvedModel:
         revision: of a Hub id, as the user gave it.
         folder: that holds `config.json` and the weights.
         commit: of the Hub snapshot; `None` for other models.
-        config: the contents of `config.json`.
+        config: the contents of `config.json`, validated.
         working_grid: the grid that scans are resampled to first; `None` if they keep their own.
     """
 
@@ -54,7 +55,7 @@ class ResolvedModel:
         return choose_levels(self.name, self.levels, level)
 
     def level_config(self, level: int | None = None) -> dict | None:
-        """The configuration of one level; `None` if it is not that of a discovery network.
+        """The configuration of one level; `None` if it lacks what estimates of memory need.
 
         Args:
             level: 1 the coarsest; default: the finest.
@@ -101,12 +102,7 @@ def resolve_model(name: str, revision: str | None = None) -> ResolvedModel:
         if not folder.is_dir():
             folder = fetch_snapshot(name, revision=revision)
             commit = folder.name  # the cache names a snapshot's folder after its commit
-    config = read_model_json(folder / "config.json")
-    coarser = config.get("parent")
-    while coarser is not None:
-        if not isinstance(coarser, dict):
-            raise ModelError(f"{folder / 'config.json'}: `parent` must be a configuration, got {coarser!r:.60}.")
-        coarser = coarser.get("parent")
+    config = read_config(folder / "config.json", StructureDiscoveryModel.__name__)
     return ResolvedModel(name, revision, folder, commit, config, _read_working_grid(folder))
 
 

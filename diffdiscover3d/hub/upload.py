@@ -4,6 +4,7 @@ Other files in the folder, such as segmentations, pictures of patients or notes,
 """
 
 import json
+import logging
 import re
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ from diffdiscover3d.hub.download import MODEL_FILES, is_model_file, is_repo_id
 from diffdiscover3d.utils.checksums import update_checksums
 from diffdiscover3d.utils.files import read_model_json
 
+logger = logging.getLogger("diffdiscover3d")
 _MODEL_ENTRIES = ("_name_or_path", "teacher", "init_from", "parent", "model")  # they may hold Hub ids
 _PATH_ENTRIES = (*_MODEL_ENTRIES, "dataset", "output_dir", "resume")
 
@@ -30,6 +32,7 @@ def push_folder(
     commit_message: str | None = None,
     token: str | bool | None = None,
     scores: dict | None = None,
+    with_pictures: bool = False,
 ) -> str:
     """Upload a model folder with a rendered model card, as one commit.
 
@@ -43,6 +46,8 @@ def push_folder(
         private: visibility of a repository that is created.
         create_pr: open a pull request instead of committing.
         token: default: that of `hf auth login` or of the environment.
+        with_pictures: also upload `preview.png` or the newest preview of the training. They show slices of the
+            training volumes, so by default only those of synthetic cells are uploaded.
         scores: as `evaluate` returned them for these weights; replaces `scores.json` of the folder.
 
     Returns:
@@ -70,7 +75,10 @@ def push_folder(
             (staged / SCORES_NAME).write_text(json.dumps(scores, indent=2), encoding="utf-8")
         _hide_paths(staged)
         update_checksums(staged)
-        _add_picture(folder, staged)
+        if with_pictures or _is_synthetic(folder):
+            _add_picture(folder, staged)
+        else:
+            (staged / PICTURE_NAME).unlink(missing_ok=True)
         if not (staged / CARD_NAME).exists():
             write_card(staged, repo_id)
         try:
@@ -99,9 +107,23 @@ def push_folder(
 
 
 def _files_to_push(folder: Path) -> Iterator[Path]:
+    """The model files of a folder; links that lead out of it are not followed."""
+    roots = [folder.resolve()]
+    if folder.parent.name == "snapshots":  # of the Hub's cache, whose files link to its blobs
+        roots.append(folder.parent.parent.resolve() / "blobs")
     for path in sorted(folder.rglob("*")):
         if path.is_file() and is_model_file(path.relative_to(folder).as_posix()):
-            yield path
+            target = path.resolve()
+            if any(target.is_relative_to(root) for root in roots):
+                yield path
+            else:
+                logger.warning("%s is not uploaded: it links to a file outside the folder", path)
+
+
+def _is_synthetic(folder: Path) -> bool:
+    """Whether the model was trained on generated volumes alone, of which pictures may be published."""
+    options = folder / "train_config.json"
+    return options.is_file() and str(read_model_json(options).get("dataset")).startswith("synthetic")
 
 
 def _hide_paths(staged: Path) -> None:

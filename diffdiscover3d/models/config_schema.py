@@ -7,11 +7,12 @@ of allocation. The module imports no torch, since commands check a configuration
 import json
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from diffdiscover3d.errors import ModelError
 
+SCALINGS = ("min_max", "robust")
 _MAX_BYTES = 2**20  # of a configuration file
 _MAX_DEPTH = 8  # levels of a nested discovery model
 _MAX_PARAMETERS = 2**31
@@ -114,6 +115,8 @@ SCHEMAS: dict[str, dict[str, Rule]] = {
         "window_size": integer(8, 4096),
         "parent": optional(mapping),
         "children": optional(sequence(integer(1, 65_536), 2, 65_536)),
+        "scaling": one_of(*SCALINGS),
+        "frame": optional(sequence(integer(8, 1024), 3, 3)),
     },
     "UNet3DModel": {
         "in_channels": integer(1, 64),
@@ -201,3 +204,28 @@ def _estimate_parameters(config: Mapping) -> float:
     return sum(54 * float(a) * b for a, b in zip(channels, [*channels[1:], channels[-1]], strict=True)) + math.prod(
         (27.0, channels[0], outputs)
     )
+
+
+def check_scaling(scaling: str, frame: Sequence[int] | None, parent: Mapping | None) -> None:
+    """Raise ValueError if scaling and frame do not fit each other or those of the parent."""
+    if scaling not in SCALINGS:
+        raise ValueError(f"`scaling` must be one of {SCALINGS}, got {scaling!r}.")
+    if frame is not None and (scaling != "robust" or len(frame) != 3 or min(frame) < 8):
+        raise ValueError(f"`frame` must be three integers >= 8 and needs robust scaling, got {frame}, {scaling!r}.")
+    if parent is not None:
+        theirs = (parent.get("scaling", "min_max"), parent.get("frame"))
+        if theirs[0] != scaling or tuple(theirs[1] or ()) != tuple(frame or ()):
+            raise ValueError(f"`scaling` and `frame` must be the parent's, {theirs}; got {(scaling, frame)}.")
+
+
+def check_children(num_parts: int, parent: dict | None, children: Sequence[int] | None) -> None:
+    """Raise ValueError if the numbers of children do not fit the parent's parts or do not sum to `num_parts`."""
+    if (parent is None) != (children is None):
+        raise ValueError("`parent` and `children` go together: give both or neither.")
+    if children is None:
+        return
+    if len(children) != parent["num_parts"] or min(children) < 1 or max(children) < 2 or sum(children) != num_parts:
+        raise ValueError(
+            f"`children` must be {parent['num_parts']} positive numbers, one for each part of the parent, at least one "
+            f"of them above 1, with the sum {num_parts}; got {tuple(children)}."
+        )

@@ -17,7 +17,8 @@ from diffdiscover3d.models.config_schema import read_config
 from diffdiscover3d.utils.checksums import verify_checksums, write_checksums
 
 CONFIG_NAME = "config.json"
-_CHECKED_FILES = (CONFIG_NAME, "*.safetensors", "*.safetensors.index.json")
+_CHECKED_FILES = (CONFIG_NAME, "diffusion_pytorch_model*.safetensors", "*.safetensors.index.json")
+_WEIGHTS = "diffusion_pytorch_model*.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _LARGEST_WEIGHT = 1e6
 DOWNLOAD_OPTIONS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
@@ -53,7 +54,7 @@ def check_stored_types(folder: str | Path) -> None:
     Raises:
         ModelError: naming the weight and its type.
     """
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in sorted(Path(folder).glob(_WEIGHTS)):
         try:
             with safe_open(path, framework="pt") as file:
                 types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
@@ -153,5 +154,5 @@ class StrictLoadingMixin(PushMixin):
             )
         try:
             return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:  # TypeError: unknown keys of a nested configuration
             raise ModelError(f"the configuration of {cls.__name__} is not valid: {error}") from error

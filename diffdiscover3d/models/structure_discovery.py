@@ -9,8 +9,10 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
+from diffdiscover3d.data.foreground import Frame, find_foreground, robust_scale
 from diffdiscover3d.data.formats.nifti.reading import as_volume_tensor
 from diffdiscover3d.data.transforms import min_max_normalize, pad_to_multiple
+from diffdiscover3d.models.config_schema import check_children, check_scaling
 from diffdiscover3d.models.cpu_kernels import Conv3d, precise_if_small
 from diffdiscover3d.models.loading import StrictLoadingMixin
 from diffdiscover3d.models.window_layout import fits_window
@@ -56,10 +58,15 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         parent: configuration of the model whose parts are subdivided; `None` segments the whole volume. The parent is a
             frozen submodule and is saved with this model (not in the paper).
         children: number of parts into which each part of the parent is divided; 1 leaves it undivided. Sums to K.
+        scaling: intensity scaling, "min_max" over the whole volume or "robust" by percentiles of the foreground (see
+            [`robust_scale`]).
+        frame: grid to which [`segment`] resamples the box around the foreground, so that the network processes every
+            subject at the same position and size regardless of the scan's resolution; voxels outside of the box get
+            part 0. `None` processes volumes on their own grid. Requires robust scaling.
 
     Raises:
-        ValueError: if `num_parts` is below 2, or the lengths of `strides` and `channels` or the `children` and
-            `parent` do not match.
+        ValueError: if `num_parts` is below 2, the lengths of `strides` and `channels` or the `children` and
+            `parent` do not match, or `scaling` and `frame` are invalid or differ from the parent's.
 
     Example:
         >>> coarse = StructureDiscoveryModel(num_parts=2)
@@ -79,11 +86,14 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         window_size: int = 256,
         parent: dict | None = None,
         children: Sequence[int] | None = None,
+        scaling: str = "min_max",
+        frame: Sequence[int] | None = None,
     ):
         super().__init__()
         if num_parts < 2:
             raise ValueError(f"`num_parts` must be at least 2, got {num_parts}.")
-        _check_children(num_parts, parent, children)
+        check_children(num_parts, parent, children)
+        check_scaling(scaling, frame, parent)
         if len(strides) != len(channels) - 1:
             raise ValueError(f"`strides` must have {len(channels) - 1} entries, one less than `channels`.")
         from monai.networks.nets import UNet  # slow import
@@ -100,8 +110,12 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
     def from_parent(
         cls, parent: "StructureDiscoveryModel", children: Sequence[int], **config
     ) -> "StructureDiscoveryModel":
-        """Create a model that subdivides the parts of a trained model; `config` as for the class."""
+        """Create a model that subdivides the parts of a trained model; `config` as for the class.
+
+        Scaling and frame default to the parent's.
+        """
         settings = {k: v for k, v in parent.config.items() if not k.startswith("_")}
+        config = {"scaling": settings["scaling"], "frame": settings["frame"], **config}
         model = cls(num_parts=sum(children), parent=settings, children=tuple(children), **config)
         model.parent_model.load_state_dict(parent.state_dict())
         return model
@@ -130,7 +144,8 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         """Compute the logits of the parts.
 
         Args:
-            volume: (B, 1, H, W, D) volumes of any size and intensity range; each is min-max normalised.
+            volume: (B, 1, H, W, D) volumes of any size and intensity range; each is scaled. A network with a frame
+                expects volumes that are already in their frames.
             parent_labels: (B, 1, H, W, D) precomputed part labels of the parent.
 
         Raises:
@@ -138,17 +153,29 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         """
         if volume.ndim != 5 or volume.shape[1] != 1:
             raise ValueError(f"`volume` must be (batch, 1, H, W, D), got shape {tuple(volume.shape)}.")
-        normalized = min_max_normalize(volume, check=not self.training)  # training volumes are checked in advance
+        scaled = self.scale(volume, check=not self.training)  # training volumes are checked in advance
+        return StructureDiscoveryOutput(logits=self.scaled_logits(scaled, parent_labels))
+
+    def scale(self, volume: torch.Tensor, check: bool = True) -> torch.Tensor:
+        """Scale the intensities of (B, 1, H, W, D) volumes as the network expects them.
+
+        Raises:
+            InputError: if a volume has no contrast or contains NaN or Inf; only with `check`.
+        """
+        if self.config.scaling == "robust":
+            return robust_scale(volume, check=check)
+        return min_max_normalize(volume, check=check)
+
+    def scaled_logits(self, scaled: torch.Tensor, parent_labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute the logits of the parts, (B, K, H, W, D), of volumes returned by [`scale`]."""
         if parent_labels is None:
-            parent_labels = self._parent_labels(normalized)
-        return StructureDiscoveryOutput(
-            logits=self._logits(self._network_input(normalized, parent_labels), parent_labels)
-        )
+            parent_labels = self._parent_labels(scaled)
+        return self._logits(self._network_input(scaled, parent_labels), parent_labels)
 
     @torch.no_grad()
     def label_parents(self, volume: torch.Tensor) -> torch.Tensor | None:
         """Part labels of the parent, (B, 1, H, W, D), for volumes as in `forward`; `None` without a parent."""
-        return self._parent_labels(min_max_normalize(volume, check=not self.training))
+        return self._parent_labels(self.scale(volume, check=not self.training))
 
     @torch.no_grad()
     def segment(self, volume, progress: bool = False, parent_labels: torch.Tensor | None = None) -> Segmentation:
@@ -158,16 +185,19 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
             volume: an array or tensor of shape (H, W, D), (B, H, W, D) or (B, 1, H, W, D) with any intensities, or
                 another input accepted by [`as_volume_tensor`].
             progress: show a progress bar during sliding-window inference.
-            parent_labels: (B, H, W, D) precomputed part labels of the parent.
+            parent_labels: (B, H, W, D) precomputed part labels of the parent; ignored by a network with a frame, which
+                computes them in the frame.
 
         Raises:
             InputError: if a volume has no contrast or contains NaN or Inf.
         """
         volume = as_volume_tensor(volume)
         with evaluating(self):
-            normalized = min_max_normalize(volume.to(self.device))
-            known = None if parent_labels is None else parent_labels[:, None].to(self.device)
-            probabilities = self._probabilities(normalized, progress, known)
+            if self.config.frame is not None:
+                probabilities = torch.cat([self._framed_probabilities(v[None].to(self.device)) for v in volume])
+            else:
+                known = None if parent_labels is None else parent_labels[:, None].to(self.device)
+                probabilities = self._probabilities(self.scale(volume.to(self.device)), progress, known)
         dtype = torch.uint8 if self.config.num_parts <= 256 else torch.int32
         return Segmentation(labels=probabilities.max(dim=1).indices.to(dtype), probabilities=probabilities)
 
@@ -277,6 +307,12 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
             progress=progress,
         )
 
+    def _framed_probabilities(self, volume: torch.Tensor) -> torch.Tensor:
+        """Soft parts (1, K, H, W, D) of one volume, computed in the frame around its foreground."""
+        foreground = find_foreground(volume)
+        frame = Frame.around(foreground, self.config.frame)
+        return frame.paste(self._probabilities(frame.crop(robust_scale(volume, foreground))))
+
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
@@ -295,15 +331,3 @@ def _moments(normalized: torch.Tensor, within: torch.Tensor) -> tuple[torch.Tens
     mean = (normalized * within).sum(dim=(2, 3, 4), keepdim=True) / size
     centred = (normalized - mean) * within
     return mean, (centred.square().sum(dim=(2, 3, 4), keepdim=True) / size).sqrt()
-
-
-def _check_children(num_parts: int, parent: dict | None, children: Sequence[int] | None) -> None:
-    if (parent is None) != (children is None):
-        raise ValueError("`parent` and `children` go together: give both or neither.")
-    if children is None:
-        return
-    if len(children) != parent["num_parts"] or min(children) < 1 or max(children) < 2 or sum(children) != num_parts:
-        raise ValueError(
-            f"`children` must be {parent['num_parts']} positive numbers, one for each part of the parent, at least one "
-            f"of them above 1, with the sum {num_parts}; got {tuple(children)}."
-        )

@@ -8,24 +8,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from diffdiscover3d.reporting.page import csp_hash
 from diffdiscover3d.utils.files import atomic_file
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
-content="default-src 'none'; style-src 'unsafe-inline'; img-src 'self' file:">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1280px; padding: 1rem; }}
-h1 {{ font-size: 1.25rem; }} .soft {{ color: #888; }}
-ul {{ display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); list-style: none; padding: 0; }}
-a {{ color: inherit; display: block; overflow-wrap: anywhere; text-decoration: none; }}
-a:hover {{ text-decoration: underline; }}
-img {{ background: #000; display: block; height: 180px; object-fit: contain; width: 100%; }}
-</style></head><body><h1>{title}</h1><p class="soft">{count} scans; choose one to open its report.</p><ul>
+content="default-src 'none'; style-src {style_hash}; img-src 'self' file:; base-uri 'none'; form-action 'none'">
+<title>{title}</title><style>{style}</style></head>
+<body><h1>{title}</h1><p class="soft">{count} scans; choose one to open its report.</p><ul>
 {items}
 </ul></body></html>
+"""
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1280px; padding: 1rem; }
+h1 { font-size: 1.25rem; } .soft { color: #888; }
+ul { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); list-style: none; padding: 0; }
+a { color: inherit; display: block; overflow-wrap: anywhere; text-decoration: none; }
+a:hover { text-decoration: underline; }
+img { background: #000; display: block; height: 180px; object-fit: contain; width: 100%; }
 """
 
 
@@ -46,7 +49,9 @@ def write_index(path: str | Path, reports: Sequence[str | Path], *, title: str =
         items.append(
             f'<li><a href="{_link(report, path)}">{image}{html.escape(stem)}</a><div class="soft">{sizes}</div></li>'
         )
-    page = _PAGE.format(title=html.escape(title), count=len(items), items="\n".join(items))
+    page = _PAGE.format(
+        title=html.escape(title), count=len(items), items="\n".join(items), style=_STYLE, style_hash=csp_hash(_STYLE)
+    )
     with atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 

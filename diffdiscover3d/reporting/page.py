@@ -2,18 +2,21 @@
 
 import base64
 import gzip
+import hashlib
 import html
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
+from diffdiscover3d.data.formats.units import VOXELS
 from diffdiscover3d.reporting.colours import part_colour, part_rgb
+from diffdiscover3d.reporting.frames import Frame
 from diffdiscover3d.reporting.parts import PartStatistics
 from diffdiscover3d.utils.files import atomic_file
 
@@ -38,6 +41,7 @@ class ShownScan:
     affine: np.ndarray
     image: np.ndarray
     notes: Sequence[str]
+    frame: Frame = field(default_factory=Frame)
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,17 @@ def write_page(path: str | Path, scan: ShownScan, levels: Sequence[ShownLevel], 
     Raises:
         OutputError: if it cannot be written.
     """
-    spacing = "×".join(f"{s:.3g}" for s in np.linalg.norm(scan.affine[:3, :3], axis=0))
-    summary = f"{'×'.join(map(str, scan.shape))} voxels of {spacing} mm"
+    unit = scan.frame.unit
+    spacing = "×".join(f"{s * unit.per_mm:.3g}" for s in np.linalg.norm(scan.affine[:3, :3], axis=0))
+    size = "unknown size" if unit == VOXELS else f"{spacing} {unit.length}"
+    summary = f"{'×'.join(map(str, scan.shape))} voxels of {size}"
     if scan.image.shape != tuple(scan.shape):
         grid = "×".join(map(str, scan.image.shape))
         summary += f"; shown here on {grid} voxels to keep the page small, measured at full resolution"
     fields = {
         "TITLE": html.escape(f"Parts found in {scan.name}"),
         "SUMMARY": html.escape(summary),
-        "TABLES": "".join(_table(number, level) for number, level in enumerate(levels)),
+        "TABLES": "".join(_table(number, level, scan.frame) for number, level in enumerate(levels)),
         "TREE": _tree(levels, links),
         "PROVENANCE": _provenance(levels, scan.notes),
         "LICENSES": html.escape((_VIEWER / "LICENSES.txt").read_text(encoding="utf-8")),
@@ -91,10 +97,29 @@ def write_page(path: str | Path, scan: ShownScan, levels: Sequence[ShownLevel], 
         "NIIVUE": _niivue(),
         "SCRIPT": (_VIEWER / "report.js").read_text(encoding="utf-8"),
     }
+    colours = range(max((len(level.parts) for level in levels), default=0))
+    fields["STYLE"] = (_VIEWER / "report.css").read_text(encoding="utf-8") + swatch_styles(colours)
+    fields["STYLEHASH"] = csp_hash(fields["STYLE"])
+    fields["SCRIPTHASH"] = f"{csp_hash(fields['SCRIPT'])} {_niivue_hash()}"
     template = (_VIEWER / "report.html").read_text(encoding="utf-8")
     page = re.sub("@([A-Z]+)@", lambda match: fields[match.group(1)], template)
     with atomic_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def csp_hash(text: str) -> str:
+    """The source expression that allows one inline script or style in a Content-Security-Policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def swatch_styles(parts: Iterable[int]) -> str:
+    """CSS classes `part-K` with the colours of the parts; style attributes would need a laxer policy."""
+    return "".join(f".part-{part} {{ background: {part_colour(part)}; }}\n" for part in parts)
+
+
+@lru_cache(maxsize=1)
+def _niivue_hash() -> str:
+    return csp_hash(gzip.decompress((_VIEWER / "niivue.js.gz").read_bytes()).decode())
 
 
 @lru_cache(maxsize=1)
@@ -124,6 +149,12 @@ def _data(scan: ShownScan, shown_levels: Sequence[ShownLevel]) -> dict:
     move = np.eye(4)
     move[:3, :3], move[:3, 3] = np.diag(factor), (factor - 1) / 2
     affine = scan.affine @ move
+    affine[:3] *= scan.frame.unit.per_mm  # the viewer's numbers are in the unit of the tables
+    world = np.eye(4)
+    if not scan.frame.anatomical:
+        # the viewer shows the volume as it is in memory, upright; positions are those of the file
+        plain = np.diag([*np.linalg.norm(affine[:3, :3], axis=0), 1.0])
+        world, affine = affine @ np.linalg.inv(plain), plain
     low, high = float(shown.min()), float(shown.max())
     slope = (high - low) / 255 or 1.0
     window = [float(x) for x in np.percentile(shown, (0.5, 99.5))]
@@ -143,7 +174,16 @@ def _data(scan: ShownScan, shown_levels: Sequence[ShownLevel]) -> dict:
         )
     grey = np.round((shown - low) / slope).astype(np.uint8)
     scan_data = {"name": "scan.nii.gz", "nifti": _encode(grey, affine, slope, low), "low": window[0], "high": window[1]}
-    return {"scan": scan_data, "levels": levels}
+    frame = scan.frame
+    return {
+        "scan": scan_data,
+        "levels": levels,
+        "unit": frame.unit.length,
+        "world": world.ravel().tolist(),
+        "anatomical": frame.anatomical,
+        "radiological": frame.radiological,
+        "planes": frame.planes,
+    }
 
 
 def _encode(array: np.ndarray, affine: np.ndarray, slope: float = 1.0, inter: float = 0.0) -> str:
@@ -153,20 +193,22 @@ def _encode(array: np.ndarray, affine: np.ndarray, slope: float = 1.0, inter: fl
     return base64.b64encode(gzip.compress(image.to_bytes(), 9, mtime=0)).decode()
 
 
-def _table(key: int, level: ShownLevel) -> str:
-    head = ["show", "part", "", "volume (mL)", "share", "voxels", "intensity (mean ± SD)", "centre R, A, S (mm)"]
-    head += ["pieces", "touches"]
+def _table(key: int, level: ShownLevel, frame: Frame) -> str:
+    unit = frame.unit
+    head = ["show", "part", "", *([] if unit == VOXELS else [f"volume ({unit.volume})"]), "share", "voxels"]
+    head += ["intensity (mean ± SD)", f"centre {frame.axes} ({unit.length})", "pieces", "touches"]
     total = sum(p.voxels for p in level.parts)
+    background = 0 if level.provenance.get("background") is not None else None
     rows = []
     for part in level.parts:
-        centre = ", ".join(f"{c:.1f}" for c in part.centroid_mm) if part.voxels else "–"
+        centre = ", ".join(f"{c * unit.per_mm:.1f}" for c in part.centroid_mm) if part.voxels else "–"
         grey = f"{part.mean_intensity:.4g} ± {part.std_intensity:.3g}" if part.voxels else "–"
         cells = [
             f'<input type="checkbox" aria-label="show part {part.index}" data-part="{part.index}" '
-            f'data-level="{key}"{" checked" if part.index else ""}>',
+            f'data-level="{key}"{"" if part.index == background else " checked"}>',
             f"part {part.index}",
-            f'<span class="swatch" style="background:{part_colour(part.index)}"></span>',
-            f"{part.volume_ml:,.2f}",
+            f'<span class="swatch part-{part.index}"></span>',
+            *([] if unit == VOXELS else [_volume(part.volume_ml * 1000 * unit.volume_per_mm3)]),
             f"{100 * part.voxels / total:.1f} %",
             f"{part.voxels:,}",
             grey,
@@ -182,6 +224,10 @@ def _table(key: int, level: ShownLevel) -> str:
     )
 
 
+def _volume(value: float) -> str:
+    return f"{value:,.2f}" if value < 1e5 else f"{value:,.0f}"
+
+
 def _tree(levels: Sequence[ShownLevel], links: Sequence[dict]) -> str:
     """The nested list of parts, if there are several levels."""
     if not links:
@@ -190,7 +236,7 @@ def _tree(levels: Sequence[ShownLevel], links: Sequence[dict]) -> str:
     def branch(level: int, part: int, share: str) -> str:
         own = [x for x in links if x["parent_level"] == level and x["parent"] == part]
         inside = "".join(branch(x["level"], x["part"], f", {100 * x['overlap']:.0f} % of it in here") for x in own)
-        mark = f'<span class="swatch" style="background:{part_colour(part)}"></span>'
+        mark = f'<span class="swatch part-{part}"></span>'
         text = f'{mark} part {part} <span class="soft">of level {level}{share}</span>'
         return f"<li>{text}{f'<ul>{inside}</ul>' if inside else ''}</li>"
 

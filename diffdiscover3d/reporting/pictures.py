@@ -7,11 +7,15 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 
 from diffdiscover3d.reporting.colours import part_rgb
+from diffdiscover3d.reporting.frames import Frame
 from diffdiscover3d.utils.files import atomic_file
 
-_PLANES = ("sagittal", "coronal", "axial")
+_DEFAULT = Frame()
+# letters at the left, right, top and bottom of the planes across the canonical axes, without mirroring
+_MARKS = (("P", "A", "S", "I"), ("L", "R", "S", "I"), ("L", "R", "A", "P"))
 
 
 def save_slices(
@@ -22,6 +26,7 @@ def save_slices(
     spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
     titles: Sequence[str] | None = None,
     num_parts: int | None = None,
+    frame: Frame | None = None,
 ) -> None:
     """Write a PNG with a row per volume and its three middle slices; with labels, each beside its overlay.
 
@@ -32,13 +37,14 @@ def save_slices(
         spacing_mm: of the voxels, so that anisotropic ones are drawn in proportion.
         titles: one for each row.
         num_parts: length of the legend (default: from the largest label).
+        frame: names the planes and the sides of the patient; default: none are marked.
     """
     labels = [None] * len(volumes) if labels is None else labels
     if num_parts is None and any(x is not None for x in labels):
         num_parts = 1 + max(int(x.max()) for x in labels if x is not None)
     cuts = [middle_slices(volume) for volume in volumes]
     overlays = [None if x is None else middle_slices(x) for x in labels]
-    save_cuts(path, cuts, overlays, spacing_mm=spacing_mm, titles=titles, num_parts=num_parts)
+    save_cuts(path, cuts, overlays, spacing_mm=spacing_mm, titles=titles, num_parts=num_parts, frame=frame)
 
 
 def save_cuts(
@@ -49,6 +55,7 @@ def save_cuts(
     spacing_mm: Sequence[float],
     titles: Sequence[str] | None,
     num_parts: int | None,
+    frame: Frame | None = None,
 ) -> None:
     """Write the same picture from slices, for volumes that are not in memory.
 
@@ -56,7 +63,10 @@ def save_cuts(
         cuts: for each row the middle slices across the first, second and third axis, (W, D), (H, D) and (H, W); RGB
             ones have a first axis of length 3.
         labels: the same slices of the label maps, all of them or none.
+        frame: as for [`save_slices`].
     """
+    named = _DEFAULT if frame is None else frame
+    mirrored = frame is not None and frame.mirrored
     overlaid = any(x is not None for x in labels)
     columns = 6 if overlaid else 3
     figure = Figure(figsize=(2.4 * columns, 2.6 * len(cuts) + 0.5), layout="constrained", facecolor="black")
@@ -64,14 +74,17 @@ def save_cuts(
     axes = figure.subplots(len(cuts), columns, squeeze=False)
     for row, (three, parts) in enumerate(zip(cuts, labels, strict=True)):
         for plane in range(3):
-            grey = _upright(three[plane])
+            grey = _upright(three[plane], mirrored and plane > 0)
             aspect = _aspect(spacing_mm, plane)
             _show(axes[row, plane], grey, aspect)
+            if frame is not None and frame.anatomical:
+                _mark(axes[row, plane], plane, mirrored)
             if overlaid:
-                _show(axes[row, 3 + plane], _overlay(grey, _upright(parts[plane])), aspect)
+                over = _overlay(grey, _upright(parts[plane], mirrored and plane > 0))
+                _show(axes[row, 3 + plane], over, aspect)
             if row == 0:
                 for first in range(0, columns, 3):
-                    axes[0, first + plane].set_title(_PLANES[plane], color="white", fontsize=9)
+                    axes[0, first + plane].set_title(named.planes[plane], color="white", fontsize=9)
         if titles:
             axes[row, 0].set_ylabel(titles[row], color="white", fontsize=9)
     if overlaid:
@@ -88,9 +101,21 @@ def middle_slices(volume: np.ndarray) -> list[np.ndarray]:
     return [np.take(volume, volume.shape[axis] // 2, axis=axis) for axis in range(volume.ndim - 3, volume.ndim)]
 
 
-def _upright(cut: np.ndarray) -> np.ndarray:
+def _mark(axis, plane: int, mirrored: bool) -> None:
+    """Letters for the sides of the patient at the edges of a slice."""
+    left, right, top, bottom = _MARKS[plane]
+    if mirrored and plane > 0:
+        left, right = right, left
+    style = {"color": "white", "fontsize": 8, "transform": axis.transAxes, "ha": "center", "va": "center"}
+    style["path_effects"] = [withStroke(linewidth=2, foreground="black")]
+    for x, y, letter in ((0.04, 0.5, left), (0.96, 0.5, right), (0.5, 0.95, top), (0.5, 0.05, bottom)):
+        axis.text(x, y, letter, **style)
+
+
+def _upright(cut: np.ndarray, mirrored: bool = False) -> np.ndarray:
     """Rotate a slice so that superior (or anterior) is up; channels go last."""
-    return np.rot90(np.moveaxis(cut, 0, -1) if cut.ndim == 3 else cut)
+    turned = np.rot90(np.moveaxis(cut, 0, -1) if cut.ndim == 3 else cut)
+    return turned[:, ::-1] if mirrored else turned
 
 
 def _aspect(spacing_mm: Sequence[float], plane: int) -> float:

@@ -4,24 +4,38 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffdiscover3d.data.formats.units import VOXELS
 from diffdiscover3d.reporting.colours import part_colour, part_rgb
+from diffdiscover3d.reporting.frames import Frame
 from diffdiscover3d.reporting.parts import PartStatistics
 from diffdiscover3d.utils.files import atomic_file
 
-# columns beyond those of BIDS, with their descriptions in the sidecar
-COLUMNS = {
-    "volume_ml": {"Description": "Volume of the part", "Units": "mL"},
-    "voxels": {"Description": "Number of voxels"},
-    "mean_intensity": {"Description": "Mean of the scan's values in the part"},
-}
-STATISTICS_COLUMNS = {
-    "std_intensity": {"Description": "Standard deviation of the scan's values in the part"},
-    "centroid_x": {"Description": "Mean position of the voxels, towards the right", "Units": "mm"},
-    "centroid_y": {"Description": "Mean position of the voxels, towards the front", "Units": "mm"},
-    "centroid_z": {"Description": "Mean position of the voxels, upwards", "Units": "mm"},
-    "components": {"Description": "Number of pieces connected through voxel faces"},
-    "neighbours": {"Description": "Indices of the parts sharing a voxel face, separated by commas"},
-}
+_DEFAULT = Frame()
+
+
+def part_columns(frame: Frame = _DEFAULT) -> dict[str, dict]:
+    """The columns beyond those of BIDS, with their descriptions for the sidecar."""
+    unit = frame.unit
+    volume = {f"volume_{unit.volume_key}": {"Description": "Volume of the part", "Units": unit.volume}}
+    return {
+        **(volume if unit != VOXELS else {}),
+        "voxels": {"Description": "Number of voxels"},
+        "mean_intensity": {"Description": "Mean of the scan's values in the part"},
+    }
+
+
+def statistics_columns(frame: Frame = _DEFAULT) -> dict[str, dict]:
+    """Further columns, if components and neighbours were measured."""
+    towards = ("towards the right", "towards the front", "upwards") if frame.anatomical else ("in x", "in y", "in z")
+    return {
+        "std_intensity": {"Description": "Standard deviation of the scan's values in the part"},
+        **{
+            f"centroid_{axis}": {"Description": f"Mean position of the voxels, {way}", "Units": frame.unit.length}
+            for axis, way in zip("xyz", towards, strict=True)
+        },
+        "components": {"Description": "Number of pieces connected through voxel faces"},
+        "neighbours": {"Description": "Indices of the parts sharing a voxel face, separated by commas"},
+    }
 
 
 def part_name(part: int) -> str:
@@ -29,29 +43,33 @@ def part_name(part: int) -> str:
     return f"part {part}"
 
 
-def write_part_table(path: str | Path, parts: Sequence[PartStatistics]) -> None:
+def write_part_table(path: str | Path, parts: Sequence[PartStatistics], frame: Frame = _DEFAULT) -> None:
     """Write the lookup table of BIDS for a `_dseg.nii.gz`: index, name, abbreviation, color and statistics.
 
-    The columns of `STATISTICS_COLUMNS` are added if components and neighbours were measured.
+    The columns of [`statistics_columns`] are added if components and neighbours were measured.
     See https://bids-specification.readthedocs.io, "Common image-derived labels".
     """
     topology = all(p.components is not None for p in parts)
-    columns = ["index", "name", "abbreviation", "color", *COLUMNS, *(STATISTICS_COLUMNS if topology else ())]
+    columns = ["index", "name", "abbreviation", "color", *part_columns(frame)]
+    columns += statistics_columns(frame) if topology else []
     lines = ["\t".join(columns)]
     for part in parts:
         row = [part.index, part_name(part.index), f"P{part.index}", part_colour(part.index)]
-        row += [_number(part.volume_ml), part.voxels, _number(part.mean_intensity)]
+        if frame.unit != VOXELS:
+            row += [_number(part.volume_ml * 1000 * frame.unit.volume_per_mm3)]
+        row += [part.voxels, _number(part.mean_intensity)]
         if topology:
-            row += [_number(part.std_intensity), *map(_number, part.centroid_mm), part.components]
+            centroid = [_number(c * frame.unit.per_mm) for c in part.centroid_mm]
+            row += [_number(part.std_intensity), *centroid, part.components]
             row += [",".join(map(str, part.neighbours)) or "n/a"]
         lines.append("\t".join(map(str, row)))
     _write(path, lines)
 
 
-def write_itksnap_labels(path: str | Path, num_parts: int) -> None:
+def write_itksnap_labels(path: str | Path, num_parts: int, background: bool = False) -> None:
     """Write a label description file of ITK-SNAP: index, red, green, blue, opacity, visible, mesh, name.
 
-    Label 0 is ITK-SNAP's clear label, so part 0 is neither opaque nor visible there.
+    Part 0 is a part like the others and visible, unless it is the background that was asked for.
     """
     lines = [
         "################################################",
@@ -61,19 +79,19 @@ def write_itksnap_labels(path: str | Path, num_parts: int) -> None:
         "################################################",
     ]
     for part in range(num_parts):
-        shown = int(part > 0)
+        shown = int(part > 0 or not background)
         red, green, blue = _rgb255(part)
         lines.append(f'{part:5d} {red:5d} {green:4d} {blue:4d} {shown:8d} {shown:2d} {shown:2d}    "{part_name(part)}"')
     _write(path, lines)
 
 
-def write_slicer_colours(path: str | Path, num_parts: int) -> None:
-    """Write a colour table of 3D Slicer: index, name without spaces, red, green, blue, opacity; part 0 is clear."""
+def write_slicer_colours(path: str | Path, num_parts: int, background: bool = False) -> None:
+    """Write a colour table of 3D Slicer: index, name without spaces, red, green, blue, opacity (0 of a background)."""
     lines = [f"# Color table file {Path(path).name}", f"# {num_parts} values"]
     for part in range(num_parts):
         red, green, blue = _rgb255(part)
         name = part_name(part).replace(" ", "_")
-        lines.append(f"{part} {name} {red} {green} {blue} {255 if part else 0}")
+        lines.append(f"{part} {name} {red} {green} {blue} {255 if part or not background else 0}")
     _write(path, lines)
 
 

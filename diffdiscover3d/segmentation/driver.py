@@ -9,21 +9,22 @@ from pathlib import Path
 import torch
 
 from diffdiscover3d import __version__
-from diffdiscover3d.data.datasets.folder import list_volumes
-from diffdiscover3d.data.formats.nifti.header import SUFFIXES, check_reachable
-from diffdiscover3d.data.formats.nifti.reading import read_volume
-from diffdiscover3d.data.formats.nifti.slabs import stream_volume
-from diffdiscover3d.data.formats.nifti.source import open_nifti
+from diffdiscover3d.data.datasets.listing import list_volumes
+from diffdiscover3d.data.formats.nifti.header import check_reachable
+from diffdiscover3d.data.formats.reading import open_source, read_source, stream_source
+from diffdiscover3d.data.formats.registry import format_by_name, is_nifti, is_volume, options_in, split, stem
+from diffdiscover3d.data.formats.units import parse_voxel_size
 from diffdiscover3d.errors import DiffDiscoverError, ModelError, NetworkError
 from diffdiscover3d.hub.registry import DEFAULT_MODEL
 from diffdiscover3d.hub.resolve import ResolvedModel, resolve_model
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.segmentation.job import ScanJob, SegmentedFile
-from diffdiscover3d.segmentation.outputs import Extras, check_cases, is_finished, plan_case, shard, stem
+from diffdiscover3d.segmentation.outputs import Extras, check_cases, is_finished, plan_case, shard
 from diffdiscover3d.segmentation.preflight import MemoryPlan, plan_memory
 from diffdiscover3d.segmentation.scan import segment_scan
 from diffdiscover3d.utils.files import check_folder
 from diffdiscover3d.utils.progress import ProgressBar
+from diffdiscover3d.utils.staging import recover_folder
 
 __all__ = ["SegmentedFile", "choose_device", "segment", "stem"]
 
@@ -50,6 +51,12 @@ def segment(
     volume: int | None = None,
     nan_to_zero: bool = False,
     ignore_affine: bool = False,
+    series: str | None = None,
+    resolution: int = 0,
+    missing_chunks: bool = False,
+    voxel_size: str | None = None,
+    include: Sequence[str] = (),
+    neurological: bool = False,
     progress: bool = False,
     on_done: Callable[[SegmentedFile], None] | None = None,
     on_error: Callable[[DiffDiscoverError], None] | None = None,
@@ -64,7 +71,7 @@ def segment(
     If several processes were started by `accelerate launch` or torchrun, each works on its share of the inputs.
 
     Args:
-        inputs: NIfTI files, folders of them, globs or text lists.
+        inputs: volumes of any format (see `data/formats/registry.py`), folders of them, globs or text lists.
         output: folder for the results (default: beside each input).
         model: an embedded model's name, a folder, or a Hub id.
         level: of a model with levels: its number, 1 the coarsest (default 2), or "all"; then the files are called
@@ -82,6 +89,9 @@ def segment(
         overwrite: replace results that exist; the input itself is never overwritten.
         resume: skip inputs whose results exist, made from the same file by the same model and arguments.
         volume, nan_to_zero, ignore_affine: how to read unusual files, see [`read_nifti`].
+        series, resolution, missing_chunks: the same, see [`ReadOptions`].
+        voxel_size: of files that give none, along their own axes, as "0.1,0.1,0.3um".
+        include: patterns of file names that are taken though they are named like masks.
         progress: show a progress bar with the current step and the time left.
         on_done: called with the result of each input.
         on_estimate: called with a line about the memory that a large volume needs, before it is read.
@@ -95,7 +105,7 @@ def segment(
     if order not in ORDERS:
         raise ValueError(f"`order` must be one of {ORDERS}, got {order!r}.")
     single = isinstance(inputs, str | Path)
-    paths = [p for source in ([inputs] if single else inputs) for p in _expand(source)]
+    paths = [p for source in ([inputs] if single else inputs) for p in _expand(source, include, series)]
     place = choose_device(device)
     if output is not None:
         check_folder(Path(output))
@@ -104,9 +114,17 @@ def segment(
     extras = Extras(preview, statistics, tables, probabilities, report)
     cases = [plan_case(path, output, levels, extras) for path in paths]
     mine = shard(cases)
+    for folder in {case.folder for case in cases}:
+        recover_folder(folder)
     check_cases(cases, mine, overwrite or resume)
     reading = {"volume": volume, "nan_to_zero": nan_to_zero, "ignore_affine": ignore_affine}
     arguments = {"device": str(place), **reading, "fast": fast, "order": order, "statistics": statistics}
+    unusual = {"series": series, "resolution": resolution, "missing_chunks": missing_chunks}
+    if voxel_size is not None:
+        parse_voxel_size(voxel_size)
+    unusual["voxel_size"] = voxel_size
+    reading |= unusual
+    arguments |= {name: value for name, value in unusual.items() if value}
 
     config = found.level_config(levels[-1])
     networks: dict[int | None, StructureDiscoveryModel] = {}
@@ -118,18 +136,19 @@ def segment(
             try:
                 stages.show("reading the scan")
                 clock = time.perf_counter()
+                own = reading | options_in(case.input)
                 with ExitStack() as opened:
-                    file = opened.enter_context(open_nifti(case.input))
-                    plan = MemoryPlan(False, None)  # not a discovery network: loading it will raise
+                    file = opened.enter_context(open_source(case.input, **own))
+                    plan = MemoryPlan(False, None)  # without a complete configuration nothing is estimated
                     if config is not None:
                         plan = plan_memory(file, config, place.type == "cpu", fast=fast, working=found.working_grid)
                     if plan.line and on_estimate:
                         on_estimate(plan.line)
                     # all of the scan is checked before a model is loaded: a bad file is reported at once
                     if plan.by_slabs:
-                        scan = opened.enter_context(stream_volume(file, case.folder, **reading))
+                        scan = opened.enter_context(stream_source(file, case.folder, **own))
                     else:
-                        scan = read_volume(file, **reading)
+                        scan = read_source(file, **own)
                     read_seconds = time.perf_counter() - clock
                     if not networks:
                         stages.show("loading the model")
@@ -141,7 +160,17 @@ def segment(
                         continue
                     stages.done()
                     job = ScanJob(
-                        case, networks, provenance, extras, order, fast, found.working_grid, read_seconds, stages
+                        case,
+                        networks,
+                        provenance,
+                        extras,
+                        order,
+                        fast,
+                        found.working_grid,
+                        read_seconds,
+                        stages,
+                        neurological,
+                        overwrite or resume,
                     )
                     result = segment_scan(job, scan)
             except DiffDiscoverError as error:
@@ -181,13 +210,18 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _expand(source: str | Path) -> list[Path]:
-    path = Path(source)
+def _expand(source: str | Path, include: Sequence[str], series: str | None) -> list[Path]:
+    path, inner = split(source)
     check_reachable(path)
-    # a single file is returned unchecked: reading it gives the best error message
-    if path.name.endswith(SUFFIXES) and not path.is_dir() and not any(c in str(path) for c in "*?["):
-        return [path]
-    return list_volumes(source) if path.suffix != "" or path.is_dir() or not path.exists() else [path]
+    # a single file is passed on as it is: reading it gives the most precise reason if it cannot be used
+    if (
+        not path.is_dir()
+        and (is_nifti(path) or format_by_name(path) or inner)
+        and not any(c in str(path) for c in "*?[")
+    ):
+        return [Path(source)]
+    named = path.suffix != "" or path.is_dir() or not path.exists()
+    return list_volumes(source, include, series) if named or is_volume(path) else [path]
 
 
 def _provenance(model: ResolvedModel, level: int | None, arguments: dict) -> dict:

@@ -15,6 +15,7 @@ from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.parts import PartStatistics, count_pairs, measure_parts, number_by_size
 from diffdiscover3d.reporting.pictures import middle_slices
 from diffdiscover3d.segmentation.job import ScanJob
+from diffdiscover3d.segmentation.outputs import label_map
 
 FAST_MIN_SIZE = 32  # voxels; an axis shorter than this would keep too few at half the resolution
 
@@ -38,7 +39,10 @@ class PartsInMemory:
     recorded: dict = field(default_factory=dict)
 
     def write(self, labels: Path, probabilities: Path | None) -> None:
-        write_like(labels, self.labels, self.scan, labels=True)
+        planes = self.scan.to_input_grid(self.labels).T
+        with label_map(labels, self.scan, self.labels.dtype, self.num_parts) as write:
+            for plane in planes:
+                write(plane[None])
         if probabilities:
             write_like(probabilities, np.moveaxis(self.soft.cpu().numpy(), 0, -1), self.scan)
         self.soft = None  # the largest array of all
@@ -106,7 +110,8 @@ class InMemoryFinder:
             parents["parent_labels"] = self._coarser[1]
         try:
             size = job.working_grid or grid
-            if job.fast and min(size) >= FAST_MIN_SIZE:
+            framed = getattr(network.config, "frame", None) is not None  # such a network has a working grid of its own
+            if job.fast and not framed and min(size) >= FAST_MIN_SIZE:
                 size = tuple((n + 1) // 2 for n in size)
             if size != grid:
                 found = network.segment(resize_volume(volume[None, None].to(network.device), size), **parents)
@@ -115,7 +120,7 @@ class InMemoryFinder:
             note = (
                 f"too small to be halved ({FAST_MIN_SIZE} voxels are needed along each axis); done at full resolution"
             )
-            if job.fast and not job.working_grid and note not in self.notes:
+            if job.fast and not job.working_grid and not framed and note not in self.notes:
                 self.notes.append(note)
             found = network.segment(volume, **parents)
             return found.probabilities[0], found.labels

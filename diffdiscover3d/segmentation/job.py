@@ -27,6 +27,8 @@ class ScanJob:
         working_grid: the grid the scan is resampled to first; `None` for its own.
         read_seconds: how long reading the scan took.
         stages: the progress bar.
+        neurological: pictures have the patient's left on the left.
+        overwrite: replace results that exist.
     """
 
     case: CaseFiles
@@ -38,6 +40,8 @@ class ScanJob:
     working_grid: tuple[int, int, int] | None
     read_seconds: float
     stages: ProgressBar
+    neurological: bool = False
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)

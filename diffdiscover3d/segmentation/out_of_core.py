@@ -19,6 +19,7 @@ from diffdiscover3d.reporting.parts import PartStatistics, count_pairs
 from diffdiscover3d.reporting.slab_parts import PartSums, Topology
 from diffdiscover3d.reporting.slab_views import middle_regions, sample, shrink
 from diffdiscover3d.segmentation.job import ScanJob
+from diffdiscover3d.segmentation.outputs import label_map
 from diffdiscover3d.utils.files import scratch_file
 
 
@@ -55,10 +56,9 @@ class StoredParts:
 
     def write(self, labels: Path, probabilities: Path | None) -> None:
         """See [`FoundParts`]; the same bytes as from memory."""
-        header = output_header(self.scan.header, self.labels.dtype, self.labels.shape, labels=True)
-        with nifti_stream(labels, header) as write:
+        with label_map(labels, self.scan, self.labels.dtype, self.num_parts) as write:
             for start, stop in self.labels.slabs():
-                write(self.planes(start, stop).T)
+                write(self.planes(start, stop))
         if probabilities:
             self._write_soft(probabilities)
 

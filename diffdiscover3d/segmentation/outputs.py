@@ -1,14 +1,20 @@
 """The names of a scan's result files, and checks before they are written."""
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffdiscover3d.data.formats.nifti.header import SUFFIXES
+import numpy as np
+
+from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
+from diffdiscover3d.data.formats.nifti.slabs import SlabScan
+from diffdiscover3d.data.formats.registry import folder_of, label_suffix, split, stem
 from diffdiscover3d.errors import ModelError, OutputError
+from diffdiscover3d.reporting.colours import part_rgb
 from diffdiscover3d.utils.files import check_targets
+from diffdiscover3d.utils.processes import rank_and_world_size
 
 
 @dataclass(frozen=True)
@@ -55,23 +61,15 @@ class CaseFiles:
         yield from filter(None, (self.preview, self.tree, self.report))
 
 
-def stem(path: Path) -> str:
-    """A NIfTI file's name without its ending."""
-    for suffix in SUFFIXES:
-        if path.name.endswith(suffix):
-            return path.name.removesuffix(suffix)
-    return path.stem
-
-
 def plan_case(path: Path, output: str | Path | None, levels: Sequence[int | None], extras: Extras) -> CaseFiles:
     """Name the files of a scan: `<stem>_dseg.*`, or `<stem>_level-<L>_dseg.*` where there are several levels."""
-    folder = Path(output) if output is not None else path.parent
-    name = stem(path)
+    folder = Path(output) if output is not None else folder_of(path)
+    name, suffix = stem(path), label_suffix(path)
 
     def level_files(level: int | None) -> LevelFiles:
         base = name if len(levels) == 1 else f"{name}_level-{level}"
         return LevelFiles(
-            folder / f"{base}_dseg.nii.gz",
+            folder / f"{base}_dseg{suffix}",
             folder / f"{base}_dseg.json",
             folder / f"{base}_dseg.tsv",
             folder / f"{base}_dseg.label" if extras.tables else None,
@@ -88,6 +86,17 @@ def plan_case(path: Path, output: str | Path | None, levels: Sequence[int | None
     )
 
 
+@contextmanager
+def label_map(
+    path: Path, scan: NiftiVolume | SlabScan, dtype: np.dtype, num_parts: int
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Write a label map in the family of the scan's format: yields a function that takes planes, see [`ResultGrid`]."""
+    shape = scan.grid.shape if isinstance(scan, SlabScan) else scan.to_input_grid(scan.data).shape
+    colours = [tuple(round(255 * c) for c in part_rgb(part)) for part in range(num_parts)]
+    with scan.results.stream(path, dtype, shape, colours) as write:
+        yield write
+
+
 def check_cases(cases: Sequence[CaseFiles], mine: Sequence[CaseFiles], overwrite: bool) -> None:
     """Check that all files can be written, before the work starts.
 
@@ -99,15 +108,16 @@ def check_cases(cases: Sequence[CaseFiles], mine: Sequence[CaseFiles], overwrite
         OutputError: if one cannot be written.
     """
     seen: dict[Path, Path] = {}
-    inputs = {case.input.resolve() for case in cases}
+    inputs = {split(case.input)[0].resolve() for case in cases}
     for case in cases:
+        place = split(case.input)[0]
         for target in case:
             if target in seen:
                 raise OutputError(f"{case.input} and {seen[target]} would both write {target}; use two output folders.")
             seen[target] = case.input
             if len(target.name.encode()) > 255:
                 raise OutputError(f"{target}: the name is too long for a file; rename the input.")
-            if target.exists() and case.input.exists() and target.samefile(case.input):
+            if target.exists() and place.exists() and target.samefile(place):
                 raise OutputError(f"{target}: is the input itself; choose another --output folder.")
             if target.resolve() in inputs:
                 raise OutputError(f"{target}: is one of the inputs; choose another --output folder.")
@@ -148,6 +158,10 @@ def is_finished(case: CaseFiles, provenance: dict[int | None, dict], sha256: str
 
 
 def shard(cases: Sequence[CaseFiles]) -> list[CaseFiles]:
-    """The cases of this process, if `accelerate launch` or torchrun started several; otherwise all."""
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    """The cases of this process, if `accelerate launch` or torchrun started several; otherwise all.
+
+    Raises:
+        ValueError: as [`rank_and_world_size`].
+    """
+    rank, world = rank_and_world_size()
     return list(cases[rank::world])

@@ -3,11 +3,10 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from diffdiscover3d.data.formats.nifti.header import SUFFIXES, check_fits, check_reachable
-from diffdiscover3d.data.formats.nifti.reading import read_volume
-from diffdiscover3d.data.formats.nifti.source import NiftiFile, open_nifti
+from diffdiscover3d.data.formats.nifti.header import check_reachable
+from diffdiscover3d.data.formats.reading import Source, open_source, read_source
+from diffdiscover3d.data.formats.registry import files_of, format_by_name, is_nifti, split
 from diffdiscover3d.models.window_layout import choose_window, needs_sliding_window, streaming_bytes
 from diffdiscover3d.segmentation.memory import resampling_bytes, segmentation_bytes
 from diffdiscover3d.utils.memory import LARGE, check_memory, free_memory
@@ -26,22 +25,24 @@ def refuse_early(inputs: Sequence[str], device: str = "auto", *, by_slabs: bool 
         inputs: as given to the command.
         device: if it is unknown, nothing is checked, since the command reports that first.
         by_slabs: the command may segment the file slab by slab, so that it need not fit into memory.
-        reading: `volume`, `nan_to_zero`, `ignore_affine` of [`read_nifti`].
+        reading: of [`read_volume`].
 
     Raises:
         InputError, MemoryLimitError: as [`read_nifti`].
     """
     if len(inputs) != 1 or not _DEVICE.fullmatch(device):
         return
-    path = Path(inputs[0])
+    path, inner = split(inputs[0])
     check_reachable(path)
-    if not path.name.endswith(SUFFIXES) or path.is_dir() or any(c in str(path) for c in "*?["):
+    one = is_nifti(path) or format_by_name(path) is not None or inner is not None
+    if not one or path.is_dir() or any(c in str(path) for c in "*?["):
         return
-    with open_nifti(path) as file:
+    with open_source(inputs[0], **reading) as file:
         if not by_slabs:
-            check_fits(path, file.header, file.shape)
-        if path.stat().st_size <= _READ_WHOLE and file.reading_bytes <= _READ_INTO:
-            read_volume(file, **reading)
+            check_memory(path, file.shape, file.reading_bytes)
+        on_disk = sum(p.stat().st_size for p in files_of(inputs[0]))
+        if on_disk <= _READ_WHOLE and file.reading_bytes <= _READ_INTO:
+            read_source(file, **reading)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    file: NiftiFile, network: Mapping, on_cpu: bool, *, fast: bool = False, working: Sequence[int] | None = None
+    file: Source, network: Mapping, on_cpu: bool, *, fast: bool = False, working: Sequence[int] | None = None
 ) -> MemoryPlan:
     """Choose between memory and slabs from the header and the network, and check that the memory suffices.
 
@@ -72,7 +73,9 @@ def plan_memory(
         MemoryLimitError: if `on_cpu` and the machine has less memory than needed.
     """
     path, shape = file.path, file.shape
-    by_slabs = not fast and working is None and needs_sliding_window(shape, network)
+    working = working or network.get("frame")
+    in_memory = working is not None or network.get("scaling", "min_max") != "min_max"  # percentiles need all voxels
+    by_slabs = not fast and not in_memory and needs_sliding_window(shape, network)
     remedy = {}
     if by_slabs:
         needed = streaming_bytes(shape, network)

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
 from diffdiscover3d.data.formats.nifti.slabs import SlabScan
+from diffdiscover3d.data.formats.registry import display_name
+from diffdiscover3d.reporting.frames import Frame, frame_of
 from diffdiscover3d.reporting.page import ShownLevel, ShownScan, shown_grid, shown_voxels, write_page
 from diffdiscover3d.reporting.parts import PartStatistics, nest_counts
 from diffdiscover3d.reporting.pictures import save_cuts
 from diffdiscover3d.reporting.tables import (
-    COLUMNS,
-    STATISTICS_COLUMNS,
+    part_columns,
+    statistics_columns,
     write_itksnap_labels,
     write_part_table,
     write_slicer_colours,
@@ -23,8 +25,9 @@ from diffdiscover3d.segmentation.in_memory import InMemoryFinder
 from diffdiscover3d.segmentation.job import FoundParts, PartFinder, ScanJob, SegmentedFile
 from diffdiscover3d.segmentation.out_of_core import OutOfCoreFinder
 from diffdiscover3d.segmentation.outputs import LevelFiles
-from diffdiscover3d.utils.files import staged_folder, write_json
+from diffdiscover3d.utils.files import write_json
 from diffdiscover3d.utils.provenance import peak_memory_mib
+from diffdiscover3d.utils.staging import staged_folder
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class ScanResults:
         found: the parts, by level.
         parts: the statistics of every part, by level.
         links: which part is nested in which, see [`nest_levels`].
+        frame: unit and names of the axes of the scan.
     """
 
     scan: NiftiVolume | SlabScan
@@ -44,6 +48,7 @@ class ScanResults:
     found: dict[int | None, FoundParts]
     parts: dict[int | None, list[PartStatistics]]
     links: list[dict]
+    frame: Frame
 
 
 def segment_scan(job: ScanJob, scan: NiftiVolume | SlabScan) -> SegmentedFile:
@@ -59,12 +64,13 @@ def segment_scan(job: ScanJob, scan: NiftiVolume | SlabScan) -> SegmentedFile:
         OutputError: if a file cannot be written, or the disk cannot hold the temporary files.
     """
     case = job.case
-    with staged_folder(case.folder) as folder, ExitStack() as scratch:
+    with staged_folder(case.folder, job.overwrite) as folder, ExitStack() as scratch:
 
         def staged(path: Path) -> Path:
             return folder / path.name
 
         clock = time.perf_counter()
+        frame = frame_of(scan.spacing_mm, scan.unit, scan.anatomical, job.neurological)
         if isinstance(scan, NiftiVolume):
             finder: PartFinder = InMemoryFinder(job, scan)
         else:
@@ -78,19 +84,19 @@ def segment_scan(job: ScanJob, scan: NiftiVolume | SlabScan) -> SegmentedFile:
             found[level].write(staged(files.labels), staged(files.probabilities) if files.probabilities else None)
             parts[level] = found[level].statistics(topology=job.extras.statistics or case.report is not None)
             listed = parts[level] if job.extras.statistics else [replace(p, components=None) for p in parts[level]]
-            recorded[level] = {**_write_tables(files, staged, listed), **found[level].recorded}
+            recorded[level] = {**_write_tables(files, staged, listed, frame), **found[level].recorded}
             job.stages.done()
         job.stages.show("writing the results")
-        results = ScanResults(scan, finder, found, parts, _nest(found))
+        results = ScanResults(scan, finder, found, parts, _nest(found), frame)
         if case.tree:
-            write_json(staged(case.tree), {"input": case.input.name, "tree": results.links})
+            write_json(staged(case.tree), {"input": display_name(case.input), "tree": results.links})
         if case.preview:
             _save_preview(staged(case.preview), results)
         finder.check_unchanged()
         seconds = job.read_seconds + time.perf_counter() - clock
         sidecars = _write_sidecars(job, staged, results, recorded, seconds)
         if case.report:
-            _write_report(staged(case.report), case.input.name, results, sidecars)
+            _write_report(staged(case.report), display_name(case.input), results, sidecars)
         job.stages.done()
     first = next(iter(case.levels))
     return SegmentedFile(
@@ -112,17 +118,19 @@ def _fractions(parts: Sequence[PartStatistics]) -> tuple[float, ...]:
     return tuple(p.voxels / total for p in parts)
 
 
-def _write_tables(files: LevelFiles, staged: Callable[[Path], Path], parts: Sequence[PartStatistics]) -> dict:
+def _write_tables(
+    files: LevelFiles, staged: Callable[[Path], Path], parts: Sequence[PartStatistics], frame: Frame
+) -> dict:
     """Write the tables of a level's parts; return the sidecar's entries about the parts and the table's columns."""
-    write_part_table(staged(files.table), parts)
+    write_part_table(staged(files.table), parts, frame)
     if files.itksnap:
         write_itksnap_labels(staged(files.itksnap), len(parts))
     if files.slicer:
         write_slicer_colours(staged(files.slicer), len(parts))
     return {
         "parts": [{"index": k, "fraction": round(f, 6)} for k, f in enumerate(_fractions(parts))],
-        **COLUMNS,
-        **(STATISTICS_COLUMNS if parts[0].components is not None else {}),
+        **part_columns(frame),
+        **(statistics_columns(frame) if parts[0].components is not None else {}),
     }
 
 
@@ -143,6 +151,7 @@ def _save_preview(path: Path, results: ScanResults) -> None:
         spacing_mm=results.scan.spacing_mm,
         titles=[f"level {level}" for level in found] if len(found) > 1 else None,
         num_parts=max(parts.num_parts for parts in found.values()),
+        frame=results.frame,
     )
 
 
@@ -159,7 +168,9 @@ def _write_sidecars(
         recorded: by level, the entries about its parts and its table.
     """
     scan = results.scan
-    source = {"name": job.case.input.name, "sha256": scan.sha256, "shape": list(scan.header.get_data_shape())}
+    source = {"name": display_name(job.case.input), "sha256": scan.sha256, "shape": list(scan.header.get_data_shape())}
+    source["voxel_size"] = [round(float(s * results.frame.unit.per_mm), 6) for s in scan.spacing_mm]
+    source["unit"] = results.frame.unit.length
     sidecars = {}
     for level, files in job.case.levels.items():
         sidecars[level] = {
@@ -185,5 +196,5 @@ def _write_report(path: Path, name: str, results: ScanResults, sidecars: Mapping
         )
         for level, found in results.found.items()
     ]
-    shown = ShownScan(name, scan.shape, scan.affine, results.finder.shrink(grid), scan.notes)
+    shown = ShownScan(name, scan.shape, scan.affine, results.finder.shrink(grid), scan.notes, results.frame)
     write_page(path, shown, levels, results.links)

@@ -13,6 +13,7 @@ SCHEDULES = ("constant", "one_cycle")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
+INCLUSIONS = ("compact", "alike", "auto")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -121,6 +122,7 @@ class DiscoveryConfig(TrainingConfig):
     learning_rate: float = option(3e-4, "learning rate of Adam; the maximum of a one_cycle schedule")
     teacher: str = option("", "folder or Hub id of the diffusion model, or the name of an embedded model")
     init_from: str | None = option(None, "folder or Hub id of a discovery network that provides the initial weights")
+    init_seed: int | None = option(None, "seed of the initial weights alone (default: --seed)")
     num_parts: int = option(2, "number K of parts to discover")
     stages: tuple[int, ...] = option((1,), "decoder stages of the feature consistency; 1 is the coarsest")
     timestep: int = option(25, "timestep t of the noise added to the volumes for the teacher")
@@ -148,6 +150,34 @@ class DiscoveryConfig(TrainingConfig):
     invert_probability: float = option(
         0.0, "probability that the photometric change also inverts the intensities (not in the paper)"
     )
+    objective: str = option(
+        "consistency",
+        "what is minimised: the consistencies of Eq. 4, or the distance to parts that are assigned before the first "
+        "step, by --init-from or by clustering in space (not in the paper)",
+        ("consistency", "assignment"),
+    )
+    assign_from: str = option(
+        "auto",
+        "where assignments come from; auto: --init-from, or else clusters; labels: the true labels of synthetic cells, "
+        "for a supervised ceiling",
+        ("auto", "labels"),
+    )
+    reliable_share: float = option(0.5, "share of the volumes to train on, those with the most reliable assignments")
+    recolor_probability: float = option(0.75, "probability that assigned parts are given other mean intensities")
+    sibling_order: str = option(
+        "size",
+        "number of an assigned inclusion: its rank by size, or free, as the network numbers it in each volume",
+        ("size", "free"),
+    )
+    inclusions: str = option(
+        "compact", "a part is a compact inclusion, or all that are alike; auto: by the pieces found", INCLUSIONS
+    )
+    potts_strength: float = option(0.6, "attraction of neighbouring voxels where clusters are assigned; 0: none")
+    lambda_spatial: float = option(0.0, "weight of the spatial consistency of inclusions (not in the paper)")
+    lambda_smooth: float = option(0.0, "weight of the smoothness of the parts (not in the paper)")
+    spacing: tuple[float, ...] | None = option(
+        None, "edge lengths of a voxel in mm, one or three numbers (default: the volume's own, else 1)"
+    )
     relative_consistency: bool = option(False, "divide each consistency by the total variance of its representation")
     norm: str = option("batch", "normalisation layers of the segmentation network", ("batch", "instance"))
     dropout: float = option(0.2, "dropout probability of the segmentation network")
@@ -166,10 +196,17 @@ class DiscoveryConfig(TrainingConfig):
         _require(self.timestep >= 0, "timestep", "at least 0", self.timestep)
         _require(self.num_noise >= 1, "num_noise", "at least 1", self.num_noise)
         weights = ("lambda_feature", "lambda_visual", "lambda_invariance", "lambda_denoised")
-        for name in weights:
+        for name in (*weights, "lambda_spatial", "lambda_smooth", "potts_strength"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         _require(any(getattr(self, name) for name in weights), "lambda_feature", "positive if all others are 0", 0)
-        _require(0 <= self.invert_probability <= 1, "invert_probability", "in [0, 1]", self.invert_probability)
+        for name in ("invert_probability", "recolor_probability"):
+            _require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
+        _require(0 < self.reliable_share <= 1, "reliable_share", "in (0, 1]", self.reliable_share)
+        spacing = self.spacing
+        if spacing is not None:
+            spacing = tuple(spacing) * (3 if len(spacing) == 1 else 1)
+            object.__setattr__(self, "spacing", spacing)
+            _require(len(spacing) == 3 and min(spacing) > 0, "spacing", "one or three positive numbers", spacing)
         denoised = self.denoised_timesteps
         _require(len(denoised) >= 1 and min(denoised) >= 0, "denoised_timesteps", "one or more of 0, 1, ...", denoised)
         _require(self.children is None or self.parent, "children", "left out without --parent", self.children)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch.utils.data import Subset
 
 from diffdiscover3d.data.loading import common_grid, grid_shapes
 from diffdiscover3d.data.transforms import resize_volume
@@ -18,6 +19,7 @@ from diffdiscover3d.models.loading import cast_weights
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
 from diffdiscover3d.reporting.pictures import save_slices
+from diffdiscover3d.training.assignments import Assignments, part_families, spatial_terms
 from diffdiscover3d.training.config import DiscoveryConfig
 from diffdiscover3d.training.nesting import choose_children, divided_parts, parent_masks, parent_matrix
 from diffdiscover3d.training.precision import FORMATS
@@ -34,7 +36,8 @@ class DiscoveryTraining:
     Args:
         config: training options.
         teacher: the pretrained diffusion model.
-        volumes: training volumes; resampled to the median shape if their shapes differ.
+        volumes: training volumes; resampled to the median shape if their shapes differ. The attribute of this name
+            holds the volumes of the training steps: with assigned parts, the reliable ones.
         selection_volumes: volumes whose mean confidence selects the epoch to save; no labels are used.
         accelerator: the accelerator of the training.
         start: trained network that provides the initial weights; default: random initialisation.
@@ -57,7 +60,7 @@ class DiscoveryTraining:
         start: StructureDiscoveryModel | None = None,
         parent: StructureDiscoveryModel | None = None,
     ):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed if config.init_seed is None else config.init_seed)
         self.config, self.accelerator = config, accelerator
         _check_teacher(config, teacher)
         self.teacher = teacher.to(accelerator.device)
@@ -75,8 +78,13 @@ class DiscoveryTraining:
         if shared is None and config.volume_size is None:
             logger.info("volumes differ in shape: resampling all to %s (set by --volume-size)", self.volume_grid)
         self.noise_grid = teacher.unet.noise_grid or self.volume_grid or shared
-        self.selection_volumes = selection_volumes
-        self.epoch_steps = math.ceil(len(volumes) / config.batch_size)
+        self.selection_volumes, self.volumes, self.assignments = selection_volumes, volumes, None
+        if config.objective == "assignment":
+            grid = self.volume_grid
+            self.assignments = Assignments(config, self.teacher, self.model, start, volumes, grid, accelerator)
+            self.volumes = Subset(volumes, self.assignments.used)
+            self.volumes.split_ids = getattr(volumes, "split_ids", None)
+        self.epoch_steps = math.ceil(len(self.volumes) / config.batch_size)
         self.best: dict[str, torch.Tensor] | None = None
         self.best_confidence, self.best_step = 0.0, 0
 
@@ -102,12 +110,20 @@ class DiscoveryTraining:
         divided = torch.tensor(divided_parts(self.model), device=self.accelerator.device)
         return divided, parent_matrix(self.model)
 
+    @cached_property
+    def _families(self) -> list[tuple[int, ...]]:
+        return part_families(self.model)
+
     def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         low, high = self.config.gamma_range
         drawn = {
             "gamma": low + (high - low) * torch.rand((), generator=generator),
             "inverted": torch.rand((), generator=generator) < self.config.invert_probability,
         }
+        if self.assignments is not None:
+            drawn["recolor"] = torch.randn(self.config.num_parts, generator=generator)
+            drawn["recolored"] = torch.rand((), generator=generator) < self.config.recolor_probability
+            return drawn
         return (
             drawn
             if self.teacher_signals.fixed
@@ -115,6 +131,8 @@ class DiscoveryTraining:
         )
 
     def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.assignments is not None:
+            return self.assignments.losses(model, batch)
         config, volume = self.config, batch["volume"]
         gamma, inverted = (batch[name][:, None, None, None, None] for name in ("gamma", "inverted"))
         with self.accelerator.autocast():
@@ -143,6 +161,7 @@ class DiscoveryTraining:
             terms["invariance"] = config.lambda_invariance * distance
         if config.lambda_denoised > 0:  # not in the paper: Eq. 7 on the clean prediction of the teacher
             terms["denoised"] = config.lambda_denoised * consistency(phi.denoised)
+        terms |= spatial_terms(config, masks, self._families)
         return {"loss": sum(terms.values()), **terms}  # Eq. 4
 
     def compile(self) -> None:
@@ -151,7 +170,8 @@ class DiscoveryTraining:
         Conv3d.release(self.model.network).compile()
 
     def has_metrics_after(self, step: int) -> bool:
-        return step % self.epoch_steps == 0 or step == self.config.max_steps
+        ends_epoch = step % self.epoch_steps == 0 and self.config.selection == "confidence"
+        return ends_epoch or step == self.config.max_steps
 
     def after_step(self, step: int) -> dict[str, float]:
         """At the end of an epoch, compute the mean confidence and keep the weights if it is the highest so far."""

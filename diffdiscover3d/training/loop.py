@@ -22,9 +22,10 @@ from diffdiscover3d.training.dropout import sees_its_own_batch_only, set_slots, 
 from diffdiscover3d.training.precision import FORMATS
 from diffdiscover3d.training.resume import CONFIG_FILE, resume_training, save_training
 from diffdiscover3d.training.step_metrics import StepMetrics
-from diffdiscover3d.utils.files import atomic_file, staged_folder, write_json
+from diffdiscover3d.utils.files import atomic_file, write_json
 from diffdiscover3d.utils.progress import ProgressBar
 from diffdiscover3d.utils.signals import StopRequest, TrainingInterrupted, ignore_signals
+from diffdiscover3d.utils.staging import staged_folder
 
 logger = logging.getLogger("diffdiscover3d")
 _SKIPS_ON_DEVICE = ("cpu", "cuda", "xpu")  # where the fused optimiser heeds `found_inf`; on mps it does not

@@ -39,7 +39,7 @@ def choose_children(
         if nested:
             scores.append([-float((labels == part).float().mean()) for part in range(parent.config.num_parts)])
         else:
-            denoised = _denoise(teacher, volume, config, i)
+            denoised = denoise(teacher, volume, config, i)
             values = [denoised[labels.to(denoised.device) == part] for part in range(parent.config.num_parts)]
             scores.append([float(x.var()) if len(x) > 1 else 0.0 for x in values])
     divided = divided_parts(parent)
@@ -47,7 +47,7 @@ def choose_children(
     return share_parts(torch.tensor(scores).mean(dim=0).tolist(), config.num_parts, whole)
 
 
-def _denoise(teacher: DiffusionFeaturePipeline, volume: torch.Tensor, config: DiscoveryConfig, index: int):
+def denoise(teacher: DiffusionFeaturePipeline, volume: torch.Tensor, config: DiscoveryConfig, index: int):
     """The clean prediction of a (1, 1, H, W, D) volume, averaged over `config.denoised_timesteps`: (H, W, D)."""
     generator = torch.Generator().manual_seed(config.seed + index)
     grid, found = teacher.unet.noise_grid or tuple(volume.shape[2:]), []

@@ -29,7 +29,8 @@ class Recipe:
             network of the previous one.
         nested: whether levels 2 and 3 subdivide the parts of the previous level.
         starts: number of random initialisations of the first of several trainings of level 1. The network with the
-            lowest loss is kept: some starts fail, and the unsupervised loss detects failed starts.
+            lowest loss is kept: some starts fail, and the unsupervised loss detects failed starts. All starts use the
+            same volumes and random draws in the same steps, so that their losses are comparable.
     """
 
     diffusion: Mapping
@@ -66,7 +67,9 @@ class Recipe:
 
 def _has_consistency(step: Mapping) -> bool:
     config = make_config(DiscoveryConfig, **step)
-    return max(config.lambda_feature, config.lambda_visual, config.lambda_denoised) > 0
+    return (
+        config.objective == "assignment" or max(config.lambda_feature, config.lambda_visual, config.lambda_denoised) > 0
+    )
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def train_level(
         trainings = [
             Training(
                 "discovery",
-                {**shared, "seed": seed + _NEXT_START * start},
+                {**shared, "seed": seed, **({"init_seed": seed + _NEXT_START * start} if start else {})},
                 place.with_name(f"{place.name}-start{start + 1}") if start else place,
             )
             for start in range(starts)
@@ -179,39 +182,78 @@ _NESTED = {
     "learning_rate": 2e-3,
     "max_steps": 400,
 }
+# features alone segment the cell; then all terms refine its boundary at a higher learning rate
+_FIRST = [
+    {
+        **_FIRST_LEVEL,
+        "lambda_visual": 0.0,
+        "lambda_denoised": 0.0,
+        "invert_probability": 1.0,  # with lower values, some seeds collapse to a bright/dark split
+        "max_steps": 300,
+        "log_every": 10,
+    },
+    {
+        **_FIRST_LEVEL,
+        "lambda_invariance": 2.0,
+        "lambda_denoised": 0.5,
+        "denoised_timesteps": (25, 60),
+        "learning_rate": 2e-3,
+        "max_steps": 1_000,
+    },
+]
+# parts are assigned to the training volumes, and the network is trained on them with other mean intensities
+_ASSIGNED = {
+    **_SMALL,
+    "objective": "assignment",
+    "denoised_timesteps": (25, 60, 100),
+    "batch_size": 2,
+    "learning_rate": 2e-3,
+    "max_steps": 1_500,
+}
+_CLUSTERED = {**_ASSIGNED, "reliable_share": 0.5}  # assignments from clusters in space
+_OWN = {**_ASSIGNED, "reliable_share": 0.75}  # assignments from the network of the training before
+_FREE = {"sibling_order": "free"}
+_LABELLED = {**_ASSIGNED, "assign_from": "labels", "reliable_share": 1.0, "max_steps": 3_000}
 RECIPES: dict[str, Recipe] = {
     "paper": _as_written("paper"),
     # the equations of the paper at the small size
     "small-as-written": _as_written(
         "small", relative_consistency=False, lambda_denoised=0.0, invert_probability=0.0, learning_rate=3e-4
     ),
-    # result of the explorations in benchmarks/, on two CPU cores
-    "small": Recipe(
+    # nested, by the consistencies alone
+    "small-consistency": Recipe(
         {"preset": "small"},
         {
-            1: [
-                # features alone segment the cell; then all terms refine its boundary at a higher learning rate
-                {
-                    **_FIRST_LEVEL,
-                    "lambda_visual": 0.0,
-                    "lambda_denoised": 0.0,
-                    "invert_probability": 1.0,  # with lower values, some seeds collapse to a bright/dark split
-                    "max_steps": 300,
-                    "log_every": 10,
-                },
-                {
-                    **_FIRST_LEVEL,
-                    "lambda_invariance": 2.0,
-                    "lambda_denoised": 0.5,
-                    "denoised_timesteps": (25, 60),
-                    "learning_rate": 2e-3,
-                    "max_steps": 1_000,
-                },
-            ],
+            1: _FIRST,
             2: [{**_NESTED, "stages": (2,), "lambda_invariance": 0.3}],
             3: [{**_NESTED, "stages": (3,), "lambda_invariance": 0.03}],
         },
         nested=True,
         starts=2,
+    ),
+    # result of the explorations in benchmarks/, on two CPU cores
+    "small": Recipe(
+        {"preset": "small"},
+        {
+            1: [*_FIRST, {**_OWN, "reliable_share": 0.5, "max_steps": 600}, {**_OWN, "max_steps": 600}],
+            2: [_CLUSTERED, _OWN],
+            3: [_CLUSTERED | _FREE, _OWN | _FREE],
+        },
+        nested=True,
+        starts=2,
+    ),
+    "small-first-round": Recipe(
+        {"preset": "small"},
+        {
+            1: [*_FIRST, {**_OWN, "reliable_share": 0.5, "max_steps": 600}, {**_OWN, "max_steps": 600}],
+            2: [_CLUSTERED],
+            3: [_CLUSTERED | _FREE],
+        },
+        nested=True,
+        starts=2,
+    ),
+    # a ceiling: the same network on the true labels of synthetic cells
+    "small-supervised": Recipe(
+        {"preset": "small"}, {1: [_LABELLED], 2: [_LABELLED], 3: [_LABELLED | _FREE]}, nested=True
     ),
 }

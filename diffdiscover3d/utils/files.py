@@ -1,6 +1,7 @@
 """Atomic writing of files and folders: written under a temporary name next to the target, synced and renamed."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from typing import BinaryIO
 from diffdiscover3d.errors import DiffDiscoverError, ModelError, OutputError
 
 _DISK_MARGIN = 2**20  # bytes to leave free for small files next to a large one
-_MARKERS = ("model_index.json", "config.json")  # files that identify a model folder
+MODEL_MARKERS = ("model_index.json", "config.json")  # files that identify a model folder
 
 
 @contextlib.contextmanager
@@ -35,16 +36,16 @@ def atomic_file(target: str | Path, suffix: str = "") -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{target.name[:40]}.", suffix=suffix or ".tmp", dir=target.parent)
         os.close(handle)
     except OSError as error:
-        raise _output_error(target, error) from error
+        raise output_error(target, error) from error
     temporary = Path(name)
     try:
-        with _output_errors(target):
+        with output_errors(target):
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             # mkstemp creates private files; set the default permissions
-            temporary.chmod(0o666 & ~_umask())
+            _set_permissions(temporary, 0o666)
             os.replace(temporary, target)
-            _sync(target.parent)
+            sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -57,16 +58,16 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise _output_error(target, error) from error
+        raise output_error(target, error) from error
     try:
-        with _output_errors(target):
+        with output_errors(target):
             yield temporary
             for path in temporary.rglob("*"):
-                _sync(path)
-            _sync(temporary)
-            temporary.chmod(0o777 & ~_umask())
+                sync(path)
+            sync(temporary)
+            _set_permissions(temporary, 0o777)
             os.rename(temporary, target)
-            _sync(target.parent)
+            sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -88,33 +89,6 @@ def replaced_folder(target: str | Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def staged_folder(target: str | Path) -> Iterator[Path]:
-    """Yield an empty staging folder. On success its files are moved into `target`, on error they are deleted.
-
-    Use it for results that consist of several files. Other files in `target` are not modified. The file that identifies
-    a model folder is removed first and moved last, so that a mixture of an old and a new model cannot be loaded.
-
-    Raises:
-        OutputError: if the folder cannot be created or written to, or the disk is full.
-    """
-    target = Path(target)
-    missing = [p for p in (target, *target.parents) if not p.exists()]
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".diffdiscover3d.", dir=target))
-    except OSError as error:
-        _remove_empty(missing)
-        raise _output_error(target, error) from error
-    try:
-        with _output_errors(target):
-            yield temporary
-            _move_all(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        _remove_empty(missing)
-
-
 @dataclass(frozen=True)
 class Scratch:
     """An anonymous temporary file for writing and reading.
@@ -130,7 +104,7 @@ class Scratch:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Context in which an OSError is converted to an OutputError for this file."""
-        with _output_errors(self.folder):
+        with output_errors(self.folder):
             yield
 
 
@@ -154,32 +128,12 @@ def scratch_file(folder: str | Path, size: int) -> Iterator[Scratch]:
             "free some space or choose another --output folder."
         )
     with contextlib.ExitStack() as stack:
-        with _output_errors(folder):
+        with output_errors(folder):
             raw = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
         yield Scratch(raw, folder)
 
 
-def _move_all(source: Path, target: Path) -> None:
-    def order(path: Path):
-        return path.parent == source and path.name in _MARKERS, path.suffix == ".json", path
-
-    files = sorted((p for p in source.rglob("*") if p.is_file()), key=order)
-    moves = [(p, target / p.relative_to(source)) for p in files]
-    for file, place in moves:
-        if place.is_dir():
-            raise OutputError(f"{place}: is a folder, expected a file; choose another output folder.")
-        _sync(file)
-    for marker in _MARKERS:
-        if (source / marker).exists():
-            (target / marker).unlink(missing_ok=True)
-    for file, place in moves:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, place)
-    for folder in {place.parent for _, place in moves}:
-        _sync(folder)
-
-
-def _remove_empty(folders: Iterable[Path]) -> None:
+def remove_empty(folders: Iterable[Path]) -> None:
     """Remove empty folders, deepest first."""
     for folder in folders:
         with contextlib.suppress(OSError):
@@ -262,28 +216,40 @@ def _umask() -> int:
     return umask
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk. Some network drives refuse this for folders, which is not an error."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EPERM, errno.EACCES):
+            raise
     finally:
         os.close(descriptor)
 
 
+def _set_permissions(path: Path, mode: int) -> None:
+    """Set the default permissions of a new file or folder where the file system has permissions."""
+    with contextlib.suppress(PermissionError, NotImplementedError):
+        path.chmod(mode & ~_umask())
+
+
 @contextlib.contextmanager
-def _output_errors(target: Path) -> Iterator[None]:
+def output_errors(target: Path) -> Iterator[None]:
+    """Context in which an OSError, or the error of safetensors for a full disk, becomes an OutputError."""
     try:
         yield
     except DiffDiscoverError:  # some are OSErrors with a complete message
         raise
     except OSError as error:
-        raise _output_error(target, error) from error
+        raise output_error(target, error) from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":  # raised by safetensors for a full disk
             raise
-        raise _output_error(target, error) from error
+        raise output_error(target, error) from error
 
 
-def _output_error(target: Path, error: Exception) -> OutputError:
+def output_error(target: Path, error: Exception) -> OutputError:
+    """The OutputError for an OSError while writing to `target`."""
     reason = getattr(error, "strerror", None) or str(error)
     return OutputError(f"{target}: cannot be written ({reason}); choose another folder or free some space.")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from diffdiscover3d.data.datasets.folder import list_volumes
+from diffdiscover3d.data.datasets.listing import list_volumes
 from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
-from diffdiscover3d.data.formats.nifti.reading import read_nifti
+from diffdiscover3d.data.formats.reading import read_volume
 from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, OutputError
 from diffdiscover3d.hub.resolve import WORKING_GRID_FILE
 from diffdiscover3d.segmentation.driver import SegmentedFile, choose_device, segment
@@ -106,7 +106,7 @@ def _read_all(source, on_error) -> tuple[list[str], list, list]:
     scans, shapes, spacings = [], [], []
     for path in list_volumes(source):
         try:
-            volume = read_nifti(path)
+            volume = read_volume(path)
         except DiffDiscoverError as error:
             if on_error is None:
                 raise

@@ -39,7 +39,8 @@ PRESETS = {
         "rounds": 2.0,
     },
 }
-_RECIPE = RECIPES["small"]  # the nested one: each level divides the parts of the level before
+# the nested recipe: each level divides the parts of the level before
+_RECIPE = RECIPES["small-consistency"]
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffdiscover3d.data.formats.nifti.reading import NiftiVolume, read_nifti, write_like
+from diffdiscover3d.data.formats.nifti.header import length_unit
+from diffdiscover3d.data.formats.nifti.reading import NiftiVolume, write_like
+from diffdiscover3d.data.formats.reading import read_volume
+from diffdiscover3d.data.formats.registry import stem
+from diffdiscover3d.data.formats.units import IN_MM
 from diffdiscover3d.hub.registry import DEFAULT_MODEL, load_teacher
+from diffdiscover3d.reporting.frames import frame_of
 from diffdiscover3d.reporting.pictures import save_slices
 from diffdiscover3d.reporting.plots import components_as_rgb
-from diffdiscover3d.segmentation.driver import choose_device, stem
-from diffdiscover3d.utils.files import check_targets, staged_folder
+from diffdiscover3d.segmentation.driver import choose_device
+from diffdiscover3d.utils.files import check_targets
+from diffdiscover3d.utils.staging import staged_folder
 
 
 def extract_features(
@@ -45,7 +51,7 @@ def extract_features(
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         preview: also write `<stem>_features.png`: the scan, and the first three principal components of every stage
             as red, green and blue.
-        reading: `volume`, `nan_to_zero`, `ignore_affine` of [`read_nifti`].
+        reading: see [`read_volume`].
 
     Raises:
         InputError, OutputError, ModelError, NetworkError: see their descriptions.
@@ -56,11 +62,11 @@ def extract_features(
     picture = [output / f"{stem(path)}_features.png"] if preview else []
     check_targets([*targets, *picture], overwrite)
     place = choose_device(device)
-    scan = read_nifti(path, **reading)
+    scan = read_volume(path, **reading)
     pipeline = load_teacher(model).to(place)
     generator = torch.Generator().manual_seed(seed)
     found = pipeline(scan.data, timestep, stages, generator, num_noise, upsample)
-    with staged_folder(output) as folder:
+    with staged_folder(output, overwrite) as folder:
         for target, features in zip(targets, found.features, strict=True):
             array = np.moveaxis(features[0].cpu().numpy(), 0, -1)
             write_like(folder / target.name, array, _on_grid(scan, array.shape[:3], found.extent))
@@ -70,6 +76,7 @@ def extract_features(
                 [scan.data, *(_rgb_on_scan(f, found.extent, scan.data.shape) for f in found.features)],
                 spacing_mm=scan.spacing_mm,
                 titles=["scan", *(f"stage {stage}" for stage in stages)],
+                frame=frame_of(scan.spacing_mm, scan.unit, scan.anatomical),
             )
     return [*targets, *picture]
 
@@ -89,7 +96,8 @@ def _on_grid(scan: NiftiVolume, grid: tuple[int, ...], extent: Sequence[int]) ->
     scale = [(e - 1) / (n - 1) if n > 1 else float(e) for e, n in zip(extent, grid, strict=True)]
     affine = scan.affine @ np.diag([*scale, 1.0])
     template = NiftiVolume(scan.data, affine, scan.header.copy(), np.array([[0, 1], [1, 1], [2, 1]], dtype=float))
-    template.header.set_sform(affine, int(scan.header["sform_code"]) or 1)
+    per_mm = 1 / IN_MM[length_unit(scan.header)]
+    template.header.set_sform(np.diag([per_mm] * 3 + [1]) @ affine, int(scan.header["sform_code"]) or 1)
     template.header.set_qform(None, 0)
-    template.header["pixdim"][1:4] = template.spacing_mm
+    template.header["pixdim"][1:4] = np.array(template.spacing_mm) * per_mm
     return template

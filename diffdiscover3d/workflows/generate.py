@@ -10,7 +10,8 @@ from diffdiscover3d.hub.registry import DEFAULT_MODEL, load_teacher
 from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline, make_ddim_scheduler
 from diffdiscover3d.reporting.pictures import save_slices
 from diffdiscover3d.segmentation.driver import choose_device
-from diffdiscover3d.utils.files import check_targets, staged_folder
+from diffdiscover3d.utils.files import check_targets
+from diffdiscover3d.utils.staging import staged_folder
 
 
 def generate_volumes(
@@ -47,7 +48,7 @@ def generate_volumes(
     pipeline = VolumeGenerationPipeline(teacher.unet, scheduler).to(choose_device(device))
     pipeline.set_progress_bar_config(disable=not progress)
     volumes = []
-    with staged_folder(output) as folder:
+    with staged_folder(output, overwrite) as folder:
         for i, target in enumerate(targets):  # one seed each, so that a sample does not depend on the count
             generator = torch.Generator().manual_seed(seed + i)
             size = None if grid is None else tuple(grid) if len(grid) == 3 else grid[0]

@@ -7,15 +7,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffdiscover3d.data.datasets.folder import list_volumes
-from diffdiscover3d.data.formats.nifti.reading import NiftiVolume, read_nifti
+from diffdiscover3d.data.datasets.listing import list_volumes
+from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
+from diffdiscover3d.data.formats.reading import read_volume
+from diffdiscover3d.data.formats.registry import display_name, folder_of, label_suffix, stem
 from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.errors import InputError
+from diffdiscover3d.reporting.frames import frame_of
 from diffdiscover3d.reporting.index_page import write_index
 from diffdiscover3d.reporting.label_maps import read_label_map
 from diffdiscover3d.reporting.page import ShownLevel, ShownScan, shown_grid, shown_voxels, write_page
 from diffdiscover3d.reporting.parts import measure_parts, nest_levels
-from diffdiscover3d.segmentation.outputs import stem
 from diffdiscover3d.utils.files import check_targets
 
 
@@ -26,6 +28,7 @@ def make_reports(
     parts: str | Path | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
+    neurological: bool = False,
     **reading,
 ) -> list[Path]:
     """Write `<stem>_report.html` for each scan, and `index.html` if there are several.
@@ -36,7 +39,7 @@ def make_reports(
         parts: folder of the label maps (default: beside each scan).
         output: folder for the reports (default: that of the label maps).
         overwrite: replace reports that exist.
-        reading: `volume`, `nan_to_zero`, `ignore_affine` of [`read_nifti`].
+        reading: see [`read_volume`].
 
     Returns:
         The paths of the reports, the index last.
@@ -60,13 +63,19 @@ def make_reports(
     index = [pages[0].parent / "index.html"] if len(pages) > 1 else []
     check_targets([*pages, *index], overwrite)
     for scan, found, page in jobs:
-        write_report(page, read_nifti(scan, **reading), scan.name, found)
+        write_report(page, read_volume(scan, **reading), display_name(scan), found, neurological)
     for path in index:
         write_index(path, pages)
     return [*pages, *index]
 
 
-def write_report(path: str | Path, scan: NiftiVolume, name: str, label_maps: Sequence[str | Path]) -> None:
+def write_report(
+    path: str | Path,
+    scan: NiftiVolume,
+    name: str,
+    label_maps: Sequence[str | Path],
+    neurological: bool = False,
+) -> None:
     """Write the report of a scan from label maps on disk.
 
     Args:
@@ -74,6 +83,7 @@ def write_report(path: str | Path, scan: NiftiVolume, name: str, label_maps: Seq
         scan: as read from its file.
         name: of the scan, as the page shows it.
         label_maps: paths of its label maps, one per level.
+        neurological: show the patient's left on the left.
 
     Raises:
         InputError: see [`read_label_map`].
@@ -95,8 +105,9 @@ def write_report(path: str | Path, scan: NiftiVolume, name: str, label_maps: Seq
     links = nest_levels(
         {level: m.labels for level, m in numbered.items()}, {level: m.num_parts for level, m in numbered.items()}
     )
+    frame = frame_of(scan.spacing_mm, scan.unit, scan.anatomical, neurological)
     image = resize_volume(torch.from_numpy(scan.data)[None, None], grid)[0, 0].numpy()
-    write_page(path, ShownScan(name, scan.shape, scan.affine, image, scan.notes), levels, links)
+    write_page(path, ShownScan(name, scan.shape, scan.affine, image, scan.notes, frame), levels, links)
 
 
 def find_label_maps(scan: Path, parts: str | Path | None = None) -> list[Path]:
@@ -105,9 +116,11 @@ def find_label_maps(scan: Path, parts: str | Path | None = None) -> list[Path]:
     Raises:
         InputError: if there are none.
     """
-    folder = scan.parent if parts is None else Path(parts)
-    name = glob.escape(stem(scan))
-    found = sorted(folder.glob(f"{name}_level-*_dseg.nii.gz")) or sorted(folder.glob(f"{name}_dseg.nii.gz"))
+    folder = folder_of(scan) if parts is None else Path(parts)
+    name, suffix = glob.escape(stem(scan)), label_suffix(scan)
+    found = sorted(folder.glob(f"{name}_level-*_dseg{suffix}")) or sorted(folder.glob(f"{name}_dseg{suffix}"))
     if not found:
-        raise InputError(f"{scan}: no {stem(scan)}_dseg.nii.gz in {folder}; run segment first, or give --parts FOLDER.")
+        raise InputError(
+            f"{scan}: no {stem(scan)}_dseg{suffix} in {folder}; run segment first, or give --parts FOLDER."
+        )
     return found

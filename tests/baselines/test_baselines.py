@@ -1,4 +1,4 @@
-"""The rivals, on volumes where the answer is known."""
+"""Baselines on volumes with known segmentations."""
 
 import numpy as np
 import pytest

@@ -215,7 +215,7 @@ def test_the_packages_own_loop_is_timed_between_the_baselines_turns():
 
 
 def result(name: str, rows=(), **details) -> dict:
-    """A result as a script would write it, by hand."""
+    """A result as written by a benchmark script."""
     environment = {"cpu_cores": 2, "threads": 2, "gpu": None, "packages": {"torch": "2.99"}}
     made = {
         "name": name,

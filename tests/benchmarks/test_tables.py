@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks.paper.tables import GROUPS, LEVELS, cells, collect, format_leads, leads, missing, take_over, write_page
-from diffdiscover3d.evaluation.paper_methods import METHODS, TABLES
-from diffdiscover3d.evaluation.paper_tables import Cell, PaperTable, mean_over_seeds
+from diffdiscover3d.evaluation.methods import METHODS
+from diffdiscover3d.evaluation.paper_tables import TABLES, Cell, PaperTable, mean_over_seeds
 
 
 def row(method, level, dice, variant="regular", seed=0):

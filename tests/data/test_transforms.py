@@ -1,4 +1,4 @@
-"""Transforms, against plain torch and numpy."""
+"""Transforms against torch and NumPy references."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def test_shrinking_smooths_each_shrunk_axis_first():
     grid = (6, 10, 9)  # shrunk by 4, kept, shrunk by 5/3
     smooth = volume.numpy()
     for axis, sigma in ((2, 1.5), (4, 1 / 3)):
-        # the Gaussian is cut at four standard deviations, the border repeated
+        # the Gaussian is truncated at four standard deviations, with replicated borders
         smooth = gaussian_filter1d(smooth, sigma, axis=axis, mode="nearest", radius=max(1, round(4 * sigma)))
     expected = F.interpolate(torch.from_numpy(smooth), size=grid, mode="trilinear", align_corners=False)
     torch.testing.assert_close(resize_volume(volume, grid), expected)

@@ -12,13 +12,15 @@ from diffdiscover3d.baselines.med3d import Med3DDiscovery, Med3DFeatures
 from diffdiscover3d.baselines.nalepa import Nalepa
 from diffdiscover3d.cli import app
 from diffdiscover3d.data.datasets.brats import BraTSOptions
+from diffdiscover3d.data.datasets.brats_volumes import BraTSVolumes
 from diffdiscover3d.errors import InputError, ModelError
 from diffdiscover3d.evaluation import brats_table as brats_module
 from diffdiscover3d.evaluation import paper_tables as module
-from diffdiscover3d.evaluation.brats_table import brats_table, format_brats_table
+from diffdiscover3d.evaluation.brats_table import BASELINES, BraTSTable, fill_table3
 from diffdiscover3d.evaluation.memory_use import PeakMemory
-from diffdiscover3d.evaluation.paper_methods import METHODS, PUBLISHED_BRATS, PUBLISHED_DICE, TABLES, make_baseline
-from diffdiscover3d.evaluation.paper_tables import Cell, PaperTable, benchmark
+from diffdiscover3d.evaluation.methods import METHODS, make_baseline
+from diffdiscover3d.evaluation.paper_tables import TABLES, Cell, PaperTable, benchmark
+from diffdiscover3d.evaluation.published import PUBLISHED_BRATS, PUBLISHED_DICE
 from diffdiscover3d.reporting.score_tables import format_table
 from tests.baselines.toys import TINY
 from tests.helpers.brats_folders import make_brats
@@ -103,53 +105,57 @@ def test_rows_that_need_medicalnet_are_missing_without_it(tiny, tmp_path, med3d)
 
 
 def test_table_3(tiny, tmp_path, med3d, monkeypatch):
-    root = make_brats(tmp_path / "data", "2021")
-    methods = ("k-means", "aucseg", "nalepa", "jiang", "med3d-k-means", "features-k-means-2")
-    shown = []
-    arguments = {"methods": methods, "options": OPTIONS, "med3d": med3d}
-    found = brats_table(tmp_path / "out", root, progress_callback=lambda *a: shown.append(a[1:]), **arguments)
-    assert found["missing"] == ["features-k-means-2"] and shown == [(n, 5) for n in range(1, 6)]
-    rows = {row["method"]: row for row in found["rows"]}
-    assert rows["aucseg"]["raw"]["dice"] > 0.8 and rows["jiang"]["labels"] == "all"
-    assert tuple(rows["nalepa"]["published"]) == PUBLISHED_BRATS["Nalepa et al."]
-    assert rows["nalepa"]["training_seconds"] > 0 and rows["k-means"]["training_seconds"] == 0
-    text = format_brats_table(found["rows"])
+    root = make_brats(tmp_path / "data", "2021", count=7)
+    methods = ("k-means", "aucseg", "nalepa", "jiang", "med3d-k-means")
+    arguments = {"methods": methods, "options": OPTIONS, "med3d": med3d, "recipe": "small"}
+    found = fill_table3(root, tmp_path / "out", **arguments)
+    rows = {row["method"]: row for row in found["rows"] if not row["postprocessed"]}
+    assert rows["AUCseg"]["dice"] > 0.8 and rows["Jiang et al."]["labels"] == "all"
+    assert tuple(rows["Nalepa et al."]["published"]) == PUBLISHED_BRATS["Nalepa et al."]
+    assert rows["Nalepa et al."]["training_seconds"] > 0 and rows["k-means"]["training_seconds"] == 0
+    text = (tmp_path / "out" / "table3.md").read_text()
     assert "| 0.211 | 170.434 | unsupervised | none |" in text and "| 0.82 |  | no training |" in text
-    assert (tmp_path / "out" / "table.md").read_text() == text
     # read again, not computed
     monkeypatch.setattr(brats_module, "score_brats", None)
-    again = brats_table(tmp_path / "out", root, **arguments)
+    again = fill_table3(root, tmp_path / "out", **arguments)
     assert json.dumps(again["rows"]) == json.dumps(found["rows"])
-    with pytest.raises(ModelError, match="different settings"):
-        brats_table(tmp_path / "out", root, recipe="paper", **arguments)
-    with pytest.raises(InputError, match="unknown: zhao"):
-        brats_table(tmp_path / "out", root, methods=("zhao",))
+    with pytest.raises(ModelError, match="other settings"):
+        fill_table3(root, tmp_path / "out", **{**arguments, "methods": ("nalepa",), "recipe": "paper"})
 
 
-def test_table_3_with_models_and_teacher(tiny, tmp_path):
-    root = make_brats(tmp_path / "data", "2019", count=9)
-    models = {"ours": "synthetic-regular"}
-    options = {"options": OPTIONS, "teacher": "synthetic-regular", "models": models}
-    found = brats_table(tmp_path / "out", root, methods=("features-k-means-2",), **options)
-    assert [row["title"] for row in found["rows"]] == ["features k-means, stage 2", "ours"]
-    assert tuple(found["rows"][1]["published"]) == (0.719, 27.838) and found["rows"][1]["weights_sha256"]["ours"]
+def test_only_the_training_cases_train(tiny, tmp_path, monkeypatch):
+    root = make_brats(tmp_path / "data", "2021", count=7)
+    seen = []
+    monkeypatch.setattr(Jiang, "fit", lambda self, volumes, folder=None: seen.extend(v["name"] for v in volumes))
+    monkeypatch.setattr(Jiang, "predict", lambda self, volume: np.zeros(volume.shape[1:], np.uint8))
+    table = BraTSTable(root, tmp_path / "out", OPTIONS, recipe="small")
+    row = table.fill("jiang")
+    assert sorted(seen) == sorted(BraTSVolumes(root, "train", OPTIONS).split_ids["train"])
+    assert not set(seen) & {case["id"] for case in row["cases"]}
+    with pytest.raises(InputError, match="trained on the folder's training cases"):
+        BraTSTable(root, tmp_path / "out", OPTIONS, split="all", recipe="small").fill("jiang")
+
+
+def test_med3d_is_left_out_without_weights(tiny, tmp_path, monkeypatch):
+    root = make_brats(tmp_path / "data", "2021", count=7)
+    monkeypatch.setattr(brats_module, "table3_rows", lambda: ("k-means", "med3d", "med3d-k-means"))
+    found = fill_table3(root, tmp_path / "out", options=OPTIONS, recipe="small")
+    assert set(found["left_out"]) == {"med3d", "med3d-k-means"} and len(found["rows"]) == 2
 
 
 def test_the_command_makes_table_3(tiny, tmp_path, capsys, monkeypatch):
-    root = make_brats(tmp_path / "data", "2021")
-    monkeypatch.setattr(brats_module, "BraTSOptions", lambda: OPTIONS)
+    root = make_brats(tmp_path / "data", "2021", count=7)
 
     def run(*more: str) -> int:
-        command = ["benchmark", "--table", "3", "-o", str(tmp_path / "out"), "--method", "k-means", "--method", "med3d"]
-        monkeypatch.setattr("sys.argv", ["diffdiscover3d", *command, *more])
+        command = ["benchmark", "--table", "3", "-o", str(tmp_path / "out"), "--method", "k-means", *more]
+        monkeypatch.setattr("sys.argv", ["diffdiscover3d", *command, "--crop", "20", "22", "19"])
         with pytest.raises(SystemExit) as ended:
             app.main()
         return ended.value.code or 0
 
-    assert run("--brats", str(root)) == 0
-    output = capsys.readouterr().out
-    assert "| k-means |" in output and "Missing, for want of weights (--med3d, --teacher): med3d." in output
-    assert run() != 0 and "table 3 needs --brats FOLDER" in capsys.readouterr().err
+    assert run(str(root)) == 0
+    assert "| k-means | yes |" in capsys.readouterr().out
+    assert run() != 0 and "table 3 needs the FOLDER" in capsys.readouterr().err
 
 
 def test_every_published_figure_has_its_row():
@@ -157,6 +163,7 @@ def test_every_published_figure_has_its_row():
     assert {name for _, name in PUBLISHED_DICE} <= titles
     assert len(PUBLISHED_DICE) == 21
     assert set(PUBLISHED_BRATS) <= {method.title for method in METHODS.values()}
+    assert set(BASELINES) <= set(METHODS)
     for name in ("nalepa", "iic", "jule", "hsu", "k-means", "bm4d-k-means"):
         assert METHODS[name].labels == "none" and name in TABLES[1]
     assert {METHODS[name].labels for name in ("cicek", "zhao", "jiang")} == {"slice", "volume", "all"}

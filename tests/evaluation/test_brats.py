@@ -1,4 +1,4 @@
-"""Scores on BraTS, and the whole recipe on small folders."""
+"""Evaluation on BraTS, and the complete recipe on small folders."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def oracle(volumes, order):
-    """A method that knows the answer, its part numbers permuted."""
+    """A method that returns the reference parts with permuted labels."""
     answers = iter([volumes.crop(volumes.true_parts(i)) for i in range(len(volumes))])
     return lambda _: np.asarray(order)[next(answers)]
 
@@ -55,7 +55,7 @@ def test_misses_are_counted_and_cost_the_diagonal(tmp_path):
     volumes = BraTSVolumes(make_brats(tmp_path / "data", "2021"), "train", OPTIONS)
     save(volumes.cases[0].mask, np.zeros(SHAPE, np.uint8))  # a case without tumour
     rows, cases = score_brats(oracle(volumes, (0, 1, 2)), volumes)
-    # the method marks nothing either
+    # the predicted mask is empty too
     assert cases[0]["raw"] == {"dice": 1.0, "hd95_mm": 0.0, "empty": False} and rows[0]["empty"] == 0
     rows, _ = score_brats(lambda v: np.zeros(v.shape[1:], np.uint8), volumes)
     diagonal = float(np.linalg.norm(SHAPE))
@@ -103,7 +103,7 @@ def test_the_split_is_that_of_the_models_training(tmp_path, tiny_discovery):
     other = BraTSOptions(crop=CROP, grade="all")
     wrong = BraTSVolumes(root, "train", other).split_ids["test"]
     seen = sorted(set(wrong) - set(trained["test"]))
-    with pytest.raises(InputError, match=r"split\.json: the test cases are not those .*--grade") as caught:
+    with pytest.raises(InputError, match=r"split\.json: the test cases differ from those .*--grade") as caught:
         evaluate_brats(root, {"ours": str(model)}, options=other, kmeans=False)
     assert f"{len(seen)} more ({', '.join(seen[:3])})" in str(caught.value)
     shutil.rmtree(BraTSVolumes(root, "test", OPTIONS).cases[0].mask.parent)
@@ -127,28 +127,27 @@ def test_missing_masks_stop_it_before_the_work(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_whole_recipe(tmp_path, layout):
-    """Both stages, three ablations and the table, by the one documented command, in a few steps each."""
+def test_the_whole_table(tmp_path, layout):
+    """Both trainings, three ablations and the table, by the one documented command, in a few steps each."""
     root = make_brats(tmp_path / "data", layout, count=7)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment |= {
-        "DIFFUSION_OPTIONS": "--width 8 --sample-size 16 --max-steps 2 --batch-size 2 --preview-every 0",
-        "DISCOVERY_OPTIONS": "--max-steps 2 --batch-size 2 --preview-every 0",
-        "DATA_OPTIONS": "--crop 20 22 19 --grade all",
-    }
-    done = subprocess.run(
-        ["bash", str(ROOT / "examples" / "brats_table3.sh"), str(root), str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    steps = {"max_steps": 2, "batch_size": 2, "preview_every": 0}
+    (tmp_path / "diffusion.json").write_text(json.dumps({**steps, "width": 8, "sample_size": 16}))
+    (tmp_path / "discovery.json").write_text(json.dumps(steps))
+    command = ["bash", str(ROOT / "examples" / "brats_table3.sh"), str(root), str(tmp_path / "out")]
+    command += ["--crop", "20", "22", "19", "--grade", "all", "--device", "cpu"]
+    command += ["--diffusion-options", str(tmp_path / "diffusion.json")]
+    command += ["--discovery-options", str(tmp_path / "discovery.json")]
+    rows = ("ours", "no-invariance", "no-feature", "no-visual", "k-means", "features-k-means-2")
+    command += [word for name in rows for word in ("--method", name)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "out" / "table3.json").read_text())
-    methods = ["ours", "no invariance", "no features", "no visual", "k-means", "features k-means, stage 2"]
-    assert [row["method"] for row in result["rows"][::2]] == methods
-    for name in ("diffusion", "ours", "no-invariance", "no-features", "no-visual"):
-        split = json.loads((tmp_path / "out" / name / "split.json").read_text())
-        assert split == result["split_ids"]
-    config = json.loads((tmp_path / "out" / "no-visual" / "train_config.json").read_text())
+    titles = ["ours", "ours, λinv = 0", "ours, λf = 0", "ours, λv = 0", "k-means", "features k-means, stage 2"]
+    assert [row["method"] for row in result["rows"][::2]] == titles
+    models = tmp_path / "out" / "models"
+    for name in ("diffusion", "ours", "no-invariance", "no-feature", "no-visual"):
+        assert json.loads((models / name / "split.json").read_text()) == result["split_ids"]
+    config = json.loads((models / "no-visual" / "train_config.json").read_text())
     assert config["lambda_visual"] == 0 and config["lambda_feature"] == 1 and config["num_parts"] == 3
     assert torch.tensor([row["hd95_mm"] for row in result["rows"]]).isfinite().all()

@@ -1,4 +1,4 @@
-"""Tables: filled once, resumed, summarised; trainings are real, only shorter."""
+"""Benchmark tables: filling, resuming and summarising, with short trainings."""
 
 import dataclasses
 import json
@@ -9,8 +9,8 @@ import torch
 
 from diffdiscover3d.errors import InputError, ModelError
 from diffdiscover3d.evaluation import paper_tables as module
-from diffdiscover3d.evaluation.paper_methods import METHODS, TABLES
-from diffdiscover3d.evaluation.paper_tables import Cell, PaperTable, benchmark, mean_over_seeds
+from diffdiscover3d.evaluation.methods import METHODS
+from diffdiscover3d.evaluation.paper_tables import TABLES, Cell, PaperTable, benchmark, mean_over_seeds
 from diffdiscover3d.hub.registry import load_discovery, load_teacher
 from diffdiscover3d.reporting.score_tables import format_table
 from diffdiscover3d.train import main as train_main
@@ -25,7 +25,7 @@ def train_here(arguments):
 
 @pytest.fixture
 def two_volumes(monkeypatch):
-    """Scores and trainings on two volumes of each split: the rest would only take time."""
+    """Two volumes per split, for speed."""
     monkeypatch.setattr("diffdiscover3d.data.datasets.synthetic.SPLITS", {"train": 2, "validation": 2, "test": 2})
 
 
@@ -39,7 +39,7 @@ def test_baselines_fill_a_table_once(tmp_path, two_volumes, monkeypatch):
     assert json.loads((tmp_path / "table.json").read_text())["summary"] == result["summary"]
     assert "| k-means | " in (tmp_path / "table.md").read_text()
     assert (tmp_path / "table.png").read_bytes()[:4] == b"\x89PNG"
-    # a second run reads what the first wrote, and scores nothing
+    # a second run reads the results of the first without evaluating again
     monkeypatch.setattr(module, "score", None)
     again = benchmark(tmp_path, **arguments)
     assert again["rows"] == result["rows"]
@@ -67,13 +67,13 @@ def test_a_nested_recipe_trains_each_level_inside_the_one_before(tmp_path, two_v
     assert (
         "--parent models/regular/ours-seed0/level1 " in row["commands"][0] and str(tmp_path) not in row["commands"][0]
     )
-    # another level of the same method takes what is trained already
+    # another level of the same method reuses trained networks
     table.fill(Cell("regular", "ours", 1, 0))
     assert len(runs) == 4
 
 
 def test_another_teacher_is_never_mixed_in(tmp_path, two_volumes):
-    """The same folder with other weights in it, and a diffusion model that is trained otherwise."""
+    """The same folder with different weights, and a diffusion model trained with different options."""
     teacher = load_teacher("synthetic-regular")
     teacher.save_pretrained(tmp_path / "teacher")
     cell = Cell("regular", "features-k-means-all", 1, 0)
@@ -86,7 +86,7 @@ def test_another_teacher_is_never_mixed_in(tmp_path, two_volumes):
         PaperTable(tmp_path / "out", teacher=str(tmp_path / "teacher")).fill(cell)
     usual, wide = (PaperTable(tmp_path, diffusion_overrides=o).settings_of(METHODS["ours"]) for o in ({}, {"seed": 1}))
     assert usual["diffusion"] == dict(RECIPES["small"].diffusion) != wide["diffusion"]
-    # k-means on intensities has none
+    # k-means on intensities has no teacher
     assert "diffusion" not in PaperTable(tmp_path).settings_of(METHODS["k-means"])
 
 
@@ -124,7 +124,7 @@ def test_the_start_with_the_lowest_loss_goes_on(tmp_path, losses, winner):
     done = []
 
     def run(training):
-        # low at first, as a start that fails may be: only the last quarter counts
+        # low at first, as in a failed start: only the last quarter counts
         write_log(training.folder, 0.1, 0.1, 0.1, losses[len(done) % 2])
         done.append(training)
 
@@ -138,7 +138,7 @@ def test_the_start_with_the_lowest_loss_goes_on(tmp_path, losses, winner):
 def test_the_last_quarter_of_a_log_is_what_counts(tmp_path):
     write_log(tmp_path / "a", 9, 9, 9, 9, 9, 9, 1, 2)
     assert final_loss(tmp_path / "a") == 1.5
-    write_log(tmp_path / "b", 1, 1, 1, float("nan"))  # never the lowest, whichever comes first
+    write_log(tmp_path / "b", 1, 1, 1, float("nan"))  # never selected, in either order
     assert final_loss(tmp_path / "b") == float("inf")
 
 
@@ -163,7 +163,7 @@ def test_another_recipe_is_never_mixed_in(tmp_path, two_volumes, monkeypatch):
 def test_an_ablation_keeps_something(tmp_path):
     with pytest.raises(ValueError, match="level 1 must keep a consistency"):
         RECIPES["small"].changed(lambda_visual=0.0, lambda_feature=0.0, lambda_denoised=0.0)
-    # the paper's preset has no denoised term
+    # the preset of the paper has no denoised term
     with pytest.raises(ValueError, match="level 1 must keep a consistency"):
         RECIPES["paper"].changed(lambda_visual=0.0, lambda_feature=0.0)
 
@@ -174,7 +174,7 @@ def test_ablations_change_one_option():
     recipe = RECIPES["small"].changed(stages=(3,))
     assert all(step["stages"] == (3,) for steps in recipe.levels.values() for step in steps)
     assert RECIPES["small"].levels[1][0]["stages"] != (3,)
-    # without features nothing is left of the training that has them alone
+    # without the feature term, the training with only that term is dropped
     without = RECIPES["small"].changed(lambda_feature=0.0)
     assert [len(without.levels[level]) for level in (1, 2, 3)] == [1, 1, 1]
     assert without.levels[1][0] == {**RECIPES["small"].levels[1][1], "lambda_feature": 0.0}

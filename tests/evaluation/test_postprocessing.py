@@ -1,4 +1,4 @@
-"""The shared cleaning of masks, step by step."""
+"""Mask post-processing, step by step."""
 
 import numpy as np
 import pytest

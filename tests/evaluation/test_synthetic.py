@@ -1,4 +1,4 @@
-"""Scoring on synthetic cells, and the embedded models' promises."""
+"""Evaluation on synthetic cells, and minimum scores of the embedded models."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def test_evaluate_reports_model_and_kmeans(tiny_discovery):
 
 
 def test_embedded_models_beat_kmeans_on_fresh_volumes():
-    """A quick look at ten validation volumes; the committed figures are of all 20 test volumes."""
+    """Ten validation volumes, for speed; the committed scores are for all 20 test volumes."""
     volumes = load_volumes("synthetic-regular", "validation")
     for level, parts in ((1, 2), (2, 4), (3, 8)):
         model = load_discovery("synthetic-regular", level)

@@ -1,4 +1,4 @@
-"""Small folders in every BraTS layout, with the real affine, orientation and label numbers."""
+"""Small folders in every BraTS layout, with the original affine, orientation and labels."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import numpy as np
 
 LAYOUTS = ("2019", "2020", "2021", "2023", "MSD")
 SHAPE = (26, 24, 19)
-AFFINE = np.array([[-1, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1.0]])  # BraTS lies in LPS
+AFFINE = np.array([[-1, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1.0]])  # BraTS is stored in LPS orientation
 NAMES_2023 = {"flair": "t2f", "t1": "t1n", "t1ce": "t1c", "t2": "t2w", "seg": "seg"}
 
 
@@ -30,7 +30,7 @@ def make_case(index: int, shape=SHAPE, labels=(1, 2, 4)) -> tuple[dict[str, np.n
 
 
 def make_brats(root: Path, layout: str, count: int = 6, shape=SHAPE) -> Path:
-    """Write cases in a layout, nested as the archives unpack; returns the folder a user would give."""
+    """Write cases in a layout, nested as in the unpacked archives; returns the root folder."""
     labels = (1, 2, 3) if layout in ("2023", "MSD") else (1, 2, 4)
     for index in range(count):
         images, mask = make_case(index, shape, labels)

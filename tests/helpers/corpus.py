@@ -1,4 +1,4 @@
-"""Good, unusual and bad files, each with the exit code the command line must answer it with."""
+"""Valid, unusual and invalid files with the expected exit code of the command line."""
 
 import gzip
 import struct
@@ -10,7 +10,7 @@ SHAPE = (12, 14, 10)
 
 
 def blobs(shape=SHAPE) -> np.ndarray:
-    """Whole numbers, so that every encoding holds them."""
+    """Integers, which every encoding can represent."""
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
     noise = np.random.default_rng(0).normal(0, 20, shape)
     return np.round(1000 * np.exp(-3 * ((x - 0.2) ** 2 + y**2 + (z + 0.3) ** 2)) + 300 * (x > 0.4) + noise + 100)
@@ -21,7 +21,7 @@ def float_file() -> bytearray:
 
 
 def array(values, affine=None):
-    """Writes an array as a NIfTI file."""
+    """Return a writer of an array as a NIfTI file."""
 
     def write(path):
         nib.save(nib.Nifti1Image(values, np.diag([2.0, 2.0, 3.0, 1.0]) if affine is None else affine), path)
@@ -30,7 +30,7 @@ def array(values, affine=None):
 
 
 def patch(offset, layout, *values):
-    """Writes a good file with some bytes of its header changed."""
+    """Return a writer of a valid file with modified header bytes."""
 
     def write(path):
         raw = float_file()
@@ -41,7 +41,7 @@ def patch(offset, layout, *values):
 
 
 def content(make):
-    """Writes bytes made from those of a good file."""
+    """Return a writer of bytes derived from a valid file."""
 
     def write(path):
         path.write_bytes(make(bytes(float_file())))
@@ -73,7 +73,7 @@ def big_endian(path):
 
 F4 = blobs().astype(np.float32)
 NAN, INF = float("nan"), float("inf")
-# name of the file: (what writes it, exit code)
+# file name: (writer, exit code)
 CORPUS = {
     # usual
     "good.nii.gz": (array(F4), 0),
@@ -99,7 +99,7 @@ CORPUS = {
     "pixdim_zero.nii.gz": (patch(76, "<8f", 1, 0, 0, 0, 0, 0, 0, 0), 0),
     "pixdim_nan.nii.gz": (patch(76, "<8f", 1, NAN, 1, 1, 0, 0, 0, 0), 0),
     "pixdim_neg.nii.gz": (patch(76, "<8f", 1, -2, 2, 3, 0, 0, 0, 0), 0),
-    # no scan
+    # not scans
     "d4_time.nii.gz": (array(np.stack([F4] * 3, -1)), 3),
     "d5.nii.gz": (array(F4[..., None, None].repeat(3, -1)), 3),
     "d2.nii.gz": (array(F4[:, :, 0]), 3),
@@ -119,7 +119,7 @@ CORPUS = {
     "dim0_bad.nii.gz": (patch(40, "<h", 9), 3),
     "dim0_zero.nii.gz": (patch(40, "<h", 0), 3),
     "dtype_bad.nii.gz": (patch(70, "<h", 999), 3),
-    "bitpix_bad.nii.gz": (patch(72, "<h", 8), 0),  # follows from the type, so it can be mended
+    "bitpix_bad.nii.gz": (patch(72, "<h", 8), 0),  # determined by the data type, so it can be corrected
     "voxoff_bad.nii.gz": (patch(108, "<f", 1e9), 3),
     "voxoff_small.nii.gz": (patch(108, "<f", 100), 3),
     "voxoff_nan.nii.gz": (patch(108, "<f", NAN), 3),
@@ -139,7 +139,7 @@ CORPUS = {
     "html.nii.gz": (content(lambda raw: b"<html>404 Not Found</html>"), 3),
     "lfs.nii.gz": (content(lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"), 3),
     "random.nii.gz": (content(lambda raw: np.random.default_rng(0).bytes(5000)), 3),
-    # no NIfTI file
+    # not NIfTI files
     "missing.nii.gz": (lambda p: None, 3),
     "missing": (lambda p: None, 3),
     "img.txt": (content(lambda raw: b"x"), 3),

@@ -1,4 +1,4 @@
-"""Read files with fuzzed headers under a memory limit: python fuzz_headers.py FOLDER COUNT SEED; figures as JSON."""
+"""Read fuzzed headers under a memory limit: python fuzz_headers.py FOLDER COUNT SEED; prints counts as JSON."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""A small Hub on 127.0.0.1: enough of its HTTP interface for huggingface_hub, diffusers and datasets, unpatched.
+"""A minimal Hub on 127.0.0.1 that implements the HTTP API used by huggingface_hub, diffusers and datasets.
 
 Repositories live in memory. Faults can be switched on by file name, to see what clients make of them.
 """
@@ -59,7 +59,7 @@ class LoopbackHub:
         self.server.server_close()
 
     def put(self, repo_id: str, files: dict[str, bytes], private=False, kind="models") -> str:
-        """Make a commit without a client."""
+        """Create a commit without a client."""
         repo = self.repos.setdefault((kind, repo_id), Repo(private))
         return self.commit(repo, "main", {**repo.files("main"), **files}, "put")
 
@@ -72,7 +72,7 @@ class LoopbackHub:
         return oid
 
     def environment(self, cache, token: str | None = TOKEN, **more) -> dict[str, str]:
-        """What a client's process needs to talk to this Hub, and to no other."""
+        """Environment variables that restrict a client process to this Hub."""
         values = {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(cache),

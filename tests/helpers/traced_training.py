@@ -1,4 +1,4 @@
-"""A training that also writes down what each process sees: TRACE=FOLDER python traced_training.py STAGE OPTIONS."""
+"""A training that records the batches of each process: TRACE=FOLDER python traced_training.py PHASE OPTIONS."""
 
 import hashlib
 import json

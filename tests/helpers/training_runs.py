@@ -1,4 +1,4 @@
-"""Trainings in processes of their own, small enough to take seconds."""
+"""Small trainings in subprocesses."""
 
 import json
 import os
@@ -9,18 +9,18 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-SEED = 20261123  # of everything the slow suite draws at random
+SEED = 20261123  # random seed of the slow suite
 GRID = (10, 8, 12)
 DIFFUSION = {"preset": "small", "width": 8, "sample-size": 8, "mixed-precision": "no", "batch-size": 4, "log-every": 1}
 DISCOVERY = {"preset": "small", "mixed-precision": "no", "batch-size": 4, "num-parts": 3, "log-every": 1}
-for _options in (DIFFUSION, DISCOVERY):  # not as measured: on a busy machine that may change
+for _options in (DIFFUSION, DISCOVERY):  # fixed, because measurements vary on a busy machine
     _options["memory-format"] = "channels_last"
 LAUNCHER = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no"]
 LAUNCHER += ["--dynamo_backend", "no", "--main_process_port", "0"]
 
 
 def write_scans(folder: Path, count: int = 6) -> Path:
-    """Noisy balls of different size and brightness."""
+    """Noisy balls of different sizes and intensities."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in GRID], indexing="ij")
@@ -32,7 +32,7 @@ def write_scans(folder: Path, count: int = 6) -> Path:
 
 
 def command(stage: str, options: dict, processes: int = 1, module: str = "diffdiscover3d.train") -> list[str]:
-    """The command line of a training; `module` may be a script that stands in for it."""
+    """The command line of a training; `module` may be a replacement script."""
     target = ["-m", module] if not module.endswith(".py") else [module]
     launch = ["-m", *LAUNCHER, "--num_processes", str(processes), *target] if processes > 1 else target
     flags = [str(x) for k, v in options.items() for x in (f"--{k}", *(v if isinstance(v, tuple) else (v,)))]
@@ -40,7 +40,7 @@ def command(stage: str, options: dict, processes: int = 1, module: str = "diffdi
 
 
 def start(arguments: list[str], **environment) -> subprocess.Popen:
-    """Start it in a session of its own, so that a signal to it, or to its group, reaches nothing else."""
+    """Start the command in a new session, so that signals to it or its group reach no other process."""
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -54,7 +54,7 @@ def finish(arguments: list[str], timeout: float = 300, **environment) -> subproc
 
 
 def hashes(output: Path) -> dict[str, str]:
-    """The sha256 of all that the newest checkpoint holds: weights, optimiser, moving average, kept epoch."""
+    """The sha256 of each part of the newest checkpoint: weights, optimiser, moving average, selected epoch."""
     newest = max((output / "checkpoints").iterdir())
     state = json.loads((newest / "state.json").read_text())
     return {"step": state["step"], **state["files"]}

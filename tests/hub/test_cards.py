@@ -71,7 +71,7 @@ def test_every_card_is_complete(folder_of, kind, dataset, full):
     assert metadata["library_name"] == "diffdiscover3d" and "pipeline_tag" in metadata
     assert metadata.get("datasets") == (None if dataset == "own" else [dataset])
     assert body.count("```") % 2 == 0 and "someone/model-3d" in body and "arXiv:2305.00067" in body
-    assert "no medical device" in body and "accelerate launch -m diffdiscover3d.train" in body
+    assert "not a medical device" in body and "accelerate launch -m diffdiscover3d.train" in body
     assert ("## Scores" in body) == full and ("](preview.png)" in body) == full
     assert ("model-index" in metadata) == full
     card = ModelCard(text)  # as the Hub parses it
@@ -197,7 +197,7 @@ def test_the_training_command_trains_the_same():
 
     words = shlex.split(training_command("discovery", options))
     parsed = vars(make_parser().parse_args(words[4:]))
-    parsed.pop("stage")
+    parsed.pop("phase")
     parsed.pop("debug"), parsed.pop("quiet")
     again = as_dict(make_config(DiscoveryConfig, **{k: v for k, v in parsed.items() if k != "config"}))
     assert again == {**options, "output_dir": "out/discovery"}
@@ -223,11 +223,11 @@ def test_the_templates_are_in_the_wheel():
     root = Path(__file__).parents[2]
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     found = {p for pattern in patterns["diffdiscover3d"] for p in (root / "diffdiscover3d").glob(pattern)}
-    templates = set((root / "diffdiscover3d" / "hub_cards").rglob("*.jinja"))
+    templates = set((root / "diffdiscover3d" / "hub" / "templates").rglob("*.jinja"))
     assert templates and templates <= found
     for template in templates:
         for name in re.findall(r"{% (?:extends|include) \"([^\"~]+)\"", template.read_text()):
-            assert (root / "diffdiscover3d" / "hub_cards" / name).exists() or name == "datasets/"
+            assert (root / "diffdiscover3d" / "hub" / "templates" / name).exists() or name == "datasets/"
 
 
 def test_cards_need_no_torch():

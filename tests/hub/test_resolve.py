@@ -36,7 +36,7 @@ def test_configurations_that_are_none(tmp_path):
     for text in ("{}", '{"num_parts": 2}'):
         (tmp_path / "config.json").write_text(text)
         assert resolve_model(str(tmp_path)).level_config() is None
-    for text, word in (("", "JSON"), ("[]", "object"), ("null", "object"), ('{"parent": 3}', "`parent`")):
+    for text, word in (("", "configuration"), ("[]", "object"), ("null", "object"), ('{"parent": 3}', "`parent`")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ModelError, match=word):
             resolve_model(str(tmp_path))

@@ -69,7 +69,7 @@ def authors_shapes(width: int, levels: int) -> dict[str, tuple[int, ...]]:
 
 
 def authors_forward(w: dict[str, torch.Tensor], volume: torch.Tensor, timestep: torch.Tensor, levels: int):
-    """Prediction and stages of the authors' network, from its description."""
+    """Prediction and decoder features of the authors' network, from its description."""
     width = w["final_conv.1.weight"].shape[1]
 
     def conv(name, x, **options):
@@ -151,7 +151,7 @@ def check(model, weights):
 @pytest.mark.parametrize("prefix", ["unet.", "denoise_fn.unet.", "module.denoise_fn.unet."])
 def test_pt_file_with_any_prefix(tmp_path, authors_weights, prefix):
     state = {prefix + k: v for k, v in authors_weights.items()}
-    # what else their checkpoints hold: the buffers of the schedule, the step, the average
+    # further entries of their checkpoints: schedule buffers, step, moving average
     state["module.betas"] = torch.zeros(250)
     torch.save({"step": 7, "model": state, "ema": {}}, tmp_path / "model.pt")
     model = load_authors_checkpoint(tmp_path / "model.pt")

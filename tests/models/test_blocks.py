@@ -1,4 +1,4 @@
-"""Blocks that compute in an order of their own, against torch's plain way."""
+"""Custom blocks against the reference operations of torch."""
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def test_keys_far_from_zero_do_not_overflow(attention):
 
 @pytest.mark.parametrize("shape", [(16, 24, 32), (8, 24, 16), (2, 8, 24)])
 def test_gradients_of_short_volumes_are_right_in_bfloat16(shape):
-    """The first axis becomes two voxels on some level: the bfloat16 weight gradient of torch is garbage there."""
+    """The first axis shrinks to two voxels, where torch's bfloat16 weight gradient is wrong."""
     torch.manual_seed(0)
     networks = [
         UNet3DModel(width=16, channel_multipliers=(1, 2, 2, 2), attention=(None,) * 4, sample_size=None),
@@ -136,7 +136,7 @@ def test_a_single_small_volume_has_the_gradients_of_torchs_convolution():
 
 
 def test_small_volumes_do_not_fall_into_torchs_slow_loop():
-    """What Conv3d is for: were torch to mend it, or the way around it to be lost, this would tell."""
+    """Guards the purpose of Conv3d: fails if torch fixes the slow path or the workaround is lost."""
     volume = torch.randn(1, 32, 12, 12, 12)
     used = {}
     for kind in (Conv3d, nn.Conv3d):

@@ -1,4 +1,4 @@
-"""What torch.compile makes of the UNet, and what torch's FSDP does with it."""
+"""The UNet under torch.compile and FSDP."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def test_the_unet_compiles_without_a_graph_break(options):
 
 @pytest.mark.slow
 def test_a_discovery_training_compiles(tmp_path):
-    """With dropout, which breaks the graph, so that what lies between is compiled piece by piece."""
+    """With dropout, which breaks the graph into several compiled pieces."""
     command = [sys.executable, "-m", "diffdiscover3d.train", "discovery", "--preset", "small", "--compile", "--quiet"]
     command += ["--teacher", "synthetic-regular", "--max-steps", "1", "--batch-size", "2", "--preview-every", "0"]
     command += ["--volume-size", "18", "16", "14", "--output-dir", str(tmp_path / "out")]

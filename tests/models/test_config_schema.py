@@ -26,6 +26,8 @@ DISCOVERY = {
     "window_size": [None, 0, 1, -256, 2.5, "256", 10**9],
     "parent": [[], "parent", 3, {"num_parts": 0}, {"channels": None}],
     "children": [[0, 2], [1], "12", [1.5, 1.5], [-1, 5], 4, [1, 1]],
+    "scaling": [None, "z_score", 1, ["robust"]],
+    "frame": [[96, 96], [96, 0, 96], "96", [96, 96, 96.5], [96, 112, 10**6], [96, 112, 96]],
 }
 UNET = {
     "width": [0, 3, -64, 10**6, None, "64", 64.5],

@@ -1,4 +1,4 @@
-"""Networks that divide the parts of a coarser one."""
+"""Nested networks that subdivide the parts of a coarser one."""
 
 import itertools
 
@@ -11,7 +11,7 @@ VOLUME = torch.rand(2, 1, 13, 9, 21, generator=torch.Generator().manual_seed(0))
 
 
 def chain() -> tuple[StructureDiscoveryModel, ...]:
-    """Three levels with 2, 4 and 8 parts, their numbers shuffled so that no order is right by chance."""
+    """Three levels with 2, 4 and 8 parts, with shuffled labels so that no order is correct by chance."""
     torch.manual_seed(1)
     first = StructureDiscoveryModel(2, norm="instance")
     first.order_parts(torch.tensor([0.1, 0.9]))
@@ -29,7 +29,7 @@ def test_every_part_lies_in_its_parent():
         found, above = fine.segment(VOLUME), coarse.segment(VOLUME).labels
         assert torch.equal(torch.tensor(fine.parents)[found.labels.long()], above.long())
         torch.testing.assert_close(found.probabilities.sum(dim=1), torch.ones(2, 13, 9, 21))
-        # a part that is kept whole is the parent's part, exactly
+        # an undivided part equals the parent's part exactly
         for part, parent in enumerate(fine.parents):
             if fine.config.children[parent] == 1:
                 assert torch.equal(found.probabilities[:, part], (above == parent).float())

@@ -1,4 +1,4 @@
-"""A window that slides over a file, against MONAI's over a volume in memory."""
+"""Out-of-core sliding-window inference against MONAI's in-memory inference."""
 
 import itertools
 
@@ -47,7 +47,7 @@ def values_of(shape) -> np.ndarray:
 
 
 def store(path, canonical: np.ndarray, codes: str) -> None:
-    """Write a canonical volume with its axes along the given directions."""
+    """Write a canonical volume in the given orientation."""
     orientation = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt(codes))
     image = nib.Nifti1Image(canonical, np.diag([2.0, 2.0, 3.0, 1.0])).as_reoriented(orientation)
     nib.save(image, path)
@@ -55,7 +55,7 @@ def store(path, canonical: np.ndarray, codes: str) -> None:
 
 
 class Collected:
-    """A sink that keeps everything, and sees that every row comes once."""
+    """A sink that stores all rows and checks that each is written once."""
 
     def __init__(self, grid: RawGrid, parts: int):
         self.grid = grid
@@ -119,16 +119,16 @@ def test_windows_lie_where_monai_puts_them(length, window):
     assert window_starts(length, window) == expected
 
 
-# how large windows are
+# window sizes
 
 
 def test_small_volumes_keep_the_networks_own_window():
     assert choose_window((256, 200, 256), NETWORK) == 256 and not needs_sliding_window((256, 200, 256), NETWORK)
-    # it is the number of voxels that counts
+    # the number of voxels decides
     assert choose_window((300, 100, 100), NETWORK) == 300 and not needs_sliding_window((300, 100, 100, 7), NETWORK)
     assert choose_window((257, 256, 256), NETWORK) == 256 and needs_sliding_window((257, 256, 256), NETWORK)
     assert choose_window((300, 300, 300), {**NETWORK, "num_parts": 2}) == 256
-    assert choose_window((300, 300, 300), {**NETWORK, "num_parts": 12}) == 240  # whose sums are larger
+    assert choose_window((300, 300, 300), {**NETWORK, "num_parts": 12}) == 240  # with larger accumulators
 
 
 @pytest.mark.parametrize("shape", [(512, 512, 512), (1024, 1024, 512), (640, 300, 640)])
@@ -136,7 +136,7 @@ def test_small_volumes_keep_the_networks_own_window():
 def test_windows_of_large_volumes_stay_in_the_budget(shape, parts):
     network = {**NETWORK, "num_parts": parts}
     chosen = {choose_window(order, network) for order in itertools.permutations(shape)}
-    (window,) = chosen  # however the axes are stored
+    (window,) = chosen  # for every order of the axes
     takes = {w: max(window_bytes(o, w, network) for o in itertools.permutations(shape)) for w in range(128, 257, 16)}
     assert window == max(w for w in takes if takes[w] <= windows.BUDGET)
     assert (window == 256) == (takes[256] <= windows.BUDGET)

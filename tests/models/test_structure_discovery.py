@@ -1,4 +1,4 @@
-"""The segmentation network: any size, padding, windows, order of parts, saving."""
+"""The segmentation network: grid sizes, padding, windows, order of parts and saving."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_segment_is_in_eval_mode_and_restores_the_mode():
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_is_restored_after_an_error(training):
     coarse = make()
-    model = StructureDiscoveryModel.inside(coarse, (1, 2, 1), norm="instance").train(training)
+    model = StructureDiscoveryModel.from_parent(coarse, (1, 2, 1), norm="instance").train(training)
     for volume in (torch.ones(10, 12, 9), torch.full((10, 12, 9), torch.nan)):
         with pytest.raises(InputError):
             model.segment(volume)
@@ -59,7 +59,7 @@ def test_windows_agree_with_the_whole_far_from_their_seams():
     windowed = make(window_size=64).segment(volume)
     assert windowed.probabilities.shape == whole.probabilities.shape
     torch.testing.assert_close(windowed.probabilities.sum(dim=1), torch.ones(1, 16, 16, 80))
-    # the end of a window sees padding where the whole volume goes on; most voxels see the same
+    # padding at window borders affects only voxels near the seams
     assert (windowed.labels == whole.labels).float().mean() > 0.9
 
 
@@ -116,4 +116,4 @@ def test_the_smallest_volumes(norm, shape):
     volume = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
     found = model.eval().segment(volume)
     assert found.labels.shape == (2, *shape) and torch.isfinite(found.probabilities).all()
-    assert model.train()(volume[:, None]).logits.shape == (2, 3, *shape)  # they can be trained on too
+    assert model.train()(volume[:, None]).logits.shape == (2, 3, *shape)  # also in training mode

@@ -1,4 +1,4 @@
-"""The diffusion UNet: shapes, grids, early exit, saving, and its parts against direct formulas."""
+"""The diffusion UNet: shapes, grids, early exit, saving, and its layers against direct formulas."""
 
 import json
 

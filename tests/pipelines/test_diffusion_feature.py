@@ -1,4 +1,4 @@
-"""The feature pipeline against its formulas, and its life on disk and on the Hub."""
+"""The feature pipeline against its formulas, and saving and loading."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def seeded(seed=0) -> torch.Generator:
 
 
 def cosine_alpha_bar(steps: int) -> torch.Tensor:
-    """The cosine schedule of Nichol and Dhariwal, as the authors' code has it."""
+    """The cosine schedule of Nichol and Dhariwal, as in the authors' code."""
     f = [math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(steps + 1)]
     betas = [min(1 - f[t + 1] / f[t], 0.999) for t in range(steps)]
     return torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), dim=0)
@@ -58,7 +58,7 @@ def test_features_of_the_noised_volume(timestep):
 
 @torch.no_grad()
 def test_autocast_does_not_round_the_noise():
-    """bfloat16 would turn a noise of .173 into .177 at t=25, and into none at all at t=0."""
+    """In bfloat16, the noise level would be .177 instead of .173 at t=25, and 0 at t=0."""
     pipe, volume = make_pipeline(sample_size=8, resize_before_noise=True), torch.rand(1, 1, *GRID)
     noise = torch.randn(1, 1, 1, 8, 8, 8, generator=seeded())
     seen = []
@@ -115,7 +115,7 @@ def test_denoised_is_the_networks_prediction():
 @torch.no_grad()
 def test_any_kind_of_volume(tmp_path):
     pipe, data = make_pipeline(), np.random.default_rng(0).normal(100, 20, GRID).astype(np.float32)
-    affine = np.diag([-2.0, 1.0, 3.0, 1.0])  # left to right: canonical data is mirrored
+    affine = np.diag([-2.0, 1.0, 3.0, 1.0])  # left to right, so the canonical data is flipped
     image = nib.Nifti1Image(data, affine)
     nib.save(image, tmp_path / "scan.nii.gz")
     expected = pipe(data[::-1], stages=(1,), generator=seeded()).features[0]
@@ -160,7 +160,7 @@ def test_round_trip_through_a_folder(tmp_path):
         torch.testing.assert_close(a, original)
         assert torch.equal(a, b)
     assert loaded.scheduler.config.prediction_type == "sample"
-    # recorded by library and class, not by source file: published models must survive moving code
+    # stored by library and class instead of module path, so that published models survive refactoring
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["unet"] == ["diffdiscover3d", "UNet3DModel"]
     assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
@@ -176,7 +176,7 @@ def test_half_precision_pipelines_compute_in_float32(tmp_path):
 
 
 def put_into_cache(folder: Path, cache: Path, repo: str) -> None:
-    """Lay a folder into a Hub cache as a finished download."""
+    """Put a folder into a Hub cache as a completed download."""
     root = cache / f"models--{repo.replace('/', '--')}"
     (root / "refs").mkdir(parents=True)
     (root / "refs" / "main").write_text("0" * 40)

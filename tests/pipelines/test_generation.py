@@ -1,4 +1,4 @@
-"""Sampling: a network that knows the answer must be led to it."""
+"""Sampling with a network that predicts a known volume converges to that volume."""
 
 import pytest
 import torch

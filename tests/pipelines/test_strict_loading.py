@@ -1,4 +1,4 @@
-"""What a repository may say, and what is refused: nothing in it is executed, nothing unknown is passed over."""
+"""Strict loading of repositories: no code is executed, and unknown entries are errors."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
 from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline
 
-# as version 0.1.0 wrote it; repositories like this are out there
+# as written by version 0.1.0 and published
 STORED_INDEX = """{
   "_class_name": "DiffusionFeaturePipeline",
   "_diffusers_version": "0.42.1",
@@ -46,7 +46,7 @@ def test_what_is_written_is_what_was_stored(repo):
 
 
 def test_an_old_repository_survives_a_moved_source_file(repo, tmp_path):
-    """The package with the UNet's module moved loads the stored index, in a process of its own."""
+    """A package with a moved UNet module loads the stored index, in a subprocess."""
     (repo / "model_index.json").write_text(STORED_INDEX)
     moved = tmp_path / "moved" / "diffdiscover3d"
     shutil.copytree(Path(diffdiscover3d.__file__).parent, moved, ignore=shutil.ignore_patterns("assets", "__pycache__"))

@@ -1,4 +1,4 @@
-"""The suite's summary: `pytest -m slow tests/reliability --summary FILE` writes what was counted as JSON."""
+"""The suite's summary: `pytest -m slow tests/reliability --summary FILE` writes the counts as JSON."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def teacher(scans, tmp_path_factory):
 
 @pytest.fixture
 def count(request):
-    """Figures of a test for the summary: `count(name, **values)`; written even if the test fails after it."""
+    """Record values for the summary: `count(name, **values)`; written even if the test fails afterwards."""
 
     def note(name, **values):
         request.node.user_properties.append((name, values))
@@ -47,7 +47,7 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session):
-    """Tests that did not run keep what the file holds: parts of the suite can be run apart, or again."""
+    """Entries of tests that did not run are kept, so that parts of the suite can be run separately."""
     target = session.config.getoption("--summary")
     if not target or not _TESTS:
         return

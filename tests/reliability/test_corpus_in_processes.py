@@ -1,4 +1,4 @@
-"""Every file of the corpus against the command with its embedded model, each in a process of its own."""
+"""Every file of the corpus with the segment command and its embedded model, each in a subprocess."""
 
 import os
 import re

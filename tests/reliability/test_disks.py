@@ -1,4 +1,4 @@
-"""A full and a read-only disk, as small file systems in memory: exit code 4, and what was there stays."""
+"""Full and read-only disks, as small in-memory file systems: exit code 4, existing files stay."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def disk(tmp_path):
 
 
 def fill(folder, leave: int) -> None:
-    """Leave so many KiB free."""
+    """Fill the disk up to the given free space in KiB."""
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize - leave * 1024
     (folder / "filler").write_bytes(os.urandom(free))
 
@@ -64,14 +64,14 @@ def test_results_on_a_full_disk(tmp_path, disk, tiny_discovery, count):
     array(blobs((40, 40, 40)).astype("float32"))(scan)
     for name in ("scan_dseg.nii.gz", "scan_dseg.json"):
         (folder / name).write_bytes(b"old")
-    fill(folder, leave=1028)  # past the check beforehand, and too little for the preview
+    fill(folder, leave=1028)  # passes the preliminary check, but too little for the preview
     (folder / "filler2").write_bytes(bytes(1024 * 1000))
     before = content(folder)
     check(cli("segment", scan, "--model", tiny_discovery, "-o", folder, "--overwrite", "--preview"), str(folder))
     assert content(folder) == before
     (folder / "filler2").unlink()
     before = content(folder)
-    done = cli("synthesize", "-n", 5, "-o", folder)  # the second volume does not fit any more
+    done = cli("synthesize", "-n", 5, "-o", folder)  # no space for the second volume
     check(done, str(folder), "No space left")
     assert content(folder) == before
     count("full disk, results", commands=2, exit_code=4, old_files_intact=True)
@@ -88,7 +88,7 @@ def test_a_checkpoint_on_a_full_disk(tmp_path, disk, count):
     output = folder / "out"
     check(finish(command("diffusion", {**options, "output-dir": output})), "checkpoint-00000003", "free some space")
     steps = ("checkpoint-00000001", "checkpoint-00000002")
-    assert sorted(p.name for p in (output / "checkpoints").iterdir()) == list(steps)  # and nothing half
+    assert sorted(p.name for p in (output / "checkpoints").iterdir()) == list(steps)  # no partial checkpoint
     for step in steps:
         for name, data in content(whole / "checkpoints" / step).items():
             if name.endswith(".safetensors"):
@@ -118,6 +118,6 @@ def test_a_read_only_disk(tmp_path, disk, tiny_discovery, count):
     for arguments in commands:
         check(cli(*arguments), str(folder))
     options = {**DIFFUSION, "dataset": tmp_path / "no-such-folder", "output-dir": folder / "out"}
-    check(finish(command("diffusion", options)), str(folder))  # before the data is looked at
+    check(finish(command("diffusion", options)), str(folder))  # before the data is read
     assert content(folder) == {"scan_dseg.json": b"old"}
     count("read-only disk", commands=len(commands) + 1, exit_code=4, old_files_intact=True)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM to trainings of one and two processes, and to a segmentation: exit code 130, nothing half."""
+"""SIGINT and SIGTERM to trainings of one and two processes, and to a segmentation: exit code 130, no partial files."""
 
 import os
 import signal
@@ -30,11 +30,11 @@ def test_trainings(tmp_path, count, number, processes, workers):
     while log_steps(output) < 5:
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
-    os.killpg(process.pid, number)  # as Ctrl-C and cluster managers do
+    os.killpg(process.pid, number)  # as sent by Ctrl-C and cluster managers
     _, errors = process.communicate(timeout=60)
     step = hashes(output)["step"]
     assert 5 <= step < STEPS and f"interrupted after step {step}; --resume latest goes on" in errors
-    # with several processes the code is the launcher's
+    # with several processes, the exit code is that of the launcher
     assert process.returncode == 130 if processes == 1 else process.returncode != 0
     again = finish([*arguments, "--resume", "latest"])
     assert again.returncode == 0, again.stderr

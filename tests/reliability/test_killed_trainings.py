@@ -1,4 +1,4 @@
-"""Trainings killed at random points and inside checkpoint writes, then resumed: bit-equal to one left alone."""
+"""Trainings killed at random points and during checkpoint writes, then resumed: bit-equal to an uninterrupted one."""
 
 import random
 import time
@@ -10,12 +10,12 @@ from tests.helpers.training_runs import DIFFUSION, DISCOVERY, SEED, command, fin
 
 pytestmark = pytest.mark.slow
 STEPS = 14
-KILLS = 15  # of each stage; every third waits for a checkpoint that is being written
+KILLS = 15  # per phase; every third during a checkpoint write
 
 
 def options_of(stage, scans, teacher, output, **more):
     options = {"dataset": scans, "output-dir": output, "max-steps": STEPS, "preview-every": 0}
-    if stage == "diffusion":  # wide enough that a checkpoint takes a while to write
+    if stage == "diffusion":  # wide, so that writing a checkpoint takes some time
         return {**DIFFUSION, "width": 24, **options, **more}
     return {**DISCOVERY, "norm": "batch", "teacher": teacher, "stages": (1, 2), **options, **more}
 
@@ -25,7 +25,7 @@ def half_written(output) -> list:
 
 
 def kill_somewhere(arguments, output, rng, inside_write: bool) -> dict:
-    """Start a training, kill it, and say where that was; `None` if it was faster than the killing."""
+    """Start a training, kill it and return its state at that time; `None` if it finished before."""
     process = start(arguments)
     wanted, deadline = rng.randrange(0, STEPS - 1), time.time() + 120
     while log_steps(output) < wanted and process.poll() is None and time.time() < deadline:

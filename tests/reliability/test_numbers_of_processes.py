@@ -1,4 +1,4 @@
-"""One, two and four processes: the same volumes and noise in each step, and the same weights but for rounding."""
+"""One, two and four processes: the same volumes and noise in each step, and the same weights up to rounding."""
 
 import json
 from pathlib import Path
@@ -34,14 +34,14 @@ def largest_difference(a, b) -> float:
 
 @pytest.mark.parametrize("stage", ["diffusion", "discovery"])
 def test_weights_after_fifty_steps(scans, teacher, tmp_path, count, stage):
-    """Two processes against one that takes the same two micro-batches one after the other: the same sums.
+    """Two processes against one process with two accumulation steps over the same micro-batches: the same sums.
 
     One process that takes the whole batch at once adds in another order. Adam and the L1 loss turn that rounding into
     something visible, so there only the samples and the first losses must agree; how far weights drift is written down.
     """
     if stage == "diffusion":
         options = {**DIFFUSION, "width": 16, "dataset": scans}
-    else:  # with dropout; batch norm would see each process's volumes apart
+    else:  # with dropout; batch norm would depend on the number of processes
         options = {**DISCOVERY, "norm": "instance", "teacher": teacher, "stages": (1, 2), "dataset": scans}
     options |= {"lr-schedule": "constant", "learning-rate": 1e-4}
     rows, whole, losses = train(stage, options, tmp_path, 1)
@@ -64,5 +64,5 @@ def test_weights_after_fifty_steps(scans, teacher, tmp_path, count, stage):
         assert rows == shared[0] == same_sums[0]
         assert shared[2][0] == pytest.approx(losses[0], rel=1e-6)
         assert shared[2] == pytest.approx(losses, rel=1e-2)
-        if processes == 2:  # of four, the processes add in an order of their own
+        if processes == 2:  # with four processes, the order of summation differs
             assert equal <= 1e-6

@@ -1,4 +1,4 @@
-"""All 48 axis orders and flips of one oblique volume: the same parts at the same places in the world."""
+"""All 48 axis orders and flips of one oblique volume: the same parts at the same world coordinates."""
 
 import itertools
 
@@ -32,7 +32,7 @@ def test_all_orientations(tmp_path, count):
         path = tmp_path / f"{''.join(map(str, axes))}{flips}.nii.gz"
         nib.save(nib.Nifti1Image(apply_orientation(volume, orientation), affine), path)
 
-        # the layer in between alone: a marker for every voxel must come back to its place
+        # only the reorientation: a marker in every voxel must return to its position
         scan = read_nifti(path)
         marker = np.arange(volume.size, dtype=np.int32).reshape(volume.shape)
         write_like(tmp_path / "marker.nii.gz", marker, scan)

@@ -108,7 +108,7 @@ def test_label_maps_of_another_scan_are_refused(scan, tmp_path, make_nifti):
     halves = make_nifti(tmp_path / "halves.nii.gz", np.full((28, 36, 20), 0.5, np.float32), OBLIQUE)
     broken = tmp_path / "broken.nii.gz"
     broken.write_bytes(b"<html>")
-    for labels, word in ((cut, "shape"), (moved, "not aligned"), (halves, "integers"), (broken, "cannot be read")):
+    for labels, word in ((cut, "shape"), (moved, "not aligned"), (halves, "integers"), (broken, "web page")):
         with pytest.raises(InputError, match=word):
             make_reports(scan, labels=[labels], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -229,7 +229,7 @@ def test_no_model_stops_at_once(tmp_path, make_nifti, monkeypatch):
 @pytest.mark.parametrize(
     ("place", "step"),
     [
-        (in_memory, "write_like"),
+        (in_memory, "label_map"),
         (scan_module, "write_part_table"),
         (scan_module, "save_cuts"),
         (scan_module, "write_json"),

@@ -176,7 +176,7 @@ def test_bad_voxels_are_refused_as_from_memory(tmp_path, sliding, monkeypatch):
     values = scan_values().astype(np.float32)
     values[1, 2, 3] = np.inf
     nib.save(nib.Nifti1Image(values, LPS), tmp_path / "a.nii.gz")
-    with pytest.raises(InputError, match=r"1 of 19,760 voxels are NaN or Inf; --nan-to-zero") as mine:
+    with pytest.raises(InputError, match=r"1 of 19,760 voxels are NaN or Inf; use --nan-to-zero") as mine:
         segment(tmp_path / "a.nii.gz", tmp_path / "out", model=str(sliding))
     keep_in_memory(monkeypatch)
     with pytest.raises(InputError) as theirs:
@@ -262,7 +262,7 @@ def test_a_compressed_file_that_grows_is_not_read_before(tmp_path, sliding, monk
     """The command line reads only the header of a file that would be large in memory, however small it is on disk."""
     path, _ = store(tmp_path / "in", "scaled")
     monkeypatch.setattr("diffdiscover3d.segmentation.preflight._READ_INTO", 0)
-    monkeypatch.setattr("diffdiscover3d.segmentation.preflight.read_volume", None)
+    monkeypatch.setattr("diffdiscover3d.segmentation.preflight.read_source", None)
     monkeypatch.setattr("diffdiscover3d.segmentation.preflight.LARGE", 1)
     arguments = ["segment", path, "--model", sliding, "--output", tmp_path / "out", "--level", "1"]
     monkeypatch.setattr(sys, "argv", ["diffdiscover3d", *map(str, arguments)])

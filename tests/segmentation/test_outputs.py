@@ -202,10 +202,9 @@ def test_levels_a_model_does_not_have(tmp_path, make_nifti, levelled, tiny_disco
 
 def test_shares_are_disjoint_and_complete(tmp_path, make_nifti, tiny_discovery, monkeypatch):
     scans = [make_nifti(tmp_path / "in" / f"s{i}.nii.gz", noise(i)) for i in range(5)]
-    monkeypatch.setenv("WORLD_SIZE", "2")
     done = []
     for rank in range(2):  # the second must accept the files of the first
-        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr("diffdiscover3d.segmentation.outputs.rank_and_world_size", lambda rank=rank: (rank, 2))
         done.append([r.input for r in segment(tmp_path / "in", tmp_path / "out", model=str(tiny_discovery))])
     assert done == [scans[::2], scans[1::2]]
 

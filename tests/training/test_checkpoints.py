@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, no pickle, damage noticed."""
+"""Checkpoints: atomic writes, no pickle, detection of damage."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_latest_whole_one_is_found(tmp_path):
         file.seek(-1, 2)
         file.write(b"\x99")
     (tmp_path / "checkpoint-00000010" / "state.json").write_text('{"step": 10, "fil')
-    (tmp_path / ".checkpoint-00000020.tmp").mkdir()  # what a killed process leaves behind
+    (tmp_path / ".checkpoint-00000020.tmp").mkdir()  # staging folder of a killed process
     warnings = []
     _tensors, state = find_checkpoint(tmp_path, "latest", warnings.append)
     assert state["step"] == 5 and len(warnings) == 2 and "checkpoint-00000015" in warnings[0]

@@ -1,4 +1,4 @@
-"""Options: presets, files, flags, and their rules."""
+"""Options: presets, files, flags and validation."""
 
 import argparse
 import json

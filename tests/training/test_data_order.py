@@ -1,4 +1,4 @@
-"""The order of the data and everything random: functions of (seed, step, slot) alone."""
+"""Data order and random draws: functions of (seed, step, slot) only."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Dropout by slots: the same mask for a volume wherever it is computed."""
+"""Slot dropout: the mask of a volume does not depend on the process."""
 
 import pytest
 import torch

@@ -14,7 +14,7 @@ from diffdiscover3d.training.nesting import divided_parts, parent_masks, parent_
         ([0.1, 0.9], 4, (1, 3)),
         ([0.9, 0.1], 4, (3, 1)),
         ([0.4, 0.1, 0.3, 0.2], 8, (3, 1, 3, 1)),
-        ([0.4, 0.1, 0.3, 0.2], 7, (3, 1, 2, 1)),  # what is left over goes to the part that varies most
+        ([0.4, 0.1, 0.3, 0.2], 7, (3, 1, 2, 1)),  # the remainder goes to the part with the highest score
         ([0.3, 0.1, 0.2], 6, (3, 1, 2)),
     ],
 )

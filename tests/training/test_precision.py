@@ -41,7 +41,7 @@ def test_a_measurement_leaves_no_trace(probe):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """What was measured, in place of measuring: the probes asked for."""
+    """Records the requested probes and returns fixed measurements."""
     asked = []
 
     def fake(device, probe):
@@ -65,7 +65,7 @@ def test_what_was_asked_for_is_taken(measured, monkeypatch, tmp_path):
     assert settle_precision(config, tmp_path / "absent.json") is config and measured == []
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert settle_precision(make_config(DiffusionConfig), tmp_path / "absent.json").mixed_precision == "fp16"
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what `accelerate launch` says if it was told nothing
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # set by `accelerate launch` without options
     assert settle_precision(make_config(DiffusionConfig), tmp_path / "absent.json").mixed_precision == "bf16"
 
 
@@ -80,5 +80,5 @@ def test_a_resumed_training_keeps_its_choice(measured, tmp_path):
     (checkpoint / "state.json").write_text(json.dumps({"step": 2, "config": options}))
     resumed = settle_precision(make_config(DiffusionConfig, resume=str(checkpoint)), written)
     assert (resumed.mixed_precision, resumed.memory_format) == ("bf16", "contiguous") and measured == []
-    written.write_text("torn")  # what is wrong with it is said where all options are compared
+    written.write_text("torn")  # reported where all options are compared
     assert settle_precision(make_config(DiffusionConfig, resume="latest"), written).mixed_precision == "bf16"

@@ -1,4 +1,4 @@
-"""What a resume accepts and what it refuses, and stopping on request."""
+"""Accepted and rejected resumes, and stopping on signals."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from tests.helpers.training_runs import DIFFUSION, DISCOVERY, command, finish, h
 
 @pytest.fixture(autouse=True, scope="module")
 def fresh_accelerate():
-    """accelerate keeps one state a process, which another file's trainings may have left at another precision."""
+    """Reset accelerate's process-wide state, which may have another precision from earlier tests."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -57,7 +57,7 @@ def discovery(scans, teacher, output, **options):
     return make_config(DiscoveryConfig, **{**options, "output_dir": str(output)})
 
 
-# who it is made of
+# identity of data and models
 
 
 def test_data_may_move_but_not_change(scans, tmp_path):
@@ -131,7 +131,7 @@ def test_datasets_of_the_hub_have_fingerprints(tmp_path):
 
 
 class _Bare:
-    """Volumes that cannot say what they are."""
+    """Volumes without a fingerprint."""
 
     def __init__(self, volumes):
         self.volumes = [volumes[i] for i in range(len(volumes))]
@@ -159,16 +159,16 @@ def test_data_without_a_fingerprint_are_known_by_name(scans, tmp_path):
         go({"dataset": dataset_fingerprint(volumes)}, resume="latest")
 
 
-# with which options
+# options
 
 
 def test_written_options_are_compared_even_without_a_checkpoint(scans, tmp_path):
     run(diffusion(scans, tmp_path, max_steps=1))
-    shutil.rmtree(tmp_path / "checkpoints")  # as if killed before the first
+    shutil.rmtree(tmp_path / "checkpoints")  # as if killed before the first checkpoint
     (tmp_path / "model_index.json").unlink()
     with pytest.raises(ModelError, match=r"train_config\.json belongs to a different training \(seed was 0 and is 1\)"):
         run(diffusion(scans, tmp_path, max_steps=1, seed=1, resume="latest"))
-    run(diffusion(scans, tmp_path, max_steps=1, resume="latest", log_every=5))  # what changes nothing may differ
+    run(diffusion(scans, tmp_path, max_steps=1, resume="latest", log_every=5))  # this option may change
     written = json.loads((tmp_path / "train_config.json").read_text())
     assert written["log_every"] == 5
     (tmp_path / "train_config.json").write_text('{"seed": ')
@@ -202,7 +202,7 @@ def test_an_earlier_checkpoint_does_not_replace_later_ones(scans, tmp_path):
     run(diffusion(scans, tmp_path / "branch", **steps, resume=second))
     assert hashes(tmp_path / "branch") == hashes(tmp_path / "out")
     branch = everything(tmp_path / "branch")
-    with pytest.raises(ModelError, match="already contains a training"):  # of its own, which was not asked for
+    with pytest.raises(ModelError, match="already contains a training"):  # without --resume
         run(diffusion(scans, tmp_path / "branch", **steps, resume=str(kept / "checkpoint-00000004")))
     assert everything(tmp_path / "branch") == branch
 
@@ -230,7 +230,7 @@ def test_latest_without_checkpoints_does_not_start_over_a_model(scans, tmp_path)
 
 def test_a_folder_is_refused_before_any_volume_is_read(scans, tmp_path, monkeypatch):
     run(diffusion(scans, tmp_path / "out", max_steps=1))
-    monkeypatch.setattr("diffdiscover3d.data.loading.load_volumes", None)  # it must not come to that
+    monkeypatch.setattr("diffdiscover3d.data.loading.load_volumes", None)  # must not be called
     with pytest.raises(ModelError, match="already contains a training"):
         run(diffusion(scans, tmp_path / "out", max_steps=1))
     with pytest.raises(ModelError, match="seed was 0 and is 1"):
@@ -280,11 +280,11 @@ def test_a_bad_scan_is_named_before_anything_is_trained(scans, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# being stopped
+# signals
 
 
 class _Stopped(DiffusionTraining):
-    """Sends a signal to its own process after some step."""
+    """Sends a signal to its own process after a given step."""
 
     def __init__(self, *arguments, number, step):
         super().__init__(*arguments)
@@ -306,7 +306,7 @@ def test_a_signal_lets_the_step_be_saved(scans, tmp_path, number):
     with pytest.raises(TrainingInterrupted, match="interrupted after step 3; --resume latest"):
         train(task, config, volumes, make_accelerator(config), {"dataset": dataset_fingerprint(volumes)})
     assert signal.getsignal(number) is before
-    assert hashes(tmp_path / "cut")["step"] == 3  # the signal came during the wait for the third
+    assert hashes(tmp_path / "cut")["step"] == 3  # the signal arrived during the third step
     assert not (tmp_path / "cut" / "model_index.json").exists()
     run(diffusion(scans, tmp_path / "cut", max_steps=5, checkpoint_every=99, resume="latest"))
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
@@ -331,7 +331,7 @@ def test_a_second_signal_ends_at_once():
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    with StopRequest(num_processes=2) as stop:  # their launcher repeats it
+    with StopRequest(num_processes=2) as stop:  # the launcher repeats the signal
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
@@ -339,7 +339,7 @@ def test_a_second_signal_ends_at_once():
 
 def test_sigterm_to_the_whole_group_of_a_real_training(scans, tmp_path):
     options = {**DIFFUSION, "dataset": scans, "output-dir": tmp_path / "out", "max-steps": 100_000}
-    options |= {"preview-every": 0, "num-workers": 1}  # the process that loads volumes gets the signal too
+    options |= {"preview-every": 0, "num-workers": 1}  # the data-loading worker receives the signal too
     process = start(command("diffusion", options))
     try:
         while log_steps(tmp_path / "out") < 3:
@@ -370,7 +370,7 @@ def test_weights_that_are_not_finite_are_never_saved(scans, tmp_path):
 
 
 def test_two_processes_share_the_reading(scans, tmp_path, monkeypatch):
-    """Each reads its own files whole, and both learn of the other's bad one."""
+    """Each process reads its share of the files, and both report the invalid one."""
     script = (
         "import os, sys; from diffdiscover3d.data.datasets import folder; from diffdiscover3d.train import main\n"
         "read = folder.read_nifti\n"
@@ -391,7 +391,7 @@ def test_two_processes_share_the_reading(scans, tmp_path, monkeypatch):
     assert done.returncode != 0 and not (tmp_path / "out").exists()
     assert (tmp_path / "read-0").read_text().split() == ["scan0.nii.gz", "scan2.nii.gz", "scan4.nii.gz"]
     assert (tmp_path / "read-1").read_text().split() == ["scan1.nii.gz", "scan3.nii.gz", "scan5.nii.gz"]
-    # the first process has read none of the bad file, and says what is wrong with it all the same
+    # the first process reports the error although it did not read the invalid file
     assert any("scan5.nii.gz" in line for line in done.stderr.splitlines() if line.startswith("error: "))
 
 

@@ -1,4 +1,4 @@
-"""Steps whose figures are read late, and steps that read nothing."""
+"""Deferred reading of step metrics, and steps without synchronisation."""
 
 import threading
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from diffdiscover3d.training.discovery import DiscoveryTraining
 from diffdiscover3d.training.loop import _make_loader, _read_ahead, _take_step, make_accelerator
 from diffdiscover3d.training.step_metrics import MAX_BAD_STEPS, StepMetrics
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")  # only its type is looked at
+CPU, GPU = torch.device("cpu"), torch.device("cuda")  # only the type is used
 NAN = float("nan")
 
 
@@ -59,7 +59,7 @@ def test_one_process_that_is_asked_to_stop_stops_all(tmp_path):
 
 
 class Reads(TorchDispatchMode):
-    """Notes what would make the host wait for a GPU: `item`, `float`, `bool`, `equal`, an index by a mask or a list."""
+    """Records operations that synchronise with a GPU: `item`, `float`, `bool`, `equal`, mask and list indexing."""
 
     waiting = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.lift_fresh")
 
@@ -94,14 +94,14 @@ def tasks(tmp_path):
 
 
 def test_a_step_reads_nothing_from_the_device(tmp_path):
-    """On a GPU the host would wait there for all the work before."""
+    """On a GPU, each of these would synchronise with all queued work."""
     for config, task, volumes in tasks(tmp_path):
         accelerator = make_accelerator(config)
         optimizer = torch.optim.Adam([p for p in task.model.parameters() if p.requires_grad], fused=True)
         model, optimizer = accelerator.prepare(task.model.train(), optimizer)
         batches = [dict(b) for b, _ in zip(_make_loader(task, config, volumes, accelerator, 0), range(2), strict=False)]
         asked = SimpleNamespace(requested=False)
-        # the first step may prepare: constants that are kept, what a fixed teacher says
+        # the first step may compute cached constants and fixed teacher outputs
         _take_step(task, model, optimizer, iter([dict(batches[0])]), config, accelerator, 0, [], asked)
         with Reads() as reads:
             _take_step(task, model, optimizer, iter([dict(batches[0])]), config, accelerator, 1, [], asked)
@@ -144,7 +144,7 @@ def test_a_launcher_that_shards_is_refused(name, monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_gradient_that_is_not_finite_changes_nothing(fused, tmp_path, monkeypatch):
-    """Where the optimiser cannot skip on the device, as on mps, the host does."""
+    """On devices where the optimiser cannot skip steps, such as mps, the host skips them."""
     if not fused:
         monkeypatch.setattr("diffdiscover3d.training.loop._SKIPS_ON_DEVICE", ())
     config = make_config(DiffusionConfig, mixed_precision="no", output_dir=str(tmp_path))

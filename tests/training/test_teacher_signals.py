@@ -1,4 +1,4 @@
-"""What the teacher says, asked at every step or once for each volume."""
+"""Teacher outputs, computed at every step or once per volume."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_fixed_signals_are_asked_once_and_mirrored(monkeypatch):
     signals, teacher, _ = make(teacher_noise="fixed", nested=True)
     volumes, plain = torch.rand(2, 1, *GRID), torch.zeros(2, 3, dtype=torch.bool)
     first = signals(batch(volumes, [5, 9], plain))
-    monkeypatch.setattr(teacher, "extract", None)  # asking again would fail
+    monkeypatch.setattr(teacher, "extract", None)  # a second computation would fail
     flips = torch.tensor([[True, False, True], [False, True, False]])
     again = signals(batch(volumes, [5, 9], flips))
     for mine, theirs in ((again.features[0], first.features[0]), (again.denoised, first.denoised)):
@@ -76,7 +76,7 @@ def test_fixed_noise_depends_on_seed_and_volume_alone():
     volumes, plain = torch.rand(2, 1, *GRID), torch.zeros(2, 3, dtype=torch.bool)
     one, other, seeded = (make(teacher_noise="fixed", seed=seed)[0] for seed in (0, 0, 1))
     together = one(batch(volumes, [0, 1], plain)).denoised
-    mirrored_first = other(batch(volumes, [0, 1], ~plain)).denoised  # first seen mirrored: the same is kept
+    mirrored_first = other(batch(volumes, [0, 1], ~plain)).denoised  # the cache is equal
     torch.testing.assert_close(mirrored_first.flip(-1, -2, -3), together)
     assert not torch.equal(seeded(batch(volumes, [0, 1], plain)).denoised, together)
     assert not torch.equal(one(batch(volumes[:1], [2], plain[:1])).denoised, together[:1])

@@ -1,4 +1,4 @@
-"""Both trainings for real, on a folder of small scans: saving, resuming, sharing a batch."""
+"""Both trainings on a folder of small scans: saving, resuming and sharing a batch."""
 
 import contextlib
 import itertools
@@ -23,7 +23,7 @@ from diffdiscover3d.training.loop import learning_rate_at, make_accelerator, tra
 
 GRID = (10, 8, 12)
 DIFFUSION = {"preset": "small", "width": 8, "sample_size": 8, "mixed_precision": "no", "batch_size": 4, "log_every": 1}
-DIFFUSION["memory_format"] = "channels_last"  # not as measured: on a busy machine that may change
+DIFFUSION["memory_format"] = "channels_last"  # fixed, because measurements vary on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +78,9 @@ def assert_same(a, b):
 
 
 def assert_near(a, b):
-    """Equal but for the order of sums, which Adam's first steps can turn into a step where a gradient is almost 0."""
+    """Equal up to the order of sums, which Adam's first steps amplify where a gradient is almost 0."""
     for name in a:
-        # a bias right before a norm over single channels has no effect, and no gradient but rounding
+        # a bias before a norm over single channels has no effect, and its gradient is rounding error
         if not name.endswith(("conv1.bias", "conv2.bias")):
             assert (a[name] - b[name]).norm() <= 1e-3 * a[name].norm() + 1e-6, name
 
@@ -99,7 +99,7 @@ def test_diffusion_learns_and_writes_everything(scans, tmp_path):
     assert json.loads((tmp_path / "train_config.json").read_text())["width"] == 8
     pipe = load_teacher(str(tmp_path))
     assert pipe(torch.rand(GRID), stages=(3,)).features[0].shape == (1, 8, 4, 4, 4)
-    # what is saved is the average of the weights, not their last state
+    # the saved weights are the moving average, not the last weights
     last_weights = load_file(tmp_path / "checkpoints" / "checkpoint-00000040" / "model.safetensors")
     assert any(not torch.equal(w, last_weights[k]) for k, w in weights(tmp_path).items())
 
@@ -109,7 +109,7 @@ def test_diffusion_resumes_bit_equal(scans, tmp_path):
     run(diffusion(scans, whole, max_steps=6, preview_every=0))
     config = diffusion(scans, parts, max_steps=6, preview_every=0, checkpoint_every=2, keep_checkpoints=3)
     run(config)
-    # as if it had been killed while it saved after step 6: the log runs ahead, its last line is torn
+    # as if killed while saving after step 6: the log is ahead, and its last line is incomplete
     (parts / "checkpoints" / "checkpoint-00000006" / "state.json").unlink()
     with open(parts / "log.jsonl", "a") as file:
         file.write('{"step": 7, "lo')
@@ -184,7 +184,7 @@ def test_discovery_resumes_bit_equal(scans, teacher, tmp_path, options):
     last = parts / "checkpoints" / "checkpoint-00000007"
     (last / "model.safetensors").write_bytes(b"torn")
     run(discovery(scans, teacher, parts, max_steps=7, resume="latest", **options))
-    assert_same(weights(whole), weights(parts))  # dropout, batch statistics and the kept epoch included
+    assert_same(weights(whole), weights(parts))  # including dropout, batch statistics and the selected epoch
 
 
 def test_nested_discovery_resumes_bit_equal(scans, teacher, tmp_path):
@@ -207,7 +207,7 @@ def test_children_chosen_otherwise_are_not_resumed(scans, teacher, tmp_path, mon
     monkeypatch.setattr("diffdiscover3d.training.discovery.choose_children", lambda *_: (1, 3))
     run(discovery(scans, teacher, tmp_path / "out", **options))
     run(discovery(scans, teacher, tmp_path / "out", **options, resume="latest"))
-    # as another machine might choose; the weights would have the same shapes
+    # as if chosen on another machine; the weights have the same shapes
     monkeypatch.setattr("diffdiscover3d.training.discovery.choose_children", lambda *_: (3, 1))
     with pytest.raises(ModelError, match=r"into \[1, 3\], this one into \[3, 1\]; give --children 1 3"):
         run(discovery(scans, teacher, tmp_path / "out", **options, resume="latest"))
@@ -243,7 +243,7 @@ def test_scans_of_different_shapes_are_brought_to_one(scans, teacher, tmp_path):
 
 @pytest.mark.parametrize("error", [None, RuntimeError("out of memory")])
 def test_a_preview_leaves_the_weights_as_they_were(scans, tmp_path, monkeypatch, error):
-    """Its samples are of the averaged weights; the training goes on with its own, also after an error."""
+    """Previews use the averaged weights; the training weights are restored afterwards, also on errors."""
     from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline
 
     task = DiffusionTraining(diffusion(scans, tmp_path), GRID)
@@ -299,13 +299,13 @@ def launch(arguments, processes, **environment):
 def test_two_processes_train_as_one(scans, tmp_path):
     for processes in (1, 2):
         options = {**DIFFUSION, "dataset": scans, "output_dir": tmp_path / str(processes), "max_steps": 5}
-        # the first process measures, and all take its word
+        # the first process measures, and all use its result
         options |= {"preview_every": 0, "memory_format": "auto"}
         flags = [x for k, v in options.items() for x in ("--" + k.replace("_", "-"), v)]
         done = launch(["diffusion", *flags], processes)
         assert done.returncode == 0, done.stderr
     one, two = log(tmp_path / "1"), log(tmp_path / "2")
-    assert len(one) == len(two) == 5  # one log, not one for each process
+    assert len(one) == len(two) == 5  # a single log for all processes
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     assert_near(weights(tmp_path / "1"), weights(tmp_path / "2"))
@@ -322,7 +322,7 @@ def test_trackers(scans, tmp_path, monkeypatch):
     config = diffusion(scans, tmp_path, max_steps=2, preview_every=0, report_to="tensorboard")
     run(config)
     assert list(tmp_path.rglob("events.out.tfevents*"))
-    # accelerate itself goes on without a tracker that is not installed
+    # accelerate ignores trackers that are not installed
     monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: False)
     arguments = ["diffusion", "--dataset", str(scans), "--report-to", "wandb", "--output-dir", str(tmp_path / "w")]
     assert main(arguments) == 2
@@ -347,7 +347,7 @@ def test_errors_are_one_line_and_their_code(arguments, code, message, capsys, tm
 
 
 def test_losses_are_the_papers_equations(scans, teacher, tmp_path):
-    """One step's terms against Eq. 4 to 8 put together by hand from the teacher and the network."""
+    """The loss terms of one step against Eq. 4 to 8 computed directly from the teacher and the network."""
     from diffdiscover3d.data.loading import load_volumes
     from diffdiscover3d.training.discovery import DiscoveryTraining
 

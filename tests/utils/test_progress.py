@@ -1,4 +1,4 @@
-"""The progress bar: drawn on a terminal, silent elsewhere."""
+"""The progress bar: shown only on terminals."""
 
 from diffdiscover3d.utils.progress import ProgressBar
 
@@ -30,7 +30,7 @@ def test_drawn_on_a_terminal(capsys, monkeypatch):
 def test_what_a_case_did_not_need_leaves_the_total():
     stages = work(enabled=False)
     (task,) = stages._bar.tasks
-    assert (task.completed, task.total) == (2, 4)  # two of the first case's three steps were never done
+    assert (task.completed, task.total) == (2, 4)  # two of the three steps of the first case were skipped
 
 
 def test_a_share_of_a_long_step(capfd):

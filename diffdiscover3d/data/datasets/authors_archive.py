@@ -174,7 +174,7 @@ def read_pickled_array(path: str | Path) -> np.ndarray:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
     except Exception as error:  # a crafted file can make the unpickler raise any exception
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a pickled numeric array ({reason}); no code in it was executed.") from error
+        raise InputError(f"{path}: not a pickled numeric array ({reason}); it was not executed.") from error
 
 
 def list_archive(root: str | Path) -> dict[str, list[int]]:

@@ -25,7 +25,7 @@ _CACHE_VERSION = 1  # increment when the cached content changes
 
 
 class BraTSVolumes(Sequence):
-    """Sequence of the cases of a split.
+    """Sequence of the cases of a split. The split "all" has every case, for models that were trained on none of them.
 
     Items are `{"volume": (1, h, w, d) float32 in [0, 1], "name": id, "spacing_mm": [x, y, z]}` on the cropped grid.
 
@@ -47,8 +47,11 @@ class BraTSVolumes(Sequence):
     ):
         self.options = options or BraTSOptions()
         splits = split_cases(find_cases(root, self.options.grade), self.options.split_seed)
+        splits["all"] = sorted((case for side in splits.values() for case in side), key=lambda case: case.id)
         if split not in splits:
             raise ValueError(f"`split` must be one of {tuple(splits)}, got {split!r}.")
+        if split != "all":
+            del splits["all"]
         self.cases = splits[split]
         self.split_ids = {name: [case.id for case in side] for name, side in splits.items()}
         files = [case.image(self.options.modality) for case in self.cases]  # fail fast on missing files

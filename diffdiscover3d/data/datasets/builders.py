@@ -17,8 +17,11 @@ import torch
 
 from diffdiscover3d.data.cache import CachedVolumes
 from diffdiscover3d.data.datasets import authors_archive, brats, synthetic
-from diffdiscover3d.data.datasets.folder import list_volumes
+from diffdiscover3d.data.datasets.listing import list_volumes
 from diffdiscover3d.data.formats.nifti.reading import as_volume_tensor
+from diffdiscover3d.data.formats.reading import read_volume
+from diffdiscover3d.data.formats.registry import files_of, is_nifti
+from diffdiscover3d.data.formats.volume_file import nifti_header
 from diffdiscover3d.data.transforms import min_max_normalize
 from diffdiscover3d.errors import InputError
 
@@ -146,13 +149,16 @@ class AuthorsArchive(datasets.GeneratorBasedBuilder):
 
 
 class NiftiFolder(datasets.GeneratorBasedBuilder):
-    """NIfTI files found by [`list_volumes`], with a single split "train" and the columns `name` and `image`."""
+    """Volumes as [`list_volumes`] finds them, one split "train"; columns `name` and `image`.
+
+    Those of other formats become NIfTI images in canonical orientation.
+    """
 
     BUILDER_CONFIG_CLASS = _FilesConfig
 
     def _info(self):
         columns = {"name": datasets.Value("string"), "image": datasets.Nifti()}
-        return datasets.DatasetInfo(description="NIfTI volumes", features=datasets.Features(columns))
+        return datasets.DatasetInfo(description="Volumes", features=datasets.Features(columns))
 
     def _split_generators(self, _):
         paths = [str(p) for p in list_volumes(self.config.root)]
@@ -160,7 +166,7 @@ class NiftiFolder(datasets.GeneratorBasedBuilder):
 
     def _generate_examples(self, paths: list[str]) -> Iterator[tuple[str, dict]]:
         for path in paths:
-            yield path, {"name": Path(path).name, "image": path}
+            yield path, {"name": Path(path).name, "image": path if is_nifti(path) else _converted(path)}
 
 
 def make_builder(name_or_path: str, cache_dir: str | None, kind: str | None, **options):
@@ -187,7 +193,7 @@ def make_builder(name_or_path: str, cache_dir: str | None, kind: str | None, **o
         authors_archive.list_archive(name_or_path)
         paths = sorted(Path(name_or_path).glob("*/*.p"))
     else:
-        paths = list_volumes(name_or_path)
+        paths = [file for path in list_volumes(name_or_path) for file in files_of(path)]
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(set(paths))]
     root = name_or_path if kind == "folder" and not Path(name_or_path).exists() else str(Path(name_or_path).resolve())
     fingerprint = datasets.fingerprint.Hasher.hash(stamps)
@@ -253,6 +259,14 @@ def _array_info(shape, description: str) -> datasets.DatasetInfo:
 def _channel(case: brats.BraTSCase, modality: str) -> bytes:
     """One modality of an MSD file as a separate NIfTI file."""
     return _pack(nib.load(case.image(modality)).slicer[..., brats.MODALITIES.index(modality)])
+
+
+def _converted(path: str) -> bytes:
+    """A volume of another format as NIfTI."""
+    volume = read_volume(path)
+    image = nib.Nifti1Image(volume.data, None, nifti_header(volume.affine, volume.data.shape))
+    image.set_data_dtype(np.float32)
+    return _pack(image)
 
 
 def _pack(image: nib.Nifti1Image) -> bytes:

@@ -15,7 +15,7 @@ def load_dataset(
 
     Args:
         name_or_path: "synthetic-regular" or "synthetic-irregular"; the folder of a BraTS edition or of the authors'
-            archive, detected automatically; or a folder, glob, text list or file of NIfTI volumes.
+            archive, detected automatically; or a folder, glob, text list or file of volumes.
         split: "train", "validation" or "test"; default: a dict of all splits.
         streaming: iterate over the examples without writing a cache.
         cache_dir: cache folder of the `datasets` library.
@@ -27,7 +27,7 @@ def load_dataset(
 
     Returns:
         A `DatasetDict` or `Dataset`, or the iterable equivalent when streaming. Synthetic cells have the array columns
-        `volume` and `labels`; files are `Nifti` columns with their affine.
+        `volume` and `labels`; files of every format are `Nifti` columns with their affine.
 
     Raises:
         InputError: if the files do not exist, or a file of a BraTS case is missing.

@@ -1,0 +1,1 @@
+"""Readers and writers of volume formats, one file per format; `registry` recognises a file's format."""

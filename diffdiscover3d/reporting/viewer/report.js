@@ -21,17 +21,20 @@ async function start() {
   const code = document.createElement("script");
   code.textContent = await unpack(byId("niivue").textContent);
   document.head.append(code);
+  const inWorld = (at) => [0, 1, 2].map((row) =>
+    [0, 1, 2].reduce((sum, column) => sum + data.world[4 * row + column] * at[column], data.world[4 * row + 3]));
   const { Niivue, NVImage, SLICE_TYPE, SHOW_RENDER } = window.niivue;
 
   const nv = new Niivue({
     backColor: [0, 0, 0, 1], crosshairColor: [1, 1, 1, 0.6], crosshairWidth: 0.4, show3Dcrosshair: true, isColorbar: false,
     dragAndDropEnabled: false, loadingText: "", logLevel: "error", multiplanarShowRender: SHOW_RENDER.ALWAYS,
+    isRadiologicalConvention: data.anatomical && data.radiological, isOrientationTextVisible: data.anatomical,
     onLocationChange: (location) => {
       const [scan, ...parts] = location.values;
       const shown = parts[data.levels.findIndex((x) => x.key === level)];
-      const where = location.mm.slice ? Array.from(location.mm.slice(0, 3), (x) => x.toFixed(1)).join(", ") : "";
+      const where = location.mm.slice ? inWorld(location.mm).map((x) => x.toFixed(1)).join(", ") : "";
       byId("place").textContent =
-        `at ${where} mm: intensity ${scan.value.toPrecision(4)}` + (shown ? `, part ${Math.round(shown.value)}` : "");
+        `at ${where} ${data.unit}: intensity ${scan.value.toPrecision(4)}` + (shown ? `, part ${Math.round(shown.value)}` : "");
     },
   });
   let level = data.levels[data.levels.length > 1 ? 1 : 0].key;
@@ -64,19 +67,44 @@ async function start() {
     nv.updateGLVolume();
   };
 
-  if (data.levels.length > 1)
-    for (const item of data.levels)
-      choice(byId("levels"), "level", item.key, item.title, item.key === level, () => { level = item.key; draw(); });
   const show = (type) => () => nv.setSliceType(type);
   choice(byId("views"), "view", "all", "three planes and 3D", true, show(SLICE_TYPE.MULTIPLANAR));
-  choice(byId("views"), "view", "axial", "axial", false, show(SLICE_TYPE.AXIAL));
-  choice(byId("views"), "view", "coronal", "coronal", false, show(SLICE_TYPE.CORONAL));
-  choice(byId("views"), "view", "sagittal", "sagittal", false, show(SLICE_TYPE.SAGITTAL));
+  choice(byId("views"), "view", "axial", data.planes[2], false, show(SLICE_TYPE.AXIAL));
+  choice(byId("views"), "view", "coronal", data.planes[1], false, show(SLICE_TYPE.CORONAL));
+  choice(byId("views"), "view", "sagittal", data.planes[0], false, show(SLICE_TYPE.SAGITTAL));
   choice(byId("views"), "view", "render", "3D", false, show(SLICE_TYPE.RENDER));
   byId("opacity").addEventListener("input", draw);
+  const side = () => {
+    const radiological = byId("radiological").checked;
+    nv.setRadiologicalConvention(radiological);
+    byId("convention").textContent =
+      `R, A, S: the patient's right, front, top; the patient's right is on the ${radiological ? "left" : "right"}.`;
+  };
+  byId("sides").hidden = !data.anatomical;
+  if (data.anatomical) {
+    byId("radiological").checked = data.radiological;
+    byId("radiological").addEventListener("change", side);
+    side();
+  }
+  // the background is the one part that is not drawn
+  const ground = byId("background");
+  const offer = () => {
+    const item = data.levels.find((x) => x.key === level);
+    ground.replaceChildren(new Option("none", ""), ...item.colours.map((_, k) => new Option(`part ${k}`, k)));
+    const hidden = boxes().filter((b) => b.dataset.level === level && !b.checked);
+    ground.value = hidden.length === 1 ? hidden[0].dataset.part : "";
+  };
+  ground.addEventListener("change", () => {
+    for (const box of boxes()) if (box.dataset.level === level) box.checked = box.dataset.part !== ground.value;
+    draw();
+  });
   boxes().forEach((box) => box.addEventListener("change", draw));
   nv.setSliceType(SLICE_TYPE.MULTIPLANAR);
   nv.setClipPlane([2, 0, 0]);
+  if (data.levels.length > 1)
+    for (const item of data.levels)
+      choice(byId("levels"), "level", item.key, item.title, item.key === level, () => { level = item.key; offer(); draw(); });
+  offer();
   draw();
   byId("message").remove();
   document.body.dataset.ready = "yes";

@@ -1,4 +1,4 @@
-"""The authors' pickled archive: arrays come out as they went in, and nothing else is ever executed."""
+"""The authors' pickled archive: arrays are read unchanged, and no code is executed."""
 
 import collections
 import os
@@ -140,7 +140,7 @@ for path in sys.argv[1:]:
 
 @pytest.mark.parametrize("case", OVERRUNS)
 def test_no_pickle_leads_numpy_beyond_a_buffer(tmp_path, case):
-    """In a process of its own, which NumPy could bring down; the same bytes with a true shape are read."""
+    """Runs in a subprocess, because NumPy could crash; the same bytes with a valid shape are read."""
     (tmp_path / "bad.p").write_bytes(OVERRUNS[case])
     good = FROMBUFFER + BUFFER + DTYPE[2:] + PLAIN + b"K\x08\x85" + short("C") + b"tR."
     (tmp_path / "good.p").write_bytes(good)
@@ -152,7 +152,7 @@ def test_no_pickle_leads_numpy_beyond_a_buffer(tmp_path, case):
 
 
 def test_a_refused_pickle_leaves_nothing_behind(tmp_path):
-    """State a pickle sets on what it is given must not change how the next one is read."""
+    """State set by one pickle must not affect how the next one is read."""
     good = tmp_path / "good.p"
     good.write_bytes(pickle.dumps(np.arange(6.0).reshape(2, 3), protocol=2))
     for name, payload in hostile_pickles(tmp_path / "x"):

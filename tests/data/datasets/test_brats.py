@@ -1,4 +1,4 @@
-"""BraTS: every layout, the split, what is missing or odd, and what volumes are prepared to."""
+"""BraTS: layouts, splits, missing or invalid files, and preprocessing."""
 
 import re
 
@@ -128,7 +128,7 @@ def test_wrong_shapes_are_named(tmp_path):
     with pytest.raises(InputError, match=r"_seg.nii.gz: has shape \(5, 6, 7\), the image \(26, 24, 19\)"):
         volumes.true_parts(0)
     save(mask, np.full(SHAPE, 900, np.int16))
-    with pytest.raises(InputError, match="no BraTS labels"):
+    with pytest.raises(InputError, match="not BraTS labels"):
         volumes.true_parts(0)
 
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffdiscover3d.data.datasets.folder import VolumeFolder, list_volumes
+from diffdiscover3d.data.datasets.folder import VolumeFolder
+from diffdiscover3d.data.datasets.listing import list_volumes
 from diffdiscover3d.errors import InputError
 
 
@@ -18,9 +19,9 @@ def folder(tmp_path, make_nifti):
     make_nifti(tmp_path / "scans" / "b.nii.gz", ramp(seed=1))
     make_nifti(tmp_path / "scans" / "a.nii", ramp(seed=2))
     make_nifti(tmp_path / "scans" / "deep" / "c.nii.gz", ramp(seed=3), np.diag([-2.0, 2.0, 3.0, 1.0]))
-    make_nifti(tmp_path / "scans" / "a_dseg.nii.gz", ramp().astype(np.uint8))  # a result of ours
-    make_nifti(tmp_path / "scans" / "._b.nii.gz", ramp())  # what some file systems leave beside a file
-    make_nifti(tmp_path / "scans" / ".diffdiscover3d.x1" / "half_stage1.nii.gz", ramp())  # of a killed process
+    make_nifti(tmp_path / "scans" / "a_dseg.nii.gz", ramp().astype(np.uint8))  # a result of this package
+    make_nifti(tmp_path / "scans" / "._b.nii.gz", ramp())  # AppleDouble file of macOS
+    make_nifti(tmp_path / "scans" / ".diffdiscover3d.x1" / "half_stage1.nii.gz", ramp())  # killed process
     (tmp_path / "scans" / "notes.txt").write_text("no scan")
     (tmp_path / "scans" / "named.nii.gz").mkdir()
     return tmp_path / "scans"
@@ -41,7 +42,7 @@ def test_glob(folder):
 
 def test_single_file(folder):
     assert list_volumes(folder / "a.nii") == [folder / "a.nii"]
-    assert list_volumes(str(folder / "a_dseg.nii.gz")) == [folder / "a_dseg.nii.gz"]  # asked for by name
+    assert list_volumes(str(folder / "a_dseg.nii.gz")) == [folder / "a_dseg.nii.gz"]  # explicitly given
 
 
 def test_text_list(folder):
@@ -69,7 +70,7 @@ def test_files_that_are_no_list(tmp_path, content):
 def test_nothing_found(tmp_path):
     (tmp_path / "empty").mkdir()
     for source in (tmp_path / "empty", tmp_path / "nowhere", f"{tmp_path}/*.nii.gz"):
-        with pytest.raises(InputError, match=r"no \.nii or \.nii\.gz files; give a folder"):
+        with pytest.raises(InputError, match="no volumes; give a folder"):
             list_volumes(source)
 
 
@@ -90,8 +91,8 @@ def test_volumes_are_read_once_within_the_memory_allowed(folder, monkeypatch):
     import diffdiscover3d.data.datasets.folder as module
 
     read = []
-    original = module.read_nifti
-    monkeypatch.setattr(module, "read_nifti", lambda path: read.append(path.name) or original(path))
+    original = module.read_volume
+    monkeypatch.setattr(module, "read_volume", lambda path: read.append(path.name) or original(path))
     monkeypatch.setattr(module, "_CACHE_BYTES", 2 * 4 * 5 * 6 * 4)  # two volumes of float32
     volumes = VolumeFolder(folder)
     for _ in range(2):

@@ -17,7 +17,7 @@ def digest(sample) -> str:
     return hashlib.sha256(sample.volume.tobytes() + sample.labels.tobytes()).hexdigest()[:16]
 
 
-# pinned: whoever changes a voxel must raise GENERATOR_VERSION and know that published scores no longer apply
+# pinned: changing a voxel requires a new GENERATOR_VERSION and invalidates published scores
 PINNED = {
     ("regular", "test", 0): "8100295e918186d7",
     ("irregular", "validation", 3): "71fc8a3939ca04df",
@@ -46,7 +46,7 @@ def test_levels_nest(variant):
         level1, level2, level3 = synthesize(variant, "train", index).labels
         for labels, parts in zip((level1, level2, level3), LEVEL_PARTS.values(), strict=True):
             assert set(np.unique(labels)) == set(range(parts))
-        # each fine part lies in exactly one coarse part
+        # each fine part belongs to exactly one coarse part
         for fine, coarse in ((level2, level1), (level3, level2)):
             pairs = np.unique(np.stack([fine.ravel(), coarse.ravel()]), axis=1)
             assert len(pairs[0]) == len(np.unique(pairs[0]))

@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from diffdiscover3d.data.formats.units import IN_MM
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.utils.memory import check_memory
 
@@ -96,6 +97,11 @@ def check_fits(path: Path, header, shape: tuple[int, ...]) -> None:
     check_memory(path, shape, reading_bytes(header, shape))
 
 
+def length_unit(header) -> str:
+    """The unit of lengths, a key of `IN_MM`; mm where the header gives none."""
+    return {1: "m", 3: "um"}.get(int(header["xyzt_units"]) & 7, "mm")
+
+
 def read_affine(path: Path, header, ignore: bool, notes: list[str]) -> np.ndarray:
     """Read the (4, 4) affine in mm.
 
@@ -109,10 +115,11 @@ def read_affine(path: Path, header, ignore: bool, notes: list[str]) -> np.ndarra
         with _quiet_nibabel():
             affine = np.array(header.get_best_affine(), dtype=float)
             qform = header.get_qform() if header["qform_code"] > 0 else None
+        scale = IN_MM[length_unit(header)]
     except Exception as error:  # an invalid quaternion raises ValueError or HeaderDataError
         if not ignore:
             raise InputError(f"{path}: invalid quaternion ({error}); use --ignore-affine to ignore it.") from error
-        affine, qform = np.full((4, 4), np.nan), None
+        affine, qform, scale = np.full((4, 4), np.nan), None, 1.0
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     usable = np.isfinite(affine).all() and (lengths > 0).all()
     usable = usable and abs(np.linalg.det(affine[:3, :3] / lengths)) > 1e-4
@@ -123,7 +130,7 @@ def read_affine(path: Path, header, ignore: bool, notes: list[str]) -> np.ndarra
             )
         notes.append("the affine is unusable and was ignored: axes are taken as stored")
         zooms = np.abs(np.asarray(header.get_zooms()[:3], dtype=float))
-        return np.diag([*np.where(np.isfinite(zooms) & (zooms > 0), zooms, 1.0), 1.0])
+        return np.diag([*np.where(np.isfinite(zooms) & (zooms > 0), zooms * IN_MM[length_unit(header)], 1.0), 1.0])
 
     directions = affine[:3, :3] / lengths
     if np.abs(directions.T @ directions - np.eye(3)).max() > 1e-2:
@@ -136,6 +143,7 @@ def read_affine(path: Path, header, ignore: bool, notes: list[str]) -> np.ndarra
         shift = np.linalg.norm(np.linalg.solve(affine[:3, :3], qform[:3, 3] - affine[:3, 3]))
         if not (edges.max() <= 0.01 and shift <= 0.1):  # also true for NaN
             notes.append("sform and qform disagree by more than 1 % or a tenth of a voxel: the sform is used")
+    affine[:3] *= scale
     return affine
 
 

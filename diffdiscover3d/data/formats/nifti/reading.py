@@ -9,10 +9,11 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
-from diffdiscover3d.data.formats.nifti.header import check_fits, read_affine
+from diffdiscover3d.data.formats.nifti.header import check_fits, length_unit, read_affine
 from diffdiscover3d.data.formats.nifti.output import nifti_stream, output_header
 from diffdiscover3d.data.formats.nifti.source import NiftiFile, open_nifti
 from diffdiscover3d.data.formats.nifti.voxels import check_contrast, check_finite, pick_volume, read_scaling, to_float32
+from diffdiscover3d.data.formats.volume_file import NiftiGrid, ResultGrid
 from diffdiscover3d.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _CANONICAL = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
 
 @dataclass(frozen=True)
 class NiftiVolume:
-    """A volume in canonical (RAS+) orientation, with the grid of its file.
+    """A volume of any format in canonical (RAS+) orientation, with the grid of its file.
 
     Attributes:
         data: (H, W, D) finite float32 intensities in RAS+ orientation.
@@ -32,6 +33,7 @@ class NiftiVolume:
         orientation: orientation of the axes of the file, from `nibabel.orientations.io_orientation`.
         notes: warnings about the file for the user.
         sha256: hash of the file, computed while reading; `None` if the volume was not read from a file.
+        unit, anatomical, results: as of [`VolumeFile`].
     """
 
     data: np.ndarray
@@ -40,6 +42,13 @@ class NiftiVolume:
     orientation: np.ndarray
     notes: tuple[str, ...] = ()
     sha256: str | None = None
+    unit: str = "mm"
+    anatomical: bool = True
+    results: ResultGrid | None = None
+
+    def __post_init__(self):
+        if self.results is None:
+            object.__setattr__(self, "results", NiftiGrid(self.header))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -78,12 +87,12 @@ def read_nifti(
         MemoryLimitError: if the volume does not fit into the memory of this machine.
     """
     with open_nifti(path) as file:
-        return read_volume(
+        return read_voxels(
             file, volume=volume, nan_to_zero=nan_to_zero, ignore_affine=ignore_affine, allow_constant=allow_constant
         )
 
 
-def read_volume(
+def read_voxels(
     file: NiftiFile,
     *,
     volume: int | None = None,
@@ -120,7 +129,7 @@ def read_volume(
     orientation = io_orientation(affine)
     canonical_affine = affine @ inv_ornt_aff(orientation, data.shape)
     data = np.ascontiguousarray(apply_orientation(data, orientation))
-    return NiftiVolume(data, canonical_affine, header, orientation, tuple(notes), sha256)
+    return NiftiVolume(data, canonical_affine, header, orientation, tuple(notes), sha256, length_unit(header))
 
 
 def write_like(path: str | Path, array: np.ndarray, like: NiftiVolume, *, labels: bool = False) -> None:

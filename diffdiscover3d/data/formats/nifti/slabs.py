@@ -11,10 +11,11 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import inv_ornt_aff, io_orientation
 
-from diffdiscover3d.data.formats.nifti.header import read_affine
+from diffdiscover3d.data.formats.nifti.header import length_unit, read_affine
 from diffdiscover3d.data.formats.nifti.raw_grid import SLAB_VOXELS, RawGrid, Region
 from diffdiscover3d.data.formats.nifti.source import NiftiFile, open_nifti
 from diffdiscover3d.data.formats.nifti.voxels import check_contrast, check_finite, pick_volume, read_scaling, to_float32
+from diffdiscover3d.data.formats.volume_file import NiftiGrid, ResultGrid
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.utils.files import scratch_file
 
@@ -33,6 +34,7 @@ class SlabScan:
         notes: warnings about the file for the user.
         sha256: of the file's bytes, hashed while they were read.
         private: the voxels are a decompressed copy, which nothing else can change.
+        unit, anatomical, results: as of [`VolumeFile`].
     """
 
     path: Path
@@ -45,6 +47,9 @@ class SlabScan:
     notes: tuple[str, ...]
     sha256: str
     private: bool
+    results: ResultGrid
+    unit: str = "mm"
+    anatomical: bool = True
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -126,13 +131,13 @@ def stream_volume(
     selection = range(number * volume_bytes, (number + 1) * volume_bytes)
     with ExitStack() as stack:
         unpacked = stack.enter_context(scratch_file(Path(scratch), volume_bytes)) if path.name.endswith(".gz") else None
-        values, at = _Range(dtype, scaling), 0
+        values, at = ValueRange(dtype, scaling), 0
         for piece in file.payload.pieces(offset, int(np.prod(shape)) * dtype.itemsize, notes):
             first, last = max(selection.start - at, 0), min(selection.stop - at, len(piece))
             own = memoryview(piece)[first : max(first, last)]
             if unpacked:
                 with unpacked.writing():
-                    _write_all(unpacked.raw, own)
+                    write_all(unpacked.raw, own)
             values.add(own)
             at += len(piece)
         notes += chosen
@@ -150,10 +155,12 @@ def stream_volume(
             tuple(notes),
             file.payload.sha256(),
             unpacked is not None,
+            NiftiGrid(header),
+            length_unit(header),
         )
 
 
-class _Range:
+class ValueRange:
     """Running minimum and maximum, and number of NaN and Inf voxels."""
 
     def __init__(self, dtype: np.dtype, scaling: tuple[float, float] | None):
@@ -172,7 +179,8 @@ class _Range:
             self.low, self.high = min(self.low, values.min()), max(self.high, values.max())
 
 
-def _write_all(file: BinaryIO, rest: memoryview) -> None:
+def write_all(file: BinaryIO, rest: memoryview) -> None:
+    """Write all bytes to an unbuffered file."""
     while rest:  # an unbuffered write may be partial
         rest = rest[file.write(rest) :]
 

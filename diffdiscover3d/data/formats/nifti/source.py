@@ -24,7 +24,7 @@ _HEADER_BYTES = 540  # header size of NIfTI-2, which exceeds that of NIfTI-1
 
 @dataclass(frozen=True)
 class NiftiFile:
-    """An open file with a validated header; read its voxels with [`read_volume`] or [`stream_volume`].
+    """An open file with a validated header; read its voxels with [`read_voxels`] or [`stream_volume`].
 
     Attributes:
         path: path of the file.
@@ -40,7 +40,7 @@ class NiftiFile:
 
     @property
     def reading_bytes(self) -> float:
-        """Peak memory of [`read_volume`], in bytes."""
+        """Peak memory of [`read_voxels`], in bytes."""
         return reading_bytes(self.header, self.shape)
 
 

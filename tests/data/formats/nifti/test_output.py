@@ -1,4 +1,4 @@
-"""Results written piece by piece, against nibabel's writing them whole."""
+"""Streaming writer against nibabel's writer."""
 
 import gzip
 
@@ -28,7 +28,7 @@ def test_against_nibabel(tmp_path, kind, order, dtype):
     plain = (tmp_path / "a.nii").read_bytes()
     assert plain == kind(values, None, header).to_bytes()
     assert gzip.decompress((tmp_path / "a.nii.gz").read_bytes()) == plain
-    assert (tmp_path / "a.nii.gz").read_bytes()[3:8] == bytes(5)  # neither name nor time
+    assert (tmp_path / "a.nii.gz").read_bytes()[3:8] == bytes(5)  # no file name and time stamp
     np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "a.nii.gz").dataobj), values)
 
 

@@ -28,7 +28,7 @@ ORIENTATIONS = [
 
 
 def oblique() -> np.ndarray:
-    """Voxels of 1.5 x 2 x 3 mm, turned by some degrees about two axes."""
+    """Voxels of 1.5 x 2 x 3 mm, rotated about two axes."""
     a, b = np.deg2rad([12, -7])
     about_z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
     about_x = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
@@ -43,7 +43,7 @@ def integers(shape=SHAPE) -> np.ndarray:
 
 
 def float_bytes(make_nifti, folder) -> bytearray:
-    """An uncompressed float32 file whose header the tests then damage."""
+    """An uncompressed float32 file whose header is then damaged by the tests."""
     return bytearray(make_nifti(folder / "whole.nii", integers().astype(np.float32)).read_bytes())
 
 
@@ -72,11 +72,11 @@ def test_every_orientation_reads_canonical_and_writes_back(tmp_path, axes, flips
     oracle = nib.as_closest_canonical(nib.load(path))
     np.testing.assert_array_equal(scan.data, oracle.get_fdata())
     np.testing.assert_allclose(scan.affine, oracle.affine, atol=1e-6)
-    np.testing.assert_array_equal(scan.data, base)  # the base is canonical by construction
+    np.testing.assert_array_equal(scan.data, base)  # canonical by construction
     np.testing.assert_allclose(scan.spacing_mm, (1.5, 2.0, 3.0), rtol=1e-6)
     np.testing.assert_array_equal(scan.to_input_grid(scan.data), stored)
 
-    labels = (scan.data % 7).astype(np.uint8)  # a label of a voxel tells its place
+    labels = (scan.data % 7).astype(np.uint8)  # labels that identify positions
     write_like(tmp_path / "out.nii.gz", labels, scan, labels=True)
     back, source = nib.load(tmp_path / "out.nii.gz"), nib.load(path)
     np.testing.assert_array_equal(np.asarray(back.dataobj), stored % 7)
@@ -105,7 +105,7 @@ def encodings(folder, make_nifti):
         nib.save(image, folder / f"big-{dtype}.nii.gz")
         assert nib.load(folder / f"big-{dtype}.nii.gz").header.endianness == ">"
         yield folder / f"big-{dtype}.nii.gz"
-    for dtype in (np.int16, np.float32):  # stored value v stands for 0.5 v - 3
+    for dtype in (np.int16, np.float32):  # a stored value v represents 0.5 v - 3
         path = make_nifti(folder / f"scaled-{np.dtype(dtype)}.nii", (2 * (values + 3)).astype(dtype))
         raw = bytearray(path.read_bytes())
         struct.pack_into("<ff", raw, 112, 0.5, -3)
@@ -162,7 +162,7 @@ def test_label_map_header(tmp_path, make_nifti):
     assert struct.unpack_from("<h", raw, 68) == (1002,)  # intent_code LABEL
     assert struct.unpack_from("<hh", raw, 70) == (2, 8)  # datatype uint8, bitpix
     assert struct.unpack_from("<fff", raw, 108) == (352.0, 1.0, 0.0)  # vox_offset, slope, inter
-    assert struct.unpack_from("<ff", raw, 124) == (0.0, 0.0)  # the window of the scan is not the labels'
+    assert struct.unpack_from("<ff", raw, 124) == (0.0, 0.0)  # the display window of the scan is not copied
     assert b"Jane" not in raw and len(raw) == 352 + labels.size
     before, after = nib.load(path).header, nib.load(tmp_path / "out.nii").header
     for field in ("dim", "pixdim", "dim_info", "xyzt_units", "srow_x", "srow_y", "srow_z", "qform_code", "sform_code"):
@@ -216,7 +216,7 @@ def test_write_into_a_file_is_an_output_error(tmp_path, make_nifti):
         write_like(tmp_path / "in.nii" / "out.nii.gz", scan.data, scan)
 
 
-# geometry that is unusual
+# unusual geometry
 
 
 def test_sheared_affine_goes_on(tmp_path, make_nifti):
@@ -253,7 +253,7 @@ def test_sform_unlike_qform_is_noted(tmp_path, factor, noted):
     nib.save(image, tmp_path / "in.nii.gz")
     scan = read_nifti(tmp_path / "in.nii.gz")
     assert any("disagree" in note for note in scan.notes) == noted
-    np.testing.assert_allclose(scan.affine, larger, atol=1e-5)  # the sform wins
+    np.testing.assert_allclose(scan.affine, larger, atol=1e-5)  # the sform is used
     write_like(tmp_path / "out.nii.gz", scan.data, scan)
     back = nib.load(tmp_path / "out.nii.gz")
     np.testing.assert_allclose(back.get_qform(), affine, atol=1e-4)
@@ -292,7 +292,7 @@ def test_a_folder_that_may_not_be_searched(tmp_path, make_nifti):
     path = make_nifti(tmp_path / "closed" / "in.nii", integers().astype(np.float32))
     path.parent.chmod(0)
     root = os.geteuid() == 0
-    if root:  # to whom nothing is closed
+    if root:  # root can search every folder
         os.seteuid(65534)
     try:
         for look in (read_nifti, list_volumes, load_volumes, lambda p: refuse_early([p]), segment):
@@ -328,7 +328,7 @@ def test_unusable_affine_is_refused_or_ignored(tmp_path, make_nifti, damage):
     assert out[352:] == labels.tobytes(order="F")
 
 
-# what is refused
+# invalid files
 
 
 def test_time_series_needs_a_choice(tmp_path, make_nifti):
@@ -486,7 +486,7 @@ def test_damaged_files(tmp_path, make_nifti, name):
 
 
 def test_garbage_after_a_whole_compressed_stream_is_noted(tmp_path, make_nifti):
-    """The checksum of all the data has been tested by then; gzip itself and nibabel go on too."""
+    """The checksum has been verified by then; gzip and nibabel ignore trailing bytes too."""
     whole = gzip.compress(bytes(float_bytes(make_nifti, tmp_path)))
     for tail in (b"garbage after the end", b"<html>", bytes(100) + b"x"):
         (tmp_path / "a.nii.gz").write_bytes(whole + tail)

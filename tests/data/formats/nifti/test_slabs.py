@@ -1,4 +1,4 @@
-"""Scans read slab by slab, against the same files read whole."""
+"""Scans read slab by slab against the same files read into memory."""
 
 import gzip
 import os
@@ -107,7 +107,7 @@ def test_a_disk_that_is_too_small_or_fills(tmp_path, make_nifti, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(slabs, "_write_all", full)
+    monkeypatch.setattr(slabs, "write_all", full)
     with pytest.raises(OutputError, match="No space left"), open_slabs(path, tmp_path):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["a.nii.gz"]

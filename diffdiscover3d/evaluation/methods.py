@@ -1,4 +1,4 @@
-"""The rows of the paper's tables: which methods there are, what labels each is given, and what was published."""
+"""The rows of the tables: baselines, the method and its ablations, and a supervised ceiling."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,27 +14,26 @@ class Method:
 
     Attributes:
         title: what the table calls it.
-        baseline: makes a baseline; `None` for a network trained by a recipe. Called as
-            `(num_parts, teacher, seed)`, or, if `trained`, as `(num_parts, preset=, seed=, device=)`.
-        options: what a network trained by a recipe changes in the recipe.
-        needs_teacher: whether it uses the diffusion model.
-        as_written: take the recipe with the paper's equations instead; where there is none of this size, the recipe
-            has them itself.
-        trained: the baseline is a [`TrainedBaseline`].
-        kind: unsupervised, semi-supervised, supervised or no training.
+        baseline: makes a baseline; `None` for a network trained by a recipe. Called as `(num_parts, teacher, seed)`,
+            or, if `trained`, as `(num_parts, preset=, seed=, device=)`.
+        options: what a trained network changes in the recipe.
+        recipe: take another recipe of the same size, the one with this ending, such as the paper's equations
+            as written.
         labels: the amount of labels it is given, as for [`LimitedLabels`].
+        kind: unsupervised, semi-supervised, supervised or no training.
+        trained: the baseline is a [`TrainedBaseline`].
         needs_med3d: the baseline also takes MedicalNet features, `features=`.
-        published: its name in [`PUBLISHED_DICE`] and [`PUBLISHED_BRATS`]; default: none.
+        published: its name in [`PUBLISHED_DICE`]; default: none.
     """
 
     title: str
     baseline: Callable | None = None
     options: dict = field(default_factory=dict)
     needs_teacher: bool = True
-    as_written: bool = False
-    trained: bool = False
-    kind: str = UNSUPERVISED
+    recipe: str = ""
     labels: str = "none"
+    kind: str = UNSUPERVISED
+    trained: bool = False
     needs_med3d: bool = False
     published: str | None = None
 
@@ -64,6 +63,12 @@ def _denoised(num_parts, teacher, seed):
     from diffdiscover3d.baselines.denoised_kmeans import DenoisedKMeans
 
     return DenoisedKMeans(num_parts, teacher, seed=seed)
+
+
+def _spatial(num_parts, teacher, seed):
+    from diffdiscover3d.baselines.spatial_kmeans import SpatialKMeans
+
+    return SpatialKMeans(num_parts, teacher, seed=seed)
 
 
 def _aucseg(num_parts, teacher, seed):
@@ -112,96 +117,26 @@ METHODS: dict[str, Method] = {
     "hsu": _literature("Hsu et al.", "hsu", "Hsu"),
     "k-means": Method("k-means", _kmeans, needs_teacher=False, kind=UNTRAINED, published="k-means"),
     "bm4d-k-means": Method("BM4D + k-means", _bm4d, needs_teacher=False, kind=UNTRAINED, published="BM4D + k-means"),
-    "aucseg": Method("AUCseg", _aucseg, needs_teacher=False, kind=UNTRAINED),
     **{f"features-k-means-{s}": Method(f"features k-means, stage {s}", _features(s)) for s in (1, 2, 3)},
     "features-k-means-all": Method("features k-means, all stages", _features(1, 2, 3)),
+    "spatial-k-means": Method("k-means in space, no training", _spatial),
     "denoised-k-means": Method("k-means on the clean prediction", _denoised),
-    "med3d-k-means": Method(
-        "Med3D k-means",
-        _med3d_kmeans,
-        needs_teacher=False,
-        kind=UNTRAINED,
-        needs_med3d=True,
-        published="Med3D k-means",
-    ),
+    "aucseg": Method("AUCseg", _aucseg, needs_teacher=False, kind=UNTRAINED),
+    "med3d-k-means": Method("Med3D k-means", _med3d_kmeans, needs_teacher=False, kind=UNTRAINED, needs_med3d=True),
     "med3d": _literature("Med3D features, our losses", "med3d", "Med3DDiscovery", needs_med3d=True),
-    "as-written": Method("Eq. 4 as written", as_written=True),
+    "as-written": Method("Eq. 4 as written", recipe="as-written"),
     "ours": Method("ours", published="ours"),
+    "consistency": Method("ours, consistencies alone", recipe="consistency"),
+    "first-round": Method("ours, one round of assignments", recipe="first-round"),
+    "no-space": Method("ours, no space in the assignments", options={"inclusions": "alike"}),
+    "no-smooth": Method("ours, no Potts model in the assignments", options={"potts_strength": 0.0}),
+    "no-recolor": Method("ours, no new intensities", options={"recolor_probability": 0.0}),
+    "supervised": Method("our network trained on all labels", recipe="supervised", labels="all", kind=SUPERVISED),
     "no-visual": Method("ours, λv = 0", options={"lambda_visual": 0.0}),
     "no-feature": Method("ours, λf = 0", options={"lambda_feature": 0.0}),
     "no-invariance": Method("ours, λinv = 0", options={"lambda_invariance": 0.0}),
     **{f"stage-{s}": Method(f"ours, stage {s}", options={"stages": (s,)}, published=f"stage {s}") for s in (1, 2, 3)},
 }
-_ONLY_BRATS = ("aucseg",)
-TABLES: dict[int, tuple[str, ...]] = {
-    1: tuple(name for name in METHODS if not name.startswith("stage-") and name not in _ONLY_BRATS),
-    2: ("stage-1", "stage-2", "stage-3"),
-    3: (
-        "jiang",
-        "nalepa",
-        "iic",
-        "jule",
-        "hsu",
-        "k-means",
-        "features-k-means-2",
-        "aucseg",
-        "med3d-k-means",
-        "med3d",
-    ),
-}
-
-# Tables 1 and 2 of Tursynbek & Niethammer, MICCAI 2023: Dice at levels 1, 2 and 3, of the authors' own volumes
-PUBLISHED_DICE: dict[tuple[str, str], tuple[float, float, float]] = {
-    ("regular", "Çiçek et al."): (0.968, 0.829, 0.668),
-    ("regular", "Zhao et al."): (0.989, 0.655, 0.357),
-    ("regular", "Nalepa et al."): (0.530, 0.276, 0.112),
-    ("regular", "Ji et al. (IIC)"): (0.589, 0.291, 0.150),
-    ("regular", "Moriya et al. (JULE)"): (0.628, 0.311, 0.141),
-    ("regular", "Hsu et al."): (0.952, 0.541, 0.216),
-    ("regular", "k-means"): (0.808, 0.326, 0.149),
-    ("regular", "BM4D + k-means"): (0.949, 0.529, 0.335),
-    ("regular", "ours"): (0.986, 0.577, 0.397),
-    ("regular", "stage 1"): (0.986, 0.366, 0.273),
-    ("regular", "stage 2"): (0.923, 0.577, 0.327),
-    ("regular", "stage 3"): (0.878, 0.489, 0.397),
-    ("irregular", "Çiçek et al."): (0.970, 0.825, 0.601),
-    ("irregular", "Zhao et al."): (0.978, 0.641, 0.333),
-    ("irregular", "Nalepa et al."): (0.527, 0.280, 0.144),
-    ("irregular", "Ji et al. (IIC)"): (0.527, 0.280, 0.144),
-    ("irregular", "Moriya et al. (JULE)"): (0.525, 0.232, 0.094),
-    ("irregular", "Hsu et al."): (0.953, 0.488, 0.199),
-    ("irregular", "k-means"): (0.771, 0.299, 0.118),
-    ("irregular", "BM4D + k-means"): (0.950, 0.533, 0.324),
-    ("irregular", "ours"): (0.967, 0.565, 0.382),
-}
-# Table 3: Dice and HD95 (mm) of the whole tumour, BraTS'19; AUCseg: Dice reported by its authors on BraTS'18
-PUBLISHED_BRATS: dict[str, tuple[float, float | None]] = {
-    "Jiang et al.": (0.888, 4.618),
-    "Nalepa et al.": (0.211, 170.434),
-    "Ji et al. (IIC)": (0.425, 114.400),
-    "Moriya et al. (JULE)": (0.495, 110.803),
-    "Hsu et al.": (0.684, 97.641),
-    "ours": (0.719, 27.838),
-    "ours, λinv = 0": (0.696, 38.645),
-    "ours, λf = 0": (0.677, 42.318),
-    "ours, λv = 0": (0.671, 41.801),
-    "Med3D features, our losses": (0.657, 29.906),
-    "k-means": (0.439, 63.811),
-    "features k-means, stage 2": (0.471, 45.917),
-    "Med3D k-means": (0.231, 55.846),
-    "AUCseg": (0.82, None),
-}
-
-
-def published_dice(method: str, variant: str, level: int) -> float | None:
-    """The published Dice of a method at a level, or `None` if there is none."""
-    found = PUBLISHED_DICE.get((variant, METHODS[method].published or ""))
-    return None if found is None else found[level - 1]
-
-
-def published_brats(title: str) -> tuple[float, float | None] | None:
-    """The published Dice and HD95 of a row of table 3, or `None` if there are none."""
-    return PUBLISHED_BRATS.get(title)
 
 
 def preset_of(recipe: str) -> str:

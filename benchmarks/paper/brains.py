@@ -1,0 +1,225 @@
+"""Scores of `brain-flair` on brains with known lesions, beside simple methods that need no labels either.
+
+    python -m benchmarks.paper.brains FOLDER                       (model brain-flair)
+    python -m benchmarks.paper.brains FOLDER --model MODEL_FOLDER --output FILE
+
+FOLDER holds `<case>_flair.nii.gz` and `<case>_lesion.nii.gz`. Cases whose name begins with `brats` are gliomas, scored
+plain and post-processed ([`clean_mask`]); the others are MS scans, whose many lesions post-processing would remove. The
+command writes `results/brains.json` with the scores of every case; finished cases of the same weights are kept. Healthy
+brains are the MS scans with their bright outliers smoothed away, and phantoms without a lesion.
+
+No baseline may choose with the mask; "best threshold" does, per scan, and is the bound of all thresholds.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from sklearn.mixture import GaussianMixture
+
+from benchmarks import RESULTS
+from diffdiscover3d.data.datasets.brain_phantom import SPACING_MM, brain_phantom
+from diffdiscover3d.data.datasets.brain_scans import frame_scan
+from diffdiscover3d.data.foreground import Frame, find_foreground
+from diffdiscover3d.data.formats.nifti.reading import read_nifti
+from diffdiscover3d.evaluation.metrics import binary_dice, hausdorff_95
+from diffdiscover3d.evaluation.postprocessing import clean_mask
+from diffdiscover3d.hub.registry import load_discovery
+from diffdiscover3d.hub.resolve import resolve_model
+from diffdiscover3d.training.brain_assignments import bright_outliers, smooth_away
+from diffdiscover3d.utils.files import read_json, write_json
+from diffdiscover3d.utils.provenance import describe_environment
+
+LESION = 2
+SAMPLE = 50_000  # voxels to which clusterings are fitted
+WHOLE = (240, 240, 155)  # grid of a BraTS scan
+Find = Callable[[np.ndarray], np.ndarray]
+
+
+def kmeans(inside: bool) -> Find:
+    """The brightest of three k-means clusters, of the brain or of the whole volume."""
+
+    def find(volume: np.ndarray) -> np.ndarray:
+        values = volume[volume > 0] if inside else volume.ravel()
+        picked = np.random.default_rng(0).choice(values, SAMPLE, replace=False)[:, None]
+        clusters = KMeans(3, n_init=3, random_state=0).fit(picked)
+        found = clusters.predict(volume.reshape(-1, 1)).reshape(volume.shape)
+        return (found == clusters.cluster_centers_[:, 0].argmax()) & (volume > 0)
+
+    return find
+
+
+def mixture(volume: np.ndarray) -> np.ndarray:
+    """The brightest of five Gaussian components of the brain."""
+    brain = volume > 0
+    picked = np.random.default_rng(0).choice(volume[brain], SAMPLE, replace=False)[:, None]
+    fitted = GaussianMixture(5, random_state=0, n_init=2).fit(picked)
+    found = np.zeros(volume.shape, dtype=bool)
+    found[brain] = fitted.predict(volume[brain][:, None]) == fitted.means_[:, 0].argmax()
+    return found
+
+
+def first_assignment(volume: np.ndarray) -> np.ndarray:
+    """The training-free assignment with which the training of `brain-flair` begins."""
+    grid = (96, 112, 96)
+    item = frame_scan(torch.from_numpy(volume), grid)
+    found = bright_outliers(item["volume"][None], item["foreground"][None]).float()
+    frame = Frame.around(find_foreground(torch.from_numpy(volume)[None, None]), grid)
+    return (frame.paste(torch.cat([1 - found, found], dim=1))[0, 1] > 0.5).numpy()
+
+
+def best_threshold(volume: np.ndarray, lesion: np.ndarray, cleaned: bool) -> tuple[float, np.ndarray]:
+    """The best of 40 thresholds of a scan, chosen with the mask: its Dice, and what it finds."""
+    levels = np.quantile(
+        volume[volume > 0], np.concatenate([np.linspace(0.5, 0.98, 25), np.linspace(0.982, 0.9999, 15)])
+    )
+    found = [volume > level for level in levels]
+    found = [clean_mask(f) for f in found] if cleaned else found
+    return max(((binary_dice(f, lesion), f) for f in found), key=lambda pair: pair[0])
+
+
+BASELINES: dict[str, Find] = {
+    "k-means, 3 clusters": kmeans(inside=False),
+    "k-means, 3 clusters in the brain": kmeans(inside=True),
+    "Gaussian mixture of 5, brightest": mixture,
+    "first assignment": first_assignment,
+}
+
+
+def score(found: np.ndarray, lesion: np.ndarray, spacing_mm, glioma: bool) -> dict:
+    """Dice, HD95 and volumes of a mask; of gliomas also after post-processing."""
+    row = {
+        "dice": binary_dice(found, lesion),
+        "hd95_mm": hausdorff_95(found, lesion, spacing_mm),
+        "found_ml": float(found.sum() * np.prod(spacing_mm) / 1000),
+    }
+    if glioma:
+        cleaned = clean_mask(found)
+        row["postprocessed"] = {
+            "dice": binary_dice(cleaned, lesion),
+            "hd95_mm": hausdorff_95(cleaned, lesion, spacing_mm),
+        }
+    return row
+
+
+def score_case(path: Path, network) -> dict:
+    """All methods on one scan."""
+    scan = read_nifti(path)
+    lesion = read_nifti(Path(str(path).replace("_flair", "_lesion")), allow_constant=True).data > 0.5
+    glioma = path.name.startswith("brats")
+    clock = time.perf_counter()
+    labels = network.segment(scan.data).labels[0].numpy()
+    seconds = time.perf_counter() - clock
+    row = {"lesion_ml": float(lesion.sum() * np.prod(scan.spacing_mm) / 1000), "methods": {}}
+    row["methods"]["brain-flair"] = score(labels == LESION, lesion, scan.spacing_mm, glioma) | {
+        "brain_dice": binary_dice(labels > 0, scan.data != scan.data[0, 0, 0]),
+        "seconds": round(seconds, 1),
+    }
+    for name, find in BASELINES.items():
+        row["methods"][name] = score(find(scan.data), lesion, scan.spacing_mm, glioma)
+    plain = best_threshold(scan.data, lesion, cleaned=False)[1]
+    row["methods"]["best threshold, mask known"] = score(plain, lesion, scan.spacing_mm, False)
+    if glioma:
+        dice, found = best_threshold(scan.data, lesion, cleaned=True)
+        cleaned = {"dice": dice, "hd95_mm": hausdorff_95(found, lesion, scan.spacing_mm)}
+        row["methods"]["best threshold, mask known"]["postprocessed"] = cleaned
+    return row
+
+
+def score_healthy(paths: list[Path], network) -> dict[str, float]:
+    """Millilitres of lesion found in healthy brains."""
+    found = {}
+    for path in paths:
+        scan = read_nifti(path)
+        item = frame_scan(torch.from_numpy(scan.data), network.config.frame)
+        volume, brain = item["volume"][None], item["foreground"][None]
+        healthy = smooth_away(volume, brain, bright_outliers(volume, brain))
+        with torch.no_grad():
+            labels = network.scaled_logits(network.scale(healthy)).argmax(dim=1)
+        frame = Frame.around(find_foreground(torch.from_numpy(scan.data)[None, None]), network.config.frame)
+        voxel = float(np.prod(np.divide(frame.size, frame.grid)) * np.prod(scan.spacing_mm)) / 1000
+        found[f"{path.name.removesuffix('_flair.nii.gz')}, outliers smoothed away"] = (
+            float((labels == LESION).sum()) * voxel
+        )
+    for index in (3, 7, 11):
+        labels = network.segment(brain_phantom("test", index).volume).labels
+        found[f"brain-phantom-test-{index:03d}"] = float((labels == LESION).sum()) * SPACING_MM**3 / 1000
+    return {name: round(volume, 3) for name, volume in found.items()}
+
+
+def measure_segment(path: Path, model: str) -> dict:
+    """Seconds and peak memory of `segment` on a scan laid into the grid of BraTS, process and model load included."""
+    scan = read_nifti(path).data
+    whole = np.zeros(WHOLE, dtype=np.float32)
+    size = tuple(min(a, b) for a, b in zip(scan.shape, WHOLE, strict=True))
+    box = tuple(slice(0, n) for n in size)
+    whole[box] = scan[box]
+    with tempfile.TemporaryDirectory() as folder:
+        nib.save(nib.Nifti1Image(whole, np.eye(4)), Path(folder) / "scan.nii.gz")
+        command = [sys.executable, "-m", "diffdiscover3d.cli", "segment", f"{folder}/scan.nii.gz", "--model", model]
+        clock = time.perf_counter()
+        subprocess.run([*command, "--output", f"{folder}/out"], check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - clock
+        sidecar = read_json(next(Path(folder, "out").glob("*.json")))
+    return {"shape": list(WHOLE), "seconds": round(seconds, 1), "peak_memory_mib": sidecar["peak_memory_mib"]}
+
+
+def mean_scores(cases: dict[str, dict]) -> list[dict]:
+    """Means over the gliomas and over the MS scans for each method."""
+    rows = []
+    for kind, glioma in (("glioma", True), ("MS", False)):
+        chosen = [row for name, row in cases.items() if name.startswith("brats") == glioma]
+        for method in chosen[0]["methods"] if chosen else ():
+            scores = [row["methods"][method] for row in chosen]
+            row = {"lesion": kind, "method": method, "cases": len(scores)}
+            for key in ("dice", "hd95_mm"):
+                row[key] = float(np.mean([s[key] for s in scores]))
+                if glioma:
+                    row[f"{key}_postprocessed"] = float(np.mean([s["postprocessed"][key] for s in scores]))
+            rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="scans and masks of lesions")
+    parser.add_argument("--model", default="brain-flair", help="name or folder of a model")
+    parser.add_argument("--match", default="", help="only cases whose name begins so")
+    parser.add_argument("--output", type=Path, default=RESULTS / "brains.json")
+    arguments = parser.parse_args()
+    network = load_discovery(arguments.model)
+    weights = resolve_model(arguments.model).weights_sha256
+    paths = sorted(p for p in arguments.folder.glob("*_flair.nii.gz") if p.name.startswith(arguments.match))
+    before = read_json(arguments.output) if arguments.output.exists() else {}
+    cases = before["cases"] if before.get("weights_sha256") == weights else {}
+    for path in paths:
+        name = path.name.removesuffix("_flair.nii.gz")
+        if name not in cases:
+            cases[name] = score_case(path, network)
+            print(name, {m: round(s["dice"], 3) for m, s in cases[name]["methods"].items()}, flush=True)
+    ms = [p for p in paths if not p.name.startswith("brats")]
+    result = {
+        "model": Path(arguments.model).name,
+        "weights_sha256": weights,
+        "means": mean_scores(cases),
+        "healthy_lesion_ml": score_healthy(ms, network),
+        "segment": measure_segment(ms[0], arguments.model) if ms else None,
+        "cases": cases,
+        "environment": describe_environment(),
+    }
+    write_json(arguments.output, result)
+    for row in result["means"]:
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
+    print(result["healthy_lesion_ml"], result["segment"])
+
+
+if __name__ == "__main__":
+    main()

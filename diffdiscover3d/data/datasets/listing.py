@@ -1,0 +1,231 @@
+"""What a folder, glob or text list holds: its volumes, and what was left out and why."""
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import numpy as np
+
+from diffdiscover3d.data.formats import dicom, ome_zarr
+from diffdiscover3d.data.formats.nifti.header import check_reachable, read_affine
+from diffdiscover3d.data.formats.nifti.source import NiftiFile
+from diffdiscover3d.data.formats.reading import open_source
+from diffdiscover3d.data.formats.registry import (
+    NAMES,
+    SEPARATOR,
+    dicom_in,
+    format_by_name,
+    is_nifti,
+    recognise,
+    split,
+    stem,
+)
+from diffdiscover3d.data.formats.units import display_unit
+from diffdiscover3d.errors import InputError
+
+# words in the names of files that mark something in a scan rather than being one
+_MASK_WORDS = (
+    "mask|masks|brainmask|seg|segs|segmentation|segmentations|label|labels|labelmap|lesion|lesions|gt|groundtruth|"
+    "truth|aseg|aparc|wmparc|parcellation|annotation|annotations"
+)
+_MASK = re.compile(rf"(?:^|[^a-z0-9])(?:{_MASK_WORDS})(?:$|[^a-z])|brain_?mask", re.IGNORECASE)
+_OWN = re.compile(r"_(?:dseg|probseg)$|_stage\d+$")
+_SECOND_HALVES = (".img", ".img.gz")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What was found.
+
+    Attributes:
+        volumes: sorted; a volume that is one of several in a file or folder has its name behind `::`.
+        left_out: files and folders that are volumes or might be, with the reason.
+        others: how many files have other endings.
+    """
+
+    volumes: tuple[Path, ...]
+    left_out: tuple[tuple[Path, str], ...] = ()
+    others: int = 0
+
+
+def list_volumes(source: str | Path, include: Sequence[str] = (), series: str | None = None) -> list[Path]:
+    """The volumes a user means, sorted.
+
+    Args:
+        source: a folder (searched with its subfolders), a glob pattern, a text file with one path a line (relative
+            to that file; empty lines and lines from # on are ignored), or one volume.
+        include: patterns of file names that are taken though they are named like masks.
+        series: of a folder with several DICOM series: the number or UID of the one to take.
+
+    Raises:
+        InputError: if there are none, or a listed file does not exist.
+    """
+    return list(look_into(source, include, series).volumes)
+
+
+def look_into(source: str | Path, include: Sequence[str] = (), series: str | None = None) -> Contents:
+    """The same, with what was left out.
+
+    Raises:
+        InputError: if there are no volumes, or a listed file does not exist.
+    """
+    path, inner = split(source)
+    check_reachable(path)
+    if inner is not None:
+        found = Contents((Path(source),))
+    elif path.is_dir() and not ome_zarr.is_store(path):
+        found = _search(path, include, series)
+    elif path.exists():
+        known = is_nifti(path) or recognise(path) is not None
+        found = Contents((path,) if known else tuple(_read_list(path)))
+    else:
+        found = _choose((Path(p) for p in glob.glob(str(source), recursive=True)), include, asked_for=True)
+    if not found.volumes:
+        if found.left_out:
+            first, reason = found.left_out[0]
+            raise InputError(f"{source}: no volume in it can be used; {first.name}: {reason}.")
+        raise InputError(f"{source}: no volumes; give a folder, a glob, a text list or a {NAMES} file.")
+    return Contents(tuple(sorted(found.volumes)), tuple(sorted(found.left_out)), found.others)
+
+
+def describe_left_out(contents: Contents) -> list[str]:
+    """A line for each reason, with how many files and the first of them."""
+    by_reason: dict[str, list[Path]] = {}
+    for path, reason in contents.left_out:
+        by_reason.setdefault(reason, []).append(path)
+    return [f"left out: {paths[0].name}{_and(len(paths) - 1)}: {reason}" for reason, paths in by_reason.items()]
+
+
+def describe_volume(path: Path) -> dict:
+    """What a volume's header tells, as JSON values.
+
+    Returns:
+        `path`, and `format`, `shape`, `voxel_size` (along the axes of the file, in `unit`) and `dtype`; or `fault`, the
+        reason why it cannot be used.
+    """
+    described = {"path": str(path)}
+    try:
+        with open_source(path) as source:
+            nifti = isinstance(source, NiftiFile)
+            affine = read_affine(source.path, source.header, True, []) if nifti else source.affine
+            spacing = np.linalg.norm(affine[:3, :3], axis=0)
+            unit = display_unit(spacing, "mm" if nifti else source.unit)
+            return {
+                **described,
+                "format": "NIfTI" if nifti else recognise(path).NAME,
+                "shape": list(source.shape),
+                "voxel_size": [float(s * unit.per_mm) for s in spacing],
+                "unit": unit.length,
+                "dtype": str(source.header.get_data_dtype() if nifti else source.dtype),
+            }
+    except InputError as error:
+        return {**described, "fault": str(error).removeprefix(f"{path}: ")}
+
+
+def _and(count: int) -> str:
+    return f" and {count} more" if count else ""
+
+
+def _search(folder: Path, include: Sequence[str], series: str | None) -> Contents:
+    files, suspects, others = [], [], 0
+    for path in _walk(folder):
+        if path.is_dir() or is_nifti(path) or format_by_name(path) not in (None, dicom):
+            files.append(path)
+        elif path.suffix.lower() in dicom.SUFFIXES or _starts_as_dicom(path):
+            suspects.append(path)
+        else:
+            others += 1
+    found = _choose(files, include)
+    if not suspects:
+        return Contents(found.volumes, found.left_out, others)
+    try:
+        listed, stray = dicom_in(folder)
+    except InputError as error:  # the library is missing: without other volumes that is what matters
+        if not found.volumes:
+            raise
+        return Contents(found.volumes, (*found.left_out, (suspects[0], str(error).split(": ", 1)[-1])), others)
+    usable = {s.uid: s for s in listed if dicom.fault_of(s) is None and series in (None, s.uid, str(s.number))}
+    left_out = [*stray.items()]
+    for one in listed:
+        if one.uid not in usable:
+            reason = dicom.fault_of(one)
+            reason = f"a DICOM series that {reason}" if reason else f"a DICOM series other than {series}"
+            left_out.append((one.folder / f"series {one.number or one.uid}", reason))
+    volumes = [_reference(one, usable.values()) for one in usable.values()]
+    return Contents((*found.volumes, *volumes), (*found.left_out, *left_out), others)
+
+
+def _reference(series: dicom.Series, usable: Iterable[dicom.Series]) -> Path:
+    """The folder of a series; with its UID, where the folder or one below it holds others."""
+    folder = Path(os.path.commonpath([s.path.parent for s in series.slices]))
+    alone = all(one is series or not any(s.path.is_relative_to(folder) for s in one.slices) for one in usable)
+    return folder if alone else Path(f"{folder}{SEPARATOR}{series.uid}")
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files, and folders that are Zarr stores; hidden ones hold what is being written, or was when it was killed."""
+    for root, folders, names in os.walk(folder):
+        place = Path(root)
+        stores = [n for n in folders if not n.startswith(".") and ome_zarr.is_store(place / n)]
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and n not in stores)
+        yield from (place / n for n in sorted([*stores, *names]) if not n.startswith("."))
+
+
+def _starts_as_dicom(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return dicom.matches(file.read(132))
+    except OSError:
+        return False
+
+
+def _choose(paths: Iterable[Path], include: Sequence[str], asked_for: bool = False) -> Contents:
+    """Sort volumes from what is named like a mask or result; masks are taken where nothing else is there."""
+    volumes, masks, left_out = [], [], []
+    for path in paths:
+        known = is_nifti(path) or (format_by_name(path) is not None) or ome_zarr.is_store(path)
+        if not known and asked_for and path.exists():
+            known = recognise(path) is not None
+        if not known or (path.is_dir() and not ome_zarr.is_store(path) and not asked_for):
+            continue
+        if path.is_dir() and is_nifti(path):
+            continue
+        if path.name.lower().endswith(_SECOND_HALVES) and _first_half(path).is_file():
+            continue
+        if asked_for or any(fnmatch(path.name, pattern) for pattern in include):
+            volumes.append(path)
+        elif _OWN.search(stem(path)):
+            left_out.append((path, "named like a result of this program"))
+        elif _MASK.search(stem(path)):
+            masks.append(path)
+        else:
+            volumes.append(path)
+    if not volumes:
+        return Contents(tuple(masks), tuple(left_out))
+    left_out += [(path, "named like a mask; --include PATTERN takes it") for path in masks]
+    return Contents(tuple(volumes), tuple(left_out))
+
+
+def _first_half(path: Path) -> Path:
+    return path.with_name(re.sub(r"\.img(\.gz)?$", r".hdr\1", path.name, flags=re.IGNORECASE))
+
+
+def _read_list(path: Path) -> list[Path]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: neither a volume nor a text list of them ({error}); give a {NAMES} file.") from error
+    names = [line.split("#")[0].strip() for line in lines]
+    found = [path.parent / name for name in names if name]
+    # unlike Path.exists, os.path answers for names too long to be one: the file may be no list at all
+    missing = [p for p in found if not os.path.exists(split(p)[0])]
+    if missing:
+        raise InputError(
+            f"{path}: lists {len(missing)} file(s) that do not exist, first {str(missing[0])[:200]}; "
+            "mend the list, or give a volume."
+        )
+    return found

@@ -1,0 +1,44 @@
+"""Rank and number of the processes that a launcher started together."""
+
+import os
+from datetime import timedelta
+
+_NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def rank_and_world_size(timeout_seconds: float = 120) -> tuple[int, int]:
+    """The rank of this process and the number of processes, once all of them have joined a process group.
+
+    Environment variables alone prove nothing: batch systems and earlier launches leave `WORLD_SIZE` or `RANK` behind.
+    Without all four variables that `accelerate launch` and torchrun set, the process is alone.
+
+    Args:
+        timeout_seconds: how long to wait for the other processes.
+
+    Raises:
+        ValueError: if the variables are not numbers, or the other processes do not join.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    values = [os.environ.get(name, "") for name in _NAMES]
+    if not all(values):
+        return 0, 1
+    if not (values[0].isdigit() and values[1].isdigit() and int(values[0]) < int(values[1])):
+        raise ValueError(
+            f"`RANK` must be in 0..WORLD_SIZE-1, got RANK={values[0]} and WORLD_SIZE={values[1]}; unset both."
+        )
+    if int(values[1]) == 1:
+        return 0, 1
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
+        dist.barrier()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"`WORLD_SIZE` is {values[1]}, but the other processes did not join within {timeout_seconds:g} s; start "
+            f"all of them with accelerate launch or torchrun, or unset {', '.join(_NAMES)}."
+        ) from error
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    return rank, world

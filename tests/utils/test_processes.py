@@ -1,0 +1,30 @@
+"""Work is shared only among processes that really joined."""
+
+import subprocess
+import sys
+
+import pytest
+
+from diffdiscover3d.utils.processes import rank_and_world_size
+
+CODE = "from diffdiscover3d.utils.processes import rank_and_world_size as f; print(*f(), flush=True)"
+
+
+@pytest.mark.parametrize("left_over", [{"WORLD_SIZE": "4"}, {"WORLD_SIZE": "4", "RANK": "1"}, {"LOCAL_RANK": "2"}])
+def test_variables_that_are_left_over(monkeypatch, left_over):
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    assert rank_and_world_size() == (0, 1)
+
+
+def test_processes_that_never_join(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="did not join within 1 s"):
+        rank_and_world_size(timeout_seconds=1)
+
+
+def test_two_launched_processes():
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    done = subprocess.run([*launch, sys.executable, "-c", CODE], capture_output=True, text=True, timeout=300)
+    assert sorted(done.stdout.split("\n")) == ["", "0 2", "1 2"], done.stderr

@@ -1,0 +1,107 @@
+"""Several files are replaced as one, whatever happens between the renames."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from diffdiscover3d.errors import OutputError
+from diffdiscover3d.utils import staging as module
+from diffdiscover3d.utils.staging import recover_folder, staged_folder
+
+NAMES = ("a.nii.gz", "b.tsv", "c.json", "deep/d.png")
+
+KILLED = """
+import os, signal, sys
+from diffdiscover3d.utils import staging
+target, calls = sys.argv[1], int(sys.argv[2])
+replace = os.replace
+
+def dying(source, place):
+    global calls
+    if calls == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    calls -= 1
+    replace(source, place)
+
+os.replace = dying
+with staging.staged_folder(target) as folder:
+    (folder / "deep").mkdir()
+    for name in {names!r}:
+        (folder / name).write_text("new")
+"""
+
+
+def write(target, text: str, **options) -> None:
+    with staged_folder(target, **options) as folder:
+        (folder / "deep").mkdir()
+        for name in NAMES:
+            (folder / name).write_text(text)
+
+
+def contents(target) -> dict[str, str]:
+    return {p.relative_to(target).as_posix(): p.read_text() for p in target.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("calls", range(0, 10))
+def test_a_kill_between_any_two_renames(tmp_path, calls):
+    """One rename for the journal, then two for each of four files that are replaced."""
+    target = tmp_path / "results"
+    write(target, "old")
+    command = [sys.executable, "-c", KILLED.replace("{names!r}", repr(NAMES)), str(target), str(calls)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == (-signal.SIGKILL if calls < 9 else 0)
+    recover_folder(target)
+    assert contents(target) == dict.fromkeys(NAMES, "old" if calls == 0 else "new")
+    assert sorted(p.name for p in target.iterdir()) == ["a.nii.gz", "b.tsv", "c.json", "deep"]
+
+
+@pytest.mark.parametrize("failing", range(1, 10))
+def test_an_error_between_any_two_renames(tmp_path, monkeypatch, failing):
+    target, replace, calls = tmp_path / "results", os.replace, []
+    write(target, "old")
+
+    def fail(source, place):
+        calls.append(place)
+        if len(calls) == failing:
+            raise PermissionError(1, "Operation not permitted")
+        replace(source, place)
+
+    monkeypatch.setattr(module.os, "replace", fail)
+    with pytest.raises(OutputError, match="not permitted"):
+        write(target, "new")
+    monkeypatch.undo()
+    recover_folder(target)
+    assert contents(target) == dict.fromkeys(NAMES, "old")
+
+
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path):
+    target = tmp_path / "results"
+    with (
+        pytest.raises(OutputError, match=r"c\.json: was created by another program"),
+        staged_folder(target, False) as f,
+    ):
+        (f / "a.nii.gz").write_text("new")
+        (f / "c.json").write_text("new")
+        (target / "c.json").write_text("theirs")
+    assert contents(target) == {"c.json": "theirs"}
+
+
+def test_the_staging_folder_of_a_running_process_is_left_alone(tmp_path):
+    with staged_folder(tmp_path / "results") as folder:
+        recover_folder(tmp_path / "results")
+        (folder / "a").write_text("new")
+    assert contents(tmp_path / "results") == {"a": "new"}
+
+
+def test_a_journal_cannot_name_a_place_outside(tmp_path):
+    target = tmp_path / "results"
+    left = target / ".diffdiscover3d.left"
+    (left / "new").mkdir(parents=True)
+    (left / "owner").touch()
+    (left / "new" / "x").write_text("new")
+    (left / "journal.json").write_text('["../evil", "/tmp/evil", 3, "x"]')
+    recover_folder(target)
+    assert contents(target) == {"x": "new"} and not (tmp_path / "evil").exists()
