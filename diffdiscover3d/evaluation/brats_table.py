@@ -143,7 +143,7 @@ class BraTSTable:
         details = {
             "kind": method.kind if method else UNSUPERVISED,
             "labels": method.labels if method else "none",
-            "published": published_brats(title),
+            "published": list(published_brats(title) or ()) or None,
             "training_seconds": seconds,
             "peak_memory_mib": memory.peak_mib,
         }
