@@ -28,12 +28,15 @@ BASELINES = (
     "k-means",
     "bm4d-k-means",
     *(f"features-k-means-{s}" for s in (1, 2, 3, "all")),
+    "spatial-k-means",
     "denoised-k-means",
 )
 # methods of other papers; Med3D's are made where MedicalNet's weights are given
 LABEL_FREE = ("nalepa", "iic", "jule", "hsu", "med3d-k-means", "med3d")
 LABELLED = ("cicek", "zhao", "jiang")
-ABLATIONS = ("no-visual", "no-feature", "no-invariance", "as-written")
+TERMS = ("no-visual", "no-feature", "no-invariance", "as-written")
+ASSIGNMENTS = ("consistency", "first-round", "no-space", "no-smooth", "no-recolor")
+ABLATIONS = (*TERMS, *ASSIGNMENTS)
 STAGES = ("stage-1", "stage-2", "stage-3")
 # table: (methods, variants, seeds), the quick ones first
 GROUPS = (
