@@ -168,7 +168,8 @@ class BraTSTable:
         if name in TRAINED:
             found["discovery"] = _plain({**self.discovery_options, **TRAINED[name].options})
         if name in BASELINES and METHODS[name].trained:
-            found |= {"preset": self.preset, "labels": METHODS[name].labels}
+            preset = METHODS[name].baseline.hyper_parameters(self.preset)
+            found |= {"preset": preset, "labels": METHODS[name].labels}
         if name in BASELINES and METHODS[name].needs_med3d:
             found["med3d"] = self.med3d
         if name in EMBEDDED:

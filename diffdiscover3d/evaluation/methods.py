@@ -1,7 +1,8 @@
 """The rows of the tables: baselines, the method and its ablations, and a supervised ceiling."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
 
 from diffdiscover3d.errors import InputError
 
@@ -83,15 +84,23 @@ def _med3d_kmeans(num_parts, teacher, seed, features):
     return Med3DKMeans(num_parts, features, seed)
 
 
-def _trained(module: str, name: str) -> Callable:
-    """A class of `diffdiscover3d.baselines.<module>`, imported when it is called."""
+@dataclass(frozen=True)
+class _Trained:
+    """A [`TrainedBaseline`] of `diffdiscover3d.baselines.<module>`, imported when it is used."""
 
-    def make(num_parts, **options):
-        from importlib import import_module
+    module: str
+    name: str
 
-        return getattr(import_module(f"diffdiscover3d.baselines.{module}"), name)(num_parts, **options)
+    def __call__(self, num_parts: int, **options):
+        return self._load()(num_parts, **options)
 
-    return make
+    def hyper_parameters(self, preset: str) -> dict:
+        """The fields of a preset, as JSON values."""
+        fields = asdict(self._load().presets[preset])
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    def _load(self) -> type:
+        return getattr(import_module(f"diffdiscover3d.baselines.{self.module}"), self.name)
 
 
 def _literature(title: str, module: str, name: str, kind: str = UNSUPERVISED, labels: str = "none", **more) -> Method:

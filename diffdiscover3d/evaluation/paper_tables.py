@@ -150,7 +150,8 @@ class PaperTable:
         """The settings of a row, which must match for results to be reused."""
         trained = {} if method.baseline else {"recipe_sha256": self._recipe(method).digest()}
         if method.trained:
-            trained = {"preset": preset_of(self.recipe), "labels": method.labels}
+            preset = preset_of(self.recipe)
+            trained = {"preset": method.baseline.hyper_parameters(preset), "labels": method.labels}
         if method.needs_med3d:
             trained["med3d"] = self.med3d
         return {**self.settings, **trained, **(self._teacher_settings if method.needs_teacher else {})}
