@@ -106,7 +106,7 @@ class _Trained:
 def _literature(title: str, module: str, name: str, kind: str = UNSUPERVISED, labels: str = "none", **more) -> Method:
     return Method(
         title,
-        _trained(module, name),
+        _Trained(module, name),
         needs_teacher=False,
         trained=True,
         kind=kind,
