@@ -5,8 +5,9 @@
 
 FOLDER holds `<case>_flair.nii.gz` and `<case>_lesion.nii.gz`. Cases whose name begins with `brats` are gliomas, scored
 plain and post-processed ([`clean_mask`]); the others are MS scans, whose many lesions post-processing would remove. The
-command writes `results/brains.json` with the scores of every case; finished cases of the same weights are kept. Healthy
-brains are the MS scans with their bright outliers smoothed away, and phantoms without a lesion.
+command writes `results/brains.json` with the scores of every case, and pictures of the best, median and worst, those of
+gliomas without the scan. Finished cases of the same weights are kept. Healthy brains are the MS scans with their bright
+outliers smoothed away, and phantoms without a lesion.
 
 No baseline may choose with the mask; "best threshold" does, per scan, and is the bound of all thresholds.
 """
@@ -34,6 +35,7 @@ from diffdiscover3d.evaluation.metrics import binary_dice, hausdorff_95
 from diffdiscover3d.evaluation.postprocessing import clean_mask
 from diffdiscover3d.hub.registry import load_discovery
 from diffdiscover3d.hub.resolve import resolve_model
+from diffdiscover3d.reporting.pictures import save_cuts
 from diffdiscover3d.training.brain_assignments import bright_outliers, smooth_away
 from diffdiscover3d.utils.files import read_json, write_json
 from diffdiscover3d.utils.provenance import describe_environment
@@ -181,6 +183,36 @@ def measure_segment(path: Path, model: str) -> dict:
     return {"shape": list(WHOLE), "seconds": round(seconds, 1), "peak_memory_mib": sidecar["peak_memory_mib"]}
 
 
+def draw(path: Path, names: list[str], titles: list[str], folder: Path, network, with_scan: bool) -> None:
+    """Slices through the lesions of some cases: found and true green, missed red, marked in error blue.
+
+    Args:
+        with_scan: show the scan below; without it only label maps are drawn, as the licence of BRATS 2013 asks.
+    """
+    rows = []
+    for name in names:
+        volume, lesion, _ = read_case(folder / f"{name}_flair.nii.gz")
+        labels = network.segment(volume).labels[0].numpy()
+        found = labels == LESION
+        grey = np.clip(volume / np.percentile(volume[volume > 0], 99.5), 0, 1) if with_scan else 0.25 * (labels > 0)
+        colours = np.stack([lesion & ~found, lesion & found, found & ~lesion]).astype(float)
+        weight = 0.55 * (lesion | found)
+        picture = grey * (1 - weight) + colours * weight if with_scan else np.maximum(grey, colours)
+        centres = [int((lesion | found).sum(axis=tuple({0, 1, 2} - {axis})).argmax()) for axis in range(3)]
+        rows.append([picture.take(centre, axis=axis + 1) for axis, centre in enumerate(centres)])
+    save_cuts(path, rows, [None] * len(rows), spacing_mm=(1.0, 1.0, 1.0), titles=titles, num_parts=None)
+
+
+def draw_extremes(scores: dict[str, dict], folder: Path, network) -> None:
+    """The best, median and worst case of gliomas and of MS scans, as PNG beside the results."""
+    for kind, glioma in (("glioma", True), ("ms", False)):
+        ranked = sorted((n for n in scores if n.startswith("brats") == glioma), key=lambda n: -scores[n]["dice"])
+        if ranked:
+            names = [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
+            titles = [f"{n}, Dice {scores[n]['dice']:.2f}" for n in names]
+            draw(RESULTS / f"brains-{kind}.png", names, titles, folder, network, with_scan=not glioma)
+
+
 def mean_scores(cases: dict[str, dict]) -> list[dict]:
     """Means over the gliomas and over the MS scans for each method."""
     rows = []
@@ -232,6 +264,8 @@ def main() -> None:
         "segment": measure_segment(ms[0], arguments.model) if ms else None,
     }
     write_json(arguments.output, result)
+    if arguments.output.parent == RESULTS:
+        draw_extremes(scores, arguments.folder, network)
     for row in result["means"]:
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
     print(result["healthy_lesion_ml"], result["segment"])
