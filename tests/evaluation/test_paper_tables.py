@@ -9,7 +9,8 @@ import torch
 
 from diffdiscover3d.errors import InputError, ModelError
 from diffdiscover3d.evaluation import paper_tables as module
-from diffdiscover3d.evaluation.paper_tables import METHODS, TABLES, Cell, PaperTable, benchmark, mean_over_seeds
+from diffdiscover3d.evaluation.methods import METHODS
+from diffdiscover3d.evaluation.paper_tables import TABLES, Cell, PaperTable, benchmark, mean_over_seeds
 from diffdiscover3d.hub.registry import load_discovery, load_teacher
 from diffdiscover3d.reporting.score_tables import format_table
 from diffdiscover3d.train import main as train_main
