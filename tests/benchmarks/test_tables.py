@@ -63,7 +63,7 @@ def test_what_is_there_is_written_and_nothing_is_computed(tmp_path):
     assert {number: len(found) for number, found in rows.items()} == {1: 2, 2: 1}
     summaries = {number: mean_over_seeds(found) for number, found in rows.items()}
     absent = missing(rows)
-    assert "ours (regular, seed 0)" in absent and "ours, stage 3 (regular, seed 0)" in absent
+    assert "ours (regular, seed 0)" in absent and "consistencies alone, stage 3 (regular, seed 0)" in absent
     result = {"tables": summaries, "leads": leads(summaries[1]), "missing": absent}
     page = write_page(result, tmp_path / "docs").read_text()
     assert "Not measured yet: k-means (regular, seed 0), " in page
