@@ -70,16 +70,18 @@ class InMemoryFinder:
 
     def __init__(self, job: ScanJob, scan: NiftiVolume):
         self.job, self.scan, self.notes = job, scan, list(scan.notes)
-        # the next level divides these parts
-        self._coarser: tuple[StructureDiscoveryModel, torch.Tensor] | None = None
+        # by network: its labels on the grid on which they were found, and on the scan's grid
+        self._found: dict[StructureDiscoveryModel, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def find(self, level: int | None) -> PartsInMemory:
         """See [`PartFinder`]."""
         network = self.job.networks[level]
-        soft, found = self._probabilities(network)
-        self._coarser = (network, found)
+        for coarser in network.levels[:-1]:
+            if coarser not in self._found:
+                self._soft_parts(coarser)
+        soft = self._soft_parts(network)
         count = network.config.num_parts
-        labels = soft.max(dim=0).indices.to(torch.uint8 if len(soft) <= 256 else torch.int32).cpu().numpy()
+        labels = self._found[network][1].cpu().numpy()
         labels = labels if labels.dtype == np.uint8 else labels.astype(np.uint16)
         if self.job.order == "size":
             numbers = number_by_size(labels, count)
@@ -98,16 +100,25 @@ class InMemoryFinder:
     def check_unchanged(self) -> None:
         """Nothing can change an array in memory."""
 
-    def _probabilities(self, network: StructureDiscoveryModel) -> tuple[torch.Tensor, torch.Tensor]:
-        """(K, H, W, D) soft parts, and the labels on the grid on which they were found.
+    def _soft_parts(self, network: StructureDiscoveryModel) -> torch.Tensor:
+        """(K, H, W, D) soft parts of a network, each zero outside its parent; the labels are kept for the next level."""
+        soft, found, resampled = self._probabilities(network)
+        if network.parent_model in self._found and resampled:
+            keep_within_parents(soft, self._found[network.parent_model][1], network.parents)
+        labels = soft.max(dim=0).indices.to(torch.uint8 if len(soft) <= 256 else torch.int32)
+        self._found[network] = (found, labels)
+        return soft
+
+    def _probabilities(self, network: StructureDiscoveryModel) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """(K, H, W, D) soft parts, the labels on the grid on which they were found, and whether it is another grid.
 
         On a working grid, or at half the resolution, the soft parts are linearly interpolated.
         """
         volume, job = torch.from_numpy(self.scan.data), self.job
         grid = tuple(volume.shape)
         parents = {}
-        if self._coarser is not None and getattr(network, "parent_model", None) is self._coarser[0]:
-            parents["parent_labels"] = self._coarser[1]
+        if network.parent_model in self._found:
+            parents["parent_labels"] = self._found[network.parent_model][0]
         try:
             size = job.working_grid or grid
             framed = getattr(network.config, "frame", None) is not None  # such a network has a working grid of its own
@@ -116,14 +127,14 @@ class InMemoryFinder:
             if size != grid:
                 found = network.segment(resize_volume(volume[None, None].to(network.device), size), **parents)
                 soft = F.interpolate(found.probabilities, size=grid, mode="trilinear", align_corners=False)
-                return soft[0], found.labels
+                return soft[0], found.labels, True
             note = (
                 f"too small to be halved ({FAST_MIN_SIZE} voxels are needed along each axis); done at full resolution"
             )
             if job.fast and not job.working_grid and not framed and note not in self.notes:
                 self.notes.append(note)
             found = network.segment(volume, **parents)
-            return found.probabilities[0], found.labels
+            return found.probabilities[0], found.labels, framed
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -131,3 +142,23 @@ class InMemoryFinder:
                 f"{job.case.input}: a volume of shape {grid} does not fit into the memory of {network.device}; "
                 "use --fast, resample it, or use --device cpu or a larger machine."
             ) from error
+
+
+def keep_within_parents(soft: torch.Tensor, parent_labels: torch.Tensor, parents: Sequence[int]) -> None:
+    """Set each part to zero outside its parent and normalise again, in place.
+
+    Soft parts of two levels that were resampled apart disagree at the borders of the coarser parts.
+
+    Args:
+        soft: (K, H, W, D) probabilities of the finer level.
+        parent_labels: (H, W, D) part numbers of the coarser level.
+        parents: (K,) the coarser part that holds each part. Where all parts of a voxel's parent are zero they become
+            equally probable.
+    """
+    total = torch.zeros_like(soft[0])
+    for part, parent in enumerate(parents):
+        soft[part].mul_(parent_labels == parent)
+        total += soft[part]
+    lost = total <= torch.finfo(soft.dtype).tiny
+    for part, parent in enumerate(parents):
+        soft[part] = torch.where(lost, (parent_labels == parent) / parents.count(parent), soft[part] / total)

@@ -16,7 +16,9 @@ from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.errors import ModelError, OutputError
 from diffdiscover3d.hub.registry import load_discovery
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+from diffdiscover3d.reporting.parts import count_pairs
 from diffdiscover3d.segmentation.driver import segment
+from diffdiscover3d.segmentation.in_memory import keep_within_parents
 
 SHAPE = (12, 14, 10)
 ANGLE = np.deg2rad(20)
@@ -35,6 +37,7 @@ class Threshold:
 
     config = SimpleNamespace(num_parts=2)
     device = torch.device("cpu")
+    parent_model, levels = None, ()
 
     def to(self, _):
         return self
@@ -144,6 +147,39 @@ def test_a_coarser_level_is_found_once(tmp_path, make_nifti, levelled, monkeypat
     (both,) = segment(scan, tmp_path / "all", model=str(levelled), level="all", fast=fast, overwrite=True)
     for level, result in alone.items():
         np.testing.assert_array_equal(nib.load(both.levels[level].labels).dataobj, nib.load(result.labels).dataobj)
+
+
+@pytest.mark.parametrize("order", ["model", "size"])
+@pytest.mark.parametrize("grid", [None, (17, 21, 15)], ids=["fast", "working grid"])
+def test_levels_are_nested_after_resampling(tmp_path, make_nifti, levelled, grid, order):
+    values = noise(shape=(36, 40, 34))
+    scan = make_nifti(tmp_path / "scan.nii.gz", values)
+    if grid:
+        (levelled / "discovery" / "working_grid.json").write_text(json.dumps({"grid": grid}))
+    options = {"level": "all", "fast": grid is None, "order": order, "probabilities": True}
+    (result,) = segment(scan, tmp_path / "out", model=str(levelled), **options)
+    one, two = (np.asarray(nib.load(result.levels[level].labels).dataobj).astype(int) for level in (1, 2))
+    counts = count_pairs(two, one, 5, 3)
+    assert (counts.sum(axis=1) - counts.max(axis=1)).sum() == 0  # voxels outside the parent
+    soft = nib.load(result.levels[2].probabilities).get_fdata()
+    np.testing.assert_array_equal(soft.argmax(axis=-1), two)
+    np.testing.assert_allclose(soft.sum(axis=-1), 1, atol=1e-5)
+    # resampled apart, the levels disagree at the borders of the parents
+    small = resize_volume(torch.from_numpy(values)[None, None], grid or (18, 20, 17))
+    network = load_discovery(str(levelled))
+    apart = [
+        F.interpolate(n.segment(small).probabilities, size=values.shape, mode="trilinear", align_corners=False)
+        for n in network.levels
+    ]
+    coarse, fine = (a[0].argmax(dim=0).numpy() for a in apart)
+    assert (np.array(network.parents)[fine] != coarse).any()
+
+
+def test_parts_without_probability_within_their_parent():
+    soft = torch.tensor([0.5, 0.0, 0.5]).reshape(3, 1, 1, 1).repeat(1, 1, 1, 2)
+    soft[:, 0, 0, 1] = torch.tensor([0.0, 0.0, 1.0])
+    keep_within_parents(soft, torch.zeros(1, 1, 2, dtype=torch.uint8), (0, 0, 1))
+    assert soft[:, 0, 0].T.tolist() == [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]
 
 
 def test_order_by_size(tmp_path, make_nifti, tiny_discovery):
