@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume, write_like
+from diffdiscover3d.data.intensity_range import describe_volume_range
 from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.errors import MemoryLimitError, is_out_of_memory
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
@@ -70,6 +71,8 @@ class InMemoryFinder:
 
     def __init__(self, job: ScanJob, scan: NiftiVolume):
         self.job, self.scan, self.notes = job, scan, list(scan.notes)
+        if any(getattr(n.config, "scaling", "min_max") == "min_max" for n in job.networks.values()):
+            self.notes += describe_volume_range(scan.data)
         # by network: its labels on the grid on which they were found, and on the scan's grid
         self._found: dict[StructureDiscoveryModel, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -101,7 +104,7 @@ class InMemoryFinder:
         """Nothing can change an array in memory."""
 
     def _soft_parts(self, network: StructureDiscoveryModel) -> torch.Tensor:
-        """(K, H, W, D) soft parts of a network, each zero outside its parent; the labels are kept for the next level."""
+        """(K, H, W, D) soft parts, each zero outside its parent; the labels are kept for the next level."""
         soft, found, resampled = self._probabilities(network)
         if network.parent_model in self._found and resampled:
             keep_within_parents(soft, self._found[network.parent_model][1], network.parents)
