@@ -8,7 +8,7 @@ import inspect
 import re
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 
@@ -67,17 +67,16 @@ def walk_commands(group, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def training_options() -> str:
-    """The options of both trainings, from the dataclasses, with the defaults of every preset."""
-    from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, TrainingConfig
+    """The options of all trainings, from the dataclasses, with the defaults of every preset."""
+    from diffdiscover3d.train import _PHASES
+    from diffdiscover3d.training.config import TrainingConfig
 
-    shared = [f.name for f in dataclasses.fields(TrainingConfig)]
+    shared = [field.name for field in dataclasses.fields(TrainingConfig)]
     blocks = []
-    for title, kind in (("Diffusion pretraining", DiffusionConfig), ("Structure discovery", DiscoveryConfig)):
-        own = [f for f in dataclasses.fields(kind) if f.name not in shared]
-        blocks += [f"## {title}\n\n{_paragraphs(kind.__doc__)}\n", _options_table(kind, own)]
-    own = [f for f in dataclasses.fields(DiffusionConfig) if f.name in shared]
-    both = _shared_table(own, DiffusionConfig, DiscoveryConfig)
-    return "\n".join([*blocks, f"## Options of both trainings\n\n{both}"])
+    for name, kind in _PHASES.items():
+        own = [field for field in dataclasses.fields(kind) if field.name not in shared]
+        blocks += [f"## `{name}`\n\n{_paragraphs(kind.__doc__)}\n", _options_table(kind, own)]
+    return "\n".join([*blocks, f"## Options of all trainings\n\n{_shared_table(shared, _PHASES)}"])
 
 
 def _presets(kind: type) -> dict[str, object]:
@@ -95,17 +94,19 @@ def _options_table(kind: type, fields) -> str:
     return markdown_table(header, rows) + "\n"
 
 
-def _shared_table(fields, *kinds: type) -> str:
-    """Options that both trainings have; a cell holds one value where all presets agree, otherwise one per preset."""
+def _shared_table(names: Sequence[str], phases: Mapping[str, type]) -> str:
+    """Options that all trainings have; a cell holds one value where all presets agree, otherwise one per preset."""
+    presets = {phase: _presets(kind) for phase, kind in phases.items()}
     rows = []
-    for field in fields:
+    for name in names:
+        fields = [next(f for f in dataclasses.fields(kind) if f.name == name) for kind in phases.values()]
         cells = []
-        for kind in kinds:
-            values = {preset: _value(getattr(config, field.name)) for preset, config in _presets(kind).items()}
+        for configs in presets.values():
+            values = {preset: _value(getattr(config, name)) for preset, config in configs.items()}
             one = len(set(values.values())) == 1
             cells.append(next(iter(values.values())) if one else ", ".join(f"{k}: {v}" for k, v in values.items()))
-        rows.append((_flag(field), _meaning(field), *cells))
-    return markdown_table(["option", "meaning", "diffusion", "discovery"], rows) + "\n"
+        rows.append((_flag(fields[0]), _meaning(fields[0]), *cells))
+    return markdown_table(["option", "meaning", *(f"`{phase}`" for phase in phases)], rows) + "\n"
 
 
 def exit_codes() -> str:

@@ -5,8 +5,9 @@
 
 FOLDER holds `<case>_flair.nii.gz` and `<case>_lesion.nii.gz`. Cases whose name begins with `brats` are gliomas, scored
 plain and post-processed ([`clean_mask`]); the others are MS scans, whose many lesions post-processing would remove. The
-command writes `results/brains.json` with the scores of every case; finished cases of the same weights are kept. Healthy
-brains are the MS scans with their bright outliers smoothed away, and phantoms without a lesion.
+command writes `results/brains.json` with the scores of every case, and pictures of the best, median and worst, those of
+gliomas without the scan. Finished cases of the same weights are kept. Healthy brains are the MS scans with their bright
+outliers smoothed away, and phantoms without a lesion.
 
 No baseline may choose with the mask; "best threshold" does, per scan, and is the bound of all thresholds.
 """
@@ -34,11 +35,13 @@ from diffdiscover3d.evaluation.metrics import binary_dice, hausdorff_95
 from diffdiscover3d.evaluation.postprocessing import clean_mask
 from diffdiscover3d.hub.registry import load_discovery
 from diffdiscover3d.hub.resolve import resolve_model
+from diffdiscover3d.reporting.pictures import save_cuts
 from diffdiscover3d.training.brain_assignments import bright_outliers, smooth_away
 from diffdiscover3d.utils.files import read_json, write_json
 from diffdiscover3d.utils.provenance import describe_environment
 
 LESION = 2
+BOUND = "best threshold, mask known"
 SAMPLE = 50_000  # voxels to which clusterings are fitted
 WHOLE = (240, 240, 155)  # grid of a BraTS scan
 Find = Callable[[np.ndarray], np.ndarray]
@@ -110,28 +113,36 @@ def score(found: np.ndarray, lesion: np.ndarray, spacing_mm, glioma: bool) -> di
     return row
 
 
-def score_case(path: Path, network) -> dict:
-    """All methods on one scan."""
+def read_case(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
+    """A scan, the mask of its lesions and its spacing in mm."""
     scan = read_nifti(path)
     lesion = read_nifti(Path(str(path).replace("_flair", "_lesion")), allow_constant=True).data > 0.5
+    return scan.data, lesion, scan.spacing_mm
+
+
+def score_baselines(path: Path) -> dict[str, dict]:
+    """All simple methods on one scan."""
+    volume, lesion, spacing = read_case(path)
     glioma = path.name.startswith("brats")
+    rows = {name: score(find(volume), lesion, spacing, glioma) for name, find in BASELINES.items()}
+    rows[BOUND] = score(best_threshold(volume, lesion, cleaned=False)[1], lesion, spacing, False)
+    if glioma:
+        dice, found = best_threshold(volume, lesion, cleaned=True)
+        rows[BOUND]["postprocessed"] = {"dice": dice, "hd95_mm": hausdorff_95(found, lesion, spacing)}
+    return rows
+
+
+def score_model(path: Path, network) -> dict:
+    """The model on one scan."""
+    volume, lesion, spacing = read_case(path)
     clock = time.perf_counter()
-    labels = network.segment(scan.data).labels[0].numpy()
+    labels = network.segment(volume).labels[0].numpy()
     seconds = time.perf_counter() - clock
-    row = {"lesion_ml": float(lesion.sum() * np.prod(scan.spacing_mm) / 1000), "methods": {}}
-    row["methods"]["brain-flair"] = score(labels == LESION, lesion, scan.spacing_mm, glioma) | {
-        "brain_dice": binary_dice(labels > 0, scan.data != scan.data[0, 0, 0]),
+    return score(labels == LESION, lesion, spacing, path.name.startswith("brats")) | {
+        "lesion_ml": float(lesion.sum() * np.prod(spacing) / 1000),
+        "brain_dice": binary_dice(labels > 0, volume != volume[0, 0, 0]),
         "seconds": round(seconds, 1),
     }
-    for name, find in BASELINES.items():
-        row["methods"][name] = score(find(scan.data), lesion, scan.spacing_mm, glioma)
-    plain = best_threshold(scan.data, lesion, cleaned=False)[1]
-    row["methods"]["best threshold, mask known"] = score(plain, lesion, scan.spacing_mm, False)
-    if glioma:
-        dice, found = best_threshold(scan.data, lesion, cleaned=True)
-        cleaned = {"dice": dice, "hd95_mm": hausdorff_95(found, lesion, scan.spacing_mm)}
-        row["methods"]["best threshold, mask known"]["postprocessed"] = cleaned
-    return row
 
 
 def score_healthy(paths: list[Path], network) -> dict[str, float]:
@@ -172,13 +183,43 @@ def measure_segment(path: Path, model: str) -> dict:
     return {"shape": list(WHOLE), "seconds": round(seconds, 1), "peak_memory_mib": sidecar["peak_memory_mib"]}
 
 
+def draw(path: Path, names: list[str], titles: list[str], folder: Path, network, with_scan: bool) -> None:
+    """Slices through the lesions of some cases: found and true green, missed red, marked in error blue.
+
+    Args:
+        with_scan: show the scan below; without it only label maps are drawn, as the licence of BRATS 2013 asks.
+    """
+    rows = []
+    for name in names:
+        volume, lesion, _ = read_case(folder / f"{name}_flair.nii.gz")
+        labels = network.segment(volume).labels[0].numpy()
+        found = labels == LESION
+        grey = np.clip(volume / np.percentile(volume[volume > 0], 99.5), 0, 1) if with_scan else 0.25 * (labels > 0)
+        colours = np.stack([lesion & ~found, lesion & found, found & ~lesion]).astype(float)
+        weight = 0.55 * (lesion | found)
+        picture = grey * (1 - weight) + colours * weight if with_scan else np.maximum(grey, colours)
+        centres = [int((lesion | found).sum(axis=tuple({0, 1, 2} - {axis})).argmax()) for axis in range(3)]
+        rows.append([picture.take(centre, axis=axis + 1) for axis, centre in enumerate(centres)])
+    save_cuts(path, rows, [None] * len(rows), spacing_mm=(1.0, 1.0, 1.0), titles=titles, num_parts=None)
+
+
+def draw_extremes(scores: dict[str, dict], folder: Path, network) -> None:
+    """The best, median and worst case of gliomas and of MS scans, as PNG beside the results."""
+    for kind, glioma in (("glioma", True), ("ms", False)):
+        ranked = sorted((n for n in scores if n.startswith("brats") == glioma), key=lambda n: -scores[n]["dice"])
+        if ranked:
+            names = [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
+            titles = [f"{n}, Dice {scores[n]['dice']:.2f}" for n in names]
+            draw(RESULTS / f"brains-{kind}.png", names, titles, folder, network, with_scan=not glioma)
+
+
 def mean_scores(cases: dict[str, dict]) -> list[dict]:
     """Means over the gliomas and over the MS scans for each method."""
     rows = []
     for kind, glioma in (("glioma", True), ("MS", False)):
         chosen = [row for name, row in cases.items() if name.startswith("brats") == glioma]
-        for method in chosen[0]["methods"] if chosen else ():
-            scores = [row["methods"][method] for row in chosen]
+        for method in chosen[0] if chosen else ():
+            scores = [row[method] for row in chosen]
             row = {"lesion": kind, "method": method, "cases": len(scores)}
             for key in ("dice", "hd95_mm"):
                 row[key] = float(np.mean([s[key] for s in scores]))
@@ -191,31 +232,40 @@ def mean_scores(cases: dict[str, dict]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="scans and masks of lesions")
-    parser.add_argument("--model", default="brain-flair", help="name or folder of a model")
+    parser.add_argument("--model", default="brain-flair", help="name or folder of a model; none: baselines only")
     parser.add_argument("--match", default="", help="only cases whose name begins so")
     parser.add_argument("--output", type=Path, default=RESULTS / "brains.json")
     arguments = parser.parse_args()
+    before = read_json(arguments.output) if arguments.output.exists() else {}
+    paths = sorted(p for p in arguments.folder.glob("*_flair.nii.gz") if p.name.startswith(arguments.match))
+    baselines = before.get("baselines", {})
+    for path in paths:
+        if (name := path.name.removesuffix("_flair.nii.gz")) not in baselines:
+            baselines[name] = score_baselines(path)
+            print(name, {m: round(s["dice"], 3) for m, s in baselines[name].items()}, flush=True)
+    result = {**before, "baselines": baselines, "environment": describe_environment()}
+    write_json(arguments.output, result)
+    if arguments.model == "none":
+        return
     network = load_discovery(arguments.model)
     weights = resolve_model(arguments.model).weights_sha256
-    paths = sorted(p for p in arguments.folder.glob("*_flair.nii.gz") if p.name.startswith(arguments.match))
-    before = read_json(arguments.output) if arguments.output.exists() else {}
-    cases = before["cases"] if before.get("weights_sha256") == weights else {}
+    scores = before["scores"] if before.get("weights_sha256") == weights else {}
     for path in paths:
-        name = path.name.removesuffix("_flair.nii.gz")
-        if name not in cases:
-            cases[name] = score_case(path, network)
-            print(name, {m: round(s["dice"], 3) for m, s in cases[name]["methods"].items()}, flush=True)
+        if (name := path.name.removesuffix("_flair.nii.gz")) not in scores:
+            scores[name] = score_model(path, network)
+            print(name, scores[name], flush=True)
     ms = [p for p in paths if not p.name.startswith("brats")]
-    result = {
+    result |= {
         "model": Path(arguments.model).name,
         "weights_sha256": weights,
-        "means": mean_scores(cases),
+        "scores": scores,
+        "means": mean_scores({name: {"brain-flair": row, **baselines[name]} for name, row in scores.items()}),
         "healthy_lesion_ml": score_healthy(ms, network),
         "segment": measure_segment(ms[0], arguments.model) if ms else None,
-        "cases": cases,
-        "environment": describe_environment(),
     }
     write_json(arguments.output, result)
+    if arguments.output.parent == RESULTS:
+        draw_extremes(scores, arguments.folder, network)
     for row in result["means"]:
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
     print(result["healthy_lesion_ml"], result["segment"])

@@ -27,9 +27,12 @@ BASELINES = (
     "k-means",
     "bm4d-k-means",
     *(f"features-k-means-{s}" for s in (1, 2, 3, "all")),
+    "spatial-k-means",
     "denoised-k-means",
 )
-ABLATIONS = ("no-visual", "no-feature", "no-invariance", "as-written")
+TERMS = ("no-visual", "no-feature", "no-invariance", "as-written")
+ASSIGNMENTS = ("consistency", "first-round", "no-space", "no-smooth", "no-recolor")
+ABLATIONS = (*TERMS, *ASSIGNMENTS)
 STAGES = ("stage-1", "stage-2", "stage-3")
 # table: (methods, variants, seeds), the quick ones first
 GROUPS = (

@@ -3,10 +3,10 @@
     python -m benchmarks.paper.train_seed FOLDER --variant regular --seed 0 --teacher synthetic-regular
     python -m benchmarks.paper.train_seed FOLDER --variant irregular --diffusion     (only the variant's own teacher)
 
-`benchmarks.paper.tables FOLDER` then uses the results. Without --teacher the variant's own diffusion model is trained
-first, unless another call has done so; let that finish before several seeds are started side by side. The trainings
-run in this process one after the other, which saves importing PyTorch for each; on one GPU several calls share it. A
-call that was stopped goes on where it was.
+Then `python -m benchmarks.paper.tables FOLDER` uses the results. Without --teacher the variant's own diffusion model
+is trained first, unless another call has done so; let that finish before starting several seeds. The trainings run in
+this process one after the other, which saves importing PyTorch for each; several calls can share one GPU. An
+interrupted call resumes.
 """
 
 import argparse

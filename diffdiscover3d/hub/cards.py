@@ -11,6 +11,7 @@ from pathlib import Path
 
 from diffdiscover3d import __version__
 from diffdiscover3d.errors import ModelError
+from diffdiscover3d.training.brain_config import BrainConfig
 from diffdiscover3d.training.config import PRESETS, DiffusionConfig, DiscoveryConfig, as_dict, make_config
 from diffdiscover3d.utils.files import read_model_json, sha256
 
@@ -132,6 +133,8 @@ def write_card(folder: str | Path, repo_id: str) -> Path:
 def training_command(kind: str, options: dict) -> str:
     """The command line that trains with these options: the preset, and every option that differs from it."""
     phase, config = ("discovery", DiscoveryConfig) if kind == "discovery" else ("diffusion", DiffusionConfig)
+    if "reassign_every" in options:  # both models of a brain training share its options
+        phase, config = "brain", BrainConfig
     known = {f.name for f in dataclasses.fields(config)}
     options = {k: v for k, v in options.items() if k in known}
     preset = options.get("preset", config.preset)

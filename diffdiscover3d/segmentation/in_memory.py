@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from diffdiscover3d.data.foreground import Frame, find_foreground, looks_like_head, robust_scale
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume, write_like
 from diffdiscover3d.data.intensity_range import describe_volume_range
 from diffdiscover3d.data.transforms import resize_volume
@@ -18,6 +19,10 @@ from diffdiscover3d.reporting.pictures import middle_slices
 from diffdiscover3d.segmentation.job import ScanJob
 from diffdiscover3d.segmentation.outputs import label_map
 
+WHOLE_HEAD = (
+    "the scan looks like a whole head: it has a dark layer below its surface; the model was trained on brain-extracted "
+    "scans, so extract the brain first"
+)
 FAST_MIN_SIZE = 32  # voxels; an axis shorter than this would keep too few at half the resolution
 
 
@@ -103,6 +108,13 @@ class InMemoryFinder:
     def check_unchanged(self) -> None:
         """Nothing can change an array in memory."""
 
+    def _note_whole_head(self, volume: torch.Tensor, grid: tuple[int, int, int]) -> None:
+        foreground = find_foreground(volume[None, None])
+        frame = Frame.around(foreground, grid)
+        scaled = frame.crop(robust_scale(volume[None, None], foreground))
+        if looks_like_head(scaled, frame.crop(foreground.float()) > 0.5):
+            self.notes.append(WHOLE_HEAD)
+
     def _soft_parts(self, network: StructureDiscoveryModel) -> torch.Tensor:
         """(K, H, W, D) soft parts, each zero outside its parent; the labels are kept for the next level."""
         soft, found, resampled = self._probabilities(network)
@@ -137,6 +149,8 @@ class InMemoryFinder:
             if job.fast and not job.working_grid and not framed and note not in self.notes:
                 self.notes.append(note)
             found = network.segment(volume, **parents)
+            if framed and network.parent_model is None:
+                self._note_whole_head(volume, tuple(network.config.frame))
             return found.probabilities[0], found.labels, framed
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

@@ -1,4 +1,4 @@
-"""The whole training of `brain-flair` in one process: the diffusion model, then the nested network."""
+"""The whole training of `brain-flair` in one process: the nested network, then the diffusion model."""
 
 import dataclasses
 import logging
@@ -33,19 +33,20 @@ def train_brain(config: BrainConfig) -> Path:
     config = settle_precision(dataclasses.replace(config, output_dir=str(place)), place / CONFIG_FILE)
     scans = BrainScans(config.dataset, config.frame, config.phantoms)
     identity = {"dataset": dataset_fingerprint(scans)}
-    if config.diffusion_steps:
-        teacher = diffusion_config(config, str(output / "diffusion"))
-        if config.resume and (output / "diffusion" / "model_index.json").is_file():
-            logger.info("%s is finished", output / "diffusion")
-        else:
-            check_output(teacher)
-            accelerator = make_accelerator(teacher)
-            bank = SceneBank(scans, config.real_share, accelerator.device)
-            train(BrainDiffusion(teacher, bank), teacher, scans, accelerator, identity)
     if config.resume and (place / "config.json").is_file():
         logger.info("%s is finished", place)
+    else:
+        check_output(config)
+        accelerator = make_accelerator(config)
+        train(BrainTraining(config, scans, accelerator), config, scans, accelerator, identity)
+    if not config.diffusion_steps:
         return output
-    check_output(config)
-    accelerator = make_accelerator(config)
-    train(BrainTraining(config, scans, accelerator), config, scans, accelerator, identity)
+    teacher = diffusion_config(config, str(output / "diffusion"))
+    if config.resume and (output / "diffusion" / "model_index.json").is_file():
+        logger.info("%s is finished", output / "diffusion")
+    else:
+        check_output(teacher)
+        accelerator = make_accelerator(teacher)
+        bank = SceneBank(scans, config.real_share, accelerator.device)
+        train(BrainDiffusion(teacher, bank), teacher, scans, accelerator, identity)
     return output

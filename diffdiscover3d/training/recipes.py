@@ -208,7 +208,7 @@ _ASSIGNED = {
     "denoised_timesteps": (25, 60, 100),
     "batch_size": 2,
     "learning_rate": 2e-3,
-    "max_steps": 1_500,
+    "max_steps": 1_200,
 }
 _CLUSTERED = {**_ASSIGNED, "reliable_share": 0.5}  # assignments from clusters in space
 _OWN = {**_ASSIGNED, "reliable_share": 0.75}  # assignments from the network of the training before
@@ -235,7 +235,12 @@ RECIPES: dict[str, Recipe] = {
     "small": Recipe(
         {"preset": "small"},
         {
-            1: [*_FIRST, {**_OWN, "reliable_share": 0.5, "max_steps": 600}, {**_OWN, "max_steps": 600}],
+            1: [
+                *_FIRST,
+                {**_OWN, "reliable_share": 0.5, "max_steps": 600},
+                {**_OWN, "max_steps": 600},
+                {**_OWN, "max_steps": 800},
+            ],
             2: [_CLUSTERED, _OWN],
             3: [_CLUSTERED | _FREE, _OWN | _FREE],
         },

@@ -220,7 +220,7 @@ def test_a_converted_checkpoint_is_written_atomically(run, tmp_path, monkeypatch
     unet.conv_out.weight.data += 1
     assert run("convert-authors-checkpoint", "a.pt", output, "--overwrite")[0] == 0
     changed = {p.name for p, data in files(output).items() if before[p] != data}
-    assert changed == {"diffusion_pytorch_model.safetensors"}  # and the folder's other files remain
+    assert changed == {"diffusion_pytorch_model.safetensors", "checksums.json"}  # and the folder's other files remain
     assert load_teacher(str(output)).unet.conv_out.weight.equal(unet.conv_out.weight)
 
 

@@ -51,7 +51,7 @@ def test_evaluate_brats(run, tmp_path, tiny_discovery):
     [
         ([], 3, "smaller than the crop"),
         ([*BOX, "--modality", "pd"], 2, "modality"),
-        ([*BOX, "--split", "all"], 2, "split"),
+        ([*BOX, "--split", "first"], 2, "split"),
         ([*BOX, "-m", "a=x", "-m", "a=y"], 2, "name of its own"),
         ([*BOX, "-m", "no-such-model"], 5, "no-such-model"),
     ],

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from diffdiscover3d.data.foreground import HIGH, LOW, Frame, find_foreground, has_plain_background, robust_scale
+from diffdiscover3d.data.foreground import (
+    HIGH,
+    LOW,
+    Frame,
+    find_foreground,
+    has_plain_background,
+    looks_like_head,
+    robust_scale,
+)
 from diffdiscover3d.errors import InputError
 
 SHAPE = (30, 34, 26)
@@ -109,3 +117,10 @@ def test_stray_voxels_do_not_widen_a_frame():
     stray = inside.clone()
     stray[0, 0, 0, 0, 0] = stray[0, 0, -1, -1, -1] = True
     assert Frame.around(stray, (32, 32, 32)) == Frame.around(inside, (32, 32, 32))
+
+
+def test_a_head_has_a_dark_layer_below_its_skin():
+    head, skull, brain = ball(12.0), ball(11.0), ball(9.0)
+    values = torch.where(brain, 0.5, torch.where(skull, 0.1, 0.7)) * head
+    assert looks_like_head(values, head)
+    assert not looks_like_head(torch.where(brain, 0.5, 0.0), brain)

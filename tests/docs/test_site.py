@@ -12,7 +12,8 @@ from typer.main import get_command
 
 from diffdiscover3d import errors
 from diffdiscover3d.cli.app import app
-from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig
+from diffdiscover3d.train import _PHASES
+from diffdiscover3d.training.config import TrainingConfig
 from tests.helpers.loopback_hub import LoopbackHub
 from tools import docs_hooks
 
@@ -97,9 +98,14 @@ def test_every_command_and_option_is_in_the_reference():
 
 def test_every_training_option_is_in_the_reference_once():
     page = docs_hooks.training_options()
-    for name in {field.name for kind in (DiffusionConfig, DiscoveryConfig) for field in dataclasses.fields(kind)}:
-        rows = re.findall(rf"^\| `--{name.replace('_', '-')}` \|.*$", page, flags=re.M)
-        assert len(rows) == (2 if name == "preset" else 1), name  # each training has presets of its own
+    shared = {field.name for field in dataclasses.fields(TrainingConfig)}
+    sections = {block.split("\n")[0]: block for block in page.split("## ")[1:]}
+    assert sections.keys() == {*(f"`{phase}`" for phase in _PHASES), "Options of all trainings"}
+    for phase, kind in _PHASES.items():
+        for field in dataclasses.fields(kind):
+            section = "Options of all trainings" if field.name in shared else f"`{phase}`"
+            flag = field.name.replace("_", "-")
+            assert len(re.findall(rf"^\| `--{flag}` \|", sections[section], flags=re.M)) == 1, (phase, flag)
     # values worked out by hand: `small` changes the rate of both trainings
     (row,) = re.findall(r"^\| `--learning-rate`.*$", page, flags=re.M)
     assert "small: `0.0008`" in row and "paper: `0.0003`" in row

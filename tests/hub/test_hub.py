@@ -136,10 +136,9 @@ def test_a_push_is_one_commit(hub, pushed):
     assert len(repo.messages) == 2, "the second push of the same files makes no commit, the request makes one"
     files = repo.files("main")
     assert set(files) == {
-        "README.md", "config.json", "diffusion_pytorch_model.safetensors", "preview.png", "scores.json",
+        "README.md", "checksums.json", "config.json", "diffusion_pytorch_model.safetensors", "scores.json",
         "train_config.json",
     }  # fmt: skip
-    assert files["preview.png"] == b"picture of step 2"
     for secret in ("/home", "somebody", "patient", TOKEN):
         assert not any(secret.encode() in content for content in files.values())
     assert json.loads(files["train_config.json"])["dataset"] == "scans"
@@ -150,8 +149,8 @@ def test_files_of_an_earlier_model_are_deleted(hub, pushed):
     assert pushed["mixed"][0] == 0
     files = set(hub.repos["models", "user/mixed"].files("main"))
     assert files == {
-        "README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors", "notes/scores.json", "LICENSE",
+        "README.md", "checksums.json", "model_index.json", "scheduler/scheduler_config.json", "unet/checksums.json",
+        "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "notes/scores.json", "LICENSE",
     }  # fmt: skip
 
 
@@ -192,7 +191,7 @@ def test_the_card_of_a_push(pushed, hub):
     assert metadata["library_name"] == "diffdiscover3d" and metadata["license"] == "apache-2.0"
     result = metadata["model-index"][0]["results"][0]
     assert result["metrics"][0]["type"] == "dice" and result["metrics"][0]["value"] == 0.5123
-    assert "](preview.png)" in card and "| k-means | 0.400 |" in card and "--model user/parts" in card
+    assert "preview.png" not in card and "| k-means | 0.400 |" in card and "--model user/parts" in card
 
 
 def test_pull_requests_branches_and_private_repositories(hub, pushed):

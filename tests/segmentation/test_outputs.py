@@ -1,5 +1,7 @@
 """The files that `segment` writes beside the label map, their grid, sharing work and resuming."""
 
+import gzip
+import html
 import json
 import os
 import subprocess
@@ -224,6 +226,47 @@ def test_resume_skips_what_is_done(tmp_path, make_nifti, tiny_discovery):
         segment(scans, out, model=model)
     with pytest.raises(ModelError, match=r"another argument; use --overwrite"):
         segment(scans, out, model=model, resume=True, order="size")
+
+
+def test_resume_takes_no_mixed_or_truncated_results(tmp_path, make_nifti, levelled):
+    scan = make_nifti(tmp_path / "scan.nii.gz", noise())
+    options = {"model": str(levelled), "level": "all", "resume": True}
+    (whole,) = segment(scan, tmp_path / "out", **options)
+    files = whole.levels[2]
+    expected = {path: path.read_bytes() for path in (files.labels, files.table)}
+    assert segment(scan, tmp_path / "out", **options) == []
+    unhashed = {k: v for k, v in json.loads(files.sidecar.read_text()).items() if k != "outputs"}
+    damages = {
+        "truncated map": (files.labels, expected[files.labels][:-40]),
+        "map of another level": (files.labels, whole.levels[1].labels.read_bytes()),
+        "empty table": (files.table, b""),
+        "list as sidecar": (files.sidecar, b"[]"),
+        "deep sidecar": (files.sidecar, b"[" * 100_000),
+        "sidecar without hashes": (files.sidecar, json.dumps(unhashed).encode()),
+    }
+    for damage, (path, content) in damages.items():
+        path.write_bytes(content)
+        assert len(segment(scan, tmp_path / "out", **options)) == 1, damage
+        assert {path: path.read_bytes() for path in expected} == expected, damage
+
+
+def test_nothing_private_is_copied_into_results(tmp_path, make_nifti, levelled):
+    def mod(header):
+        header["db_name"], header["aux_file"], header["descrip"] = b"Jane Doe", b"/home/jane/x.nii", b"1970-01-02"
+
+    values = noise()
+    values[2, 3, 4] = 1e8
+    scan = make_nifti(tmp_path / "scan.nii.gz", values, mod=mod)
+    everything = {"preview": True, "statistics": True, "tables": True, "probabilities": True, "report": True}
+    (result,) = segment(scan, tmp_path / "out", model=str(levelled), level="all", **everything)
+    for path in (tmp_path / "out").iterdir():
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        for private in (b"Jane", b"jane", b"1970-01-02", str(tmp_path).encode()):
+            assert private not in content, (path.name, private)
+    # what rules the intensity range is noted in the terminal, the sidecar and the report
+    (note,) = [n for n in result.notes if "rule the intensity range" in n]
+    assert note in json.loads(result.sidecar.read_text())["notes"]
+    assert html.escape(note) in result.report.read_text()
 
 
 def test_levels_a_model_does_not_have(tmp_path, make_nifti, levelled, tiny_discovery):

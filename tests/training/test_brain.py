@@ -10,12 +10,14 @@ import torch
 
 from diffdiscover3d.data.datasets.brain_phantom import brain_phantom
 from diffdiscover3d.data.datasets.brain_scans import BrainScans
+from diffdiscover3d.hub.cards import training_command
 from diffdiscover3d.hub.registry import load_discovery, load_teacher
 from diffdiscover3d.training.brain import BrainTraining, SceneBank
 from diffdiscover3d.training.brain_assignments import conspicuous_outliers
 from diffdiscover3d.training.brain_config import BrainConfig
 from diffdiscover3d.training.brain_run import train_brain
 from diffdiscover3d.training.brain_scenes import SceneOptions, acquire_again, draw_scene
+from diffdiscover3d.training.config import as_dict
 
 FRAME = (32, 40, 36)
 
@@ -113,6 +115,13 @@ def test_both_models_are_trained_and_resumed(scans, tmp_path, monkeypatch):
     assert set(log[0]) >= {"loss", "level1", "entropy", "dice", "visual", "invariance"}
     assert any("agreement" in line for line in log)
     assert sum(p.stat().st_size for p in folder.rglob("diffusion_pytorch_model.safetensors")) < 2**21
+
+
+def test_a_card_has_the_command_of_the_brain_training(scans, tmp_path):
+    config = as_dict(options(scans, tmp_path, reassign_every=7))
+    words = training_command("discovery", config).split()
+    assert words[:5] == ["accelerate", "launch", "-m", "diffdiscover3d.train", "brain"]
+    assert words[words.index("--reassign-every") + 1] == "7" and "--frame" in words
 
 
 def test_a_training_that_was_stopped_ends_in_the_same_weights(scans, tmp_path, monkeypatch):
