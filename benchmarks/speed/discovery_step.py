@@ -81,6 +81,7 @@ def ask_for_all(task: DiscoveryTraining, volumes: Repeated) -> float:
 def draw_batch(task: DiscoveryTraining, side: int, seed: int, device: str) -> dict[str, torch.Tensor]:
     """A batch as a training with a fresh teacher would draw it, from the task's own `draw`."""
     volumes = random_volumes(task.config.batch_size, (side,) * 3, seed)
+    task.device = torch.device("cpu")  # where the noise is drawn
     drawn = [task.draw(v, draw_generator(seed, 0, slot)) for slot, v in enumerate(volumes)]
     batch = {name: torch.stack([d[name] for d in drawn]) for name in drawn[0]}
     known = {"index": torch.arange(len(volumes)), "flips": torch.zeros(len(volumes), 3, dtype=torch.bool)}
@@ -110,7 +111,7 @@ def both_losses(case: str, side: int, seed: int, device: str) -> dict[str, dict[
         batch["noise"] = torch.stack([task.teacher_signals.fixed_noise(i, grid) for i in batch["index"].tolist()]).to(
             device
         )
-    package = task.losses(task.model.train(), dict(batch))
+    package = task.losses(task.model.train(), task.prepare(batch))
     direct = direct_discovery_losses(
         make_teacher(config.teacher, seed).to(device).unet, task.teacher.scheduler, task.model, batch, config
     )

@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks import DOCS, RESULTS
+from benchmarks.speed.gpu_report import gpu_section
 from benchmarks.speed.run import BENCHMARKS
 from benchmarks.speed.timing import module_of
 from diffdiscover3d.reporting.markdown import markdown_table
@@ -69,6 +70,7 @@ def write_report(results: Path, docs: Path, benchmarks: Iterable[str]) -> Path:
                 if name == "segment-cost":
                     save_costs(pictures / f"cost-per-voxel-{device}.png", there[name]["details"]["costs"])
                     text.append(f"![Cost of a voxel](speed/cost-per-voxel-{device}.png)\n")
+    text.append(gpu_section(results))
     page = docs / "speed.md"
     with atomic_file(page) as temporary:
         temporary.write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")

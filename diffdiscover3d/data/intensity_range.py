@@ -19,7 +19,7 @@ _SAMPLE = 1_000_000  # values are looked at, at most
 
 
 def describe_volume_range(volume: np.ndarray) -> list[str]:
-    """[`describe_range`] of an (H, W, D) volume in memory."""
+    """[`describe_range`] of a volume in memory, or of those of its voxels that count; any shape."""
     step = max(1, volume.size // _SAMPLE)
     return describe_range(volume.reshape(-1)[::step], volume.min(), volume.max())
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from diffdiscover3d.models import cpu_kernels, mixed_precision
 from diffdiscover3d.models.fused_kernels import NATIVE, Kernels
-from diffdiscover3d.models.mixed_precision import autocast_dtype, free_memory
 
 _MEMORY_SHARE = 0.25  # of the free memory that one attention may take
 _MAX_SEGMENTS, _MIN_SEGMENT = 64, 4096
@@ -55,7 +55,7 @@ class _Attention(nn.Module, ABC):
         """Normalised (B, N, C) tokens to the attention's output after its last projection, (B, N, C)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" and not torch.compiler.is_compiling():
+        if not cpu_kernels.is_on_cpu(x) and not torch.compiler.is_compiling():
             return self.forward_tokens(x)
         batch, grid = x.shape[0], x.shape[2:]
         qkv = self.qkv(self.norm(x)).reshape(batch, 3, self.heads, self.head_dim, -1)
@@ -114,7 +114,7 @@ class LinearAttention(_Attention):
         voxels = math.prod(x.shape[2:])
         if torch.compiler.is_compiling():  # the compiler fuses what would be large
             return super().forward(x)
-        if x.device.type == "cpu":
+        if cpu_kernels.is_on_cpu(x):
             return super().forward(x) if voxels <= self.chunk else self.forward_chunks(x)
         return self.forward_tokens(x) if self._fits_whole(x, voxels) else self.forward_chunks(x)
 
@@ -134,10 +134,10 @@ class LinearAttention(_Attention):
         """Decided once for each shape, so that a training does not change its way in the middle."""
         key = x.shape, x.dtype, x.device
         if key not in self._fits:
-            dtype = autocast_dtype(x.device) or x.dtype
+            dtype = mixed_precision.autocast_dtype(x.device) or x.dtype
             saved = 6 * self.heads * self.head_dim + 5 * x.shape[1]  # channels of the tensors kept for the backward
             needed = 2 * len(x) * voxels * saved * dtype.itemsize
-            self._fits[key] = dtype != torch.float16 and needed <= _MEMORY_SHARE * free_memory(x.device)
+            self._fits[key] = dtype != torch.float16 and needed <= _MEMORY_SHARE * mixed_precision.free_memory(x.device)
         return self._fits[key]
 
     def _gather(self, x: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

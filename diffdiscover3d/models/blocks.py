@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from diffdiscover3d.models.channel_padding import convolve_padded
 from diffdiscover3d.models.cpu_kernels import ChannelsLastNormSiLU, Conv3d, wants_channels_last_norm
 from diffdiscover3d.models.fused_kernels import NATIVE, Kernels
 
@@ -67,14 +68,14 @@ class ResidualBlock(nn.Module):
         """Apply the block.
 
         Args:
-            x: (B, C, H, W, D).
+            x: (B, C, H, W, D), or with further channels of zeros.
             time: (B, time channels) time embedding.
             shift: (B, out channels, 1, 1, 1) its projection, if it is computed already; see [`project_time`].
         """
         if self.time_projection is not None and shift is None:
             shift = self.time_projection(F.silu(time))[:, :, None, None, None]
-        hidden = self.norm1(self.conv1(x), shift)
-        return self.norm2(self.conv2(hidden), self.shortcut(x))
+        hidden = self.norm1(convolve_padded(self.conv1, x), shift)
+        return self.norm2(self.conv2(hidden), convolve_padded(self.shortcut, x))
 
 
 def project_time(blocks: Sequence[ResidualBlock], time: torch.Tensor) -> list[torch.Tensor]:

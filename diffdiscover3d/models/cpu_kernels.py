@@ -10,6 +10,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 
+def is_on_cpu(x: torch.Tensor) -> bool:
+    """Whether code for a CPU is used for a tensor; the one place where the networks decide it."""
+    return x.device.type == "cpu"
+
+
 def precise_if_small(x: torch.Tensor, stride: int) -> AbstractContextManager:
     """Disable CPU autocast for tiny grids.
 
@@ -104,7 +109,7 @@ class ChannelsLastNormSiLU(torch.autograd.Function):
 def wants_channels_last_norm(x: torch.Tensor) -> bool:
     """Whether [`ChannelsLastNormSiLU`] should replace PyTorch's group norm for this input."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
-    return x.device.type == "cpu" and channels_last and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return is_on_cpu(x) and channels_last and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _sizes(x: torch.Tensor) -> tuple[int, int, int]:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from diffdiscover3d.models import cpu_kernels
+
 EPS = 1e-5  # of the layer norms
 
 
@@ -70,7 +72,7 @@ class _NormSiLU(torch.autograd.Function):
 
 def _norm_silu(x, weight, bias, groups, eps, addend):
     # autocast computes group norms in float32 by a cast before the operator, which a function of our own bypasses
-    is_native = x.dtype == weight.dtype and (addend is None or addend.dtype == x.dtype) and x.device.type != "cpu"
+    is_native = x.dtype == weight.dtype and (addend is None or addend.dtype == x.dtype) and not cpu_kernels.is_on_cpu(x)
     if is_native and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _NormSiLU.apply(x, weight, bias, groups, eps, addend)
     y = F.silu(F.group_norm(x, groups, weight, bias, eps), inplace=not torch.is_grad_enabled())

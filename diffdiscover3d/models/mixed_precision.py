@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from diffdiscover3d.models import cpu_kernels
+
 
 class _CastAll(torch.autograd.Function):
     """Copies of many tensors in another type, made by one operator, as are their gradients."""
@@ -39,13 +41,13 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def wants_cast_weights(x: torch.Tensor) -> bool:
     """Whether all weights should be cast at once for this input: under bfloat16 autocast on an accelerator."""
-    if x.device.type == "cpu" or torch.compiler.is_compiling():
+    if cpu_kernels.is_on_cpu(x) or torch.compiler.is_compiling():
         return False
     return autocast_dtype(x.device) == torch.bfloat16
 
 
 @contextlib.contextmanager
-def cast_weights(network: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+def with_cast_weights(network: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """Within it, the network computes with copies of its weights in `dtype`, and autocast is disabled.
 
     Autocast casts weight by weight, and computes norms and softmaxes in float32 between two casts. Here all weights are

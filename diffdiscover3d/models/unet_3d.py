@@ -13,12 +13,14 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from diffdiscover3d.data.transforms import pad_to_multiple
+from diffdiscover3d.models import cpu_kernels
 from diffdiscover3d.models.attention import ATTENTIONS, FullAttention
 from diffdiscover3d.models.blocks import ResidualBlock, TimeEmbedding, project_time
+from diffdiscover3d.models.channel_padding import convolve_unfolded
 from diffdiscover3d.models.cpu_kernels import Conv3d, precise_if_small
 from diffdiscover3d.models.fused_kernels import NATIVE, compiled_kernels
 from diffdiscover3d.models.loading import StrictLoadingMixin
-from diffdiscover3d.models.mixed_precision import cast_weights, wants_cast_weights
+from diffdiscover3d.models.mixed_precision import wants_cast_weights, with_cast_weights
 
 
 @dataclass
@@ -171,7 +173,7 @@ class UNet3DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         """Encoder and decoder: the prediction on the internal grid, and the features of the decoder stages computed."""
         time = self.time_embedding(timestep)
         shifts = self._time_shifts(time)
-        x = self.conv_in(x.to(self.conv_in.weight.dtype))
+        x = self._enter(x.to(self.conv_in.weight.dtype))
         skips = []
         for i, level in enumerate(self.down_levels):
             x = self._run(level, x, time, *shifts.get(level, ()))
@@ -213,15 +215,20 @@ class UNet3DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
     def _mixed_precision(self, x: torch.Tensor) -> AbstractContextManager:
         # recomputation in the backward pass would find the weights in their own type
         if wants_cast_weights(x) and not self._recomputes():
-            return cast_weights(self, torch.bfloat16, x.device)
+            return with_cast_weights(self, torch.bfloat16, x.device)
         return precise_if_small(x, self.stride)
+
+    def _enter(self, x: torch.Tensor) -> torch.Tensor:
+        if cpu_kernels.is_on_cpu(x) or torch.compiler.is_compiling():
+            return self.conv_in(x)
+        return convolve_unfolded(self.conv_in, x)
 
     def _time_shifts(self, time: torch.Tensor) -> dict[nn.Module, Sequence[torch.Tensor]]:
         """The time embedding's projection for each block, by level; empty on a CPU, where each block computes its own.
 
         One product for all blocks sums in another order, and on a CPU it is not faster.
         """
-        if time.device.type == "cpu" or torch.compiler.is_compiling():
+        if cpu_kernels.is_on_cpu(time) or torch.compiler.is_compiling():
             return {}
         owners = [*self.down_levels, self.mid_block1, self.mid_block2, *self.up_levels]
         blocks = [[m] if isinstance(m, ResidualBlock) else list(m.blocks) for m in owners]

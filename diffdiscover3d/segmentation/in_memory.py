@@ -16,6 +16,14 @@ from diffdiscover3d.errors import MemoryLimitError, is_out_of_memory
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.parts import PartStatistics, count_pairs, measure_parts, number_by_size
 from diffdiscover3d.reporting.pictures import middle_slices
+from diffdiscover3d.segmentation.finish import (
+    OUTSIDE,
+    bounding_box,
+    numbers_with_background,
+    read_mask,
+    smoothed,
+    without_small_pieces,
+)
 from diffdiscover3d.segmentation.job import ScanJob
 from diffdiscover3d.segmentation.outputs import label_map
 
@@ -76,14 +84,16 @@ class InMemoryFinder:
 
     def __init__(self, job: ScanJob, scan: NiftiVolume):
         self.job, self.scan, self.notes = job, scan, list(scan.notes)
-        if any(getattr(n.config, "scaling", "min_max") == "min_max" for n in job.networks.values()):
-            self.notes += describe_volume_range(scan.data)
         # by network: its labels on the grid on which they were found, and on the scan's grid
         self._found: dict[StructureDiscoveryModel, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._mask = None if job.finish.mask is None else read_mask(job.finish.mask, scan)
+        self._box = None if self._mask is None else bounding_box(self._mask)
+        if any(getattr(n.config, "scaling", "min_max") == "min_max" for n in job.networks.values()):
+            self.notes += describe_volume_range(scan.data if self._mask is None else scan.data[self._mask])
 
     def find(self, level: int | None) -> PartsInMemory:
         """See [`PartFinder`]."""
-        network = self.job.networks[level]
+        network, finish, wanted = self.job.networks[level], self.job.finish, self.job.extras.probabilities
         for coarser in network.levels[:-1]:
             if coarser not in self._found:
                 self._soft_parts(coarser)
@@ -91,11 +101,20 @@ class InMemoryFinder:
         count = network.config.num_parts
         labels = self._found[network][1].cpu().numpy()
         labels = labels if labels.dtype == np.uint8 else labels.astype(np.uint16)
-        if self.job.order == "size":
-            numbers = number_by_size(labels, count)
+        if finish.min_size:
+            labels = without_small_pieces(labels, finish.min_size, count)
+        numbers = number_by_size(labels, count) if self.job.order == "size" else np.arange(count)
+        numbers = numbers_with_background(numbers, finish.background)
+        if (numbers != np.arange(count)).any():
             labels = np.argsort(numbers).astype(labels.dtype)[labels]
-            soft = soft[torch.as_tensor(numbers, device=soft.device)] if self.job.extras.probabilities else None
-        return PartsInMemory(self.scan, labels, count, soft if self.job.extras.probabilities else None)
+            soft = soft[torch.as_tensor(numbers, device=soft.device)] if wanted else None
+        recorded = {} if finish.background is None else {"background": finish.background}
+        if self._mask is not None:
+            labels = np.where(self._mask[self._box], labels + 1, 0).astype(np.uint8 if count < 256 else np.uint16)
+            whole = np.zeros(self.scan.shape, labels.dtype)
+            whole[self._box] = labels
+            labels, count, recorded = whole, count + 1, {"background": OUTSIDE}
+        return PartsInMemory(self.scan, labels, count, soft if wanted else None, recorded)
 
     def middle_slices(self) -> list[np.ndarray]:
         """See [`PartFinder`]."""
@@ -118,7 +137,9 @@ class InMemoryFinder:
     def _soft_parts(self, network: StructureDiscoveryModel) -> torch.Tensor:
         """(K, H, W, D) soft parts, each zero outside its parent; the labels are kept for the next level."""
         soft, found, resampled = self._probabilities(network)
-        if network.parent_model in self._found and resampled:
+        if self.job.finish.smooth:
+            soft = torch.from_numpy(smoothed(soft.cpu().numpy(), self.job.finish.smooth)).to(soft.device)
+        if network.parent_model in self._found and (resampled or self.job.finish.smooth):
             keep_within_parents(soft, self._found[network.parent_model][1], network.parents)
         labels = soft.max(dim=0).indices.to(torch.uint8 if len(soft) <= 256 else torch.int32)
         self._found[network] = (found, labels)
@@ -129,7 +150,12 @@ class InMemoryFinder:
 
         On a working grid, or at half the resolution, the soft parts are linearly interpolated.
         """
-        volume, job = torch.from_numpy(self.scan.data), self.job
+        job = self.job
+        if self._mask is None:
+            volume = torch.from_numpy(self.scan.data)
+        else:  # outside, the smallest value inside: as scans have it whose background was removed
+            inside, data = self._mask[self._box], self.scan.data[self._box]
+            volume = torch.from_numpy(np.where(inside, data, data[inside].min()))
         grid = tuple(volume.shape)
         parents = {}
         if network.parent_model in self._found:

@@ -104,9 +104,9 @@ class Assignments:
             "assigned %d volumes, %d of them reliable; contrast %.2f", len(found), len(self.used), self.contrast
         )
 
-    def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The loss against the assignments of a batch whose indices count in `used`."""
-        config, volume = self.config, batch["volume"]
+    def prepare(self, batch: dict[str, torch.Tensor]) -> dict:
+        """The network's inputs and targets for a batch whose indices count in `used`."""
+        volume = batch["volume"]
         index, flips = batch["index"].tolist(), batch["flips"].cpu()
         maps = [flip(self.labels[i][0], f) for i, f in zip(index, flips, strict=True)]
         inside = [flip(self.labels[i][1], f) for i, f in zip(index, flips, strict=True)]
@@ -116,8 +116,12 @@ class Assignments:
         changed = torch.where(inverted, 1 - volume**gamma, volume**gamma)
         changed = recolor(changed, labels, self.families, batch["recolor"] * self.contrast, batch["recolored"])
         parent_labels = None if self._parents is None else self._parents[labels][:, None]
-        logits = model(changed, parent_labels).logits.float()
-        targets = labels.masked_fill(~reliable, _IGNORED)
+        return {"volume": changed, "parent_labels": parent_labels, "targets": labels.masked_fill(~reliable, _IGNORED)}
+
+    def losses(self, model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+        """The loss against the assignments of a prepared batch."""
+        config, targets = self.config, batch["targets"]
+        logits = model(batch["volume"], batch["parent_labels"]).logits.float()
         free = config.sibling_order == "free"
         terms = {"assignment": assignment_loss(logits, targets, self.families, interchangeable=free)}
         if config.lambda_spatial > 0 or config.lambda_smooth > 0:

@@ -102,14 +102,20 @@ class BrainTraining:
     def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         return {"seed": torch.randint(2**48, (), generator=generator)}
 
+    @torch.no_grad()
+    def prepare(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        scene = self.bank.scenes(batch["index"], batch["seed"])
+        lesion = conspicuous_outliers(scene.conspicuous, scene.foreground) | (scene.carried > 0)
+        prepared = {"view": scene.view, "foreground": scene.foreground, "lesion": lesion}
+        if self.config.lambda_invariance > 0:
+            generator = torch.Generator(scene.view.device).manual_seed(int(batch["seed"].sum() + 1) % 2**62)
+            prepared["again"] = acquire_again(scene.view, scene.foreground, generator)
+        return prepared
+
     def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        config = self.config
-        with torch.no_grad():
-            scene = self.bank.scenes(batch["index"], batch["seed"])
-            lesion = conspicuous_outliers(scene.conspicuous, scene.foreground) | (scene.carried > 0)
-        inside, targets = scene.foreground, lesion.float()
+        config, view, inside, targets = self.config, batch["view"], batch["foreground"], batch["lesion"].float()
         brain = inside.float()
-        coarse, fine = model(scene.view, inside)
+        coarse, fine = model(view, inside)
         margin = _margin(fine, inside)
         probability = torch.sigmoid(margin) * brain
         pointwise = F.binary_cross_entropy_with_logits(margin, targets, reduction="none")
@@ -121,12 +127,9 @@ class BrainTraining:
         if config.lambda_visual > 0:
             masks = torch.cat([1 - brain, brain - probability, probability], dim=1)
             within = torch.cat([1 - brain, brain], dim=1)
-            terms["visual"] = config.lambda_visual * region_consistency(masks, scene.view, relative=True, within=within)
+            terms["visual"] = config.lambda_visual * region_consistency(masks, view, relative=True, within=within)
         if config.lambda_invariance > 0:
-            generator = torch.Generator(scene.view.device).manual_seed(int(batch["seed"].sum() + 1) % 2**62)
-            with torch.no_grad():
-                again = acquire_again(scene.view, inside, generator)
-            second = torch.sigmoid(_margin(model(again, inside)[1], inside)) * brain
+            second = torch.sigmoid(_margin(model(batch["again"], inside)[1], inside)) * brain
             both = [torch.cat([brain - p, p], dim=1) for p in (probability, second)]
             terms["invariance"] = config.lambda_invariance * photometric_invariance(*both)
         return {"loss": sum(terms.values()), **terms}
@@ -209,10 +212,10 @@ class BrainDiffusion(DiffusionTraining):
         drawn = super().draw(torch.empty(1, *self.model.noise_grid), generator)
         return {**drawn, "seed": torch.randint(2**48, (), generator=generator)}
 
-    def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        with torch.no_grad():
-            view = self.bank.scenes(batch["index"], batch["seed"]).view
-        return super().losses(model, {**batch, "volume": resize_volume(view, self.model.noise_grid)})
+    @torch.no_grad()
+    def prepare(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        view = self.bank.scenes(batch["index"], batch["seed"]).view
+        return super().prepare({**batch, "volume": resize_volume(view, self.model.noise_grid)})
 
 
 class _AveragedWeights:

@@ -43,6 +43,8 @@ class TrainingConfig:
         "auto", "memory format of weights and volumes; auto: measure and use the faster", MEMORY_FORMATS
     )
     compile: bool = option(False, "compile the networks with torch.compile: slower start, faster steps")
+    cuda_graphs: bool = option(False, "replay each step as a CUDA graph: one GPU, one micro-batch per step")
+    tf32: bool = option(False, "compute float32 matrix products on a GPU in TF32, with 10 bits of mantissa")
     volume_size: tuple[int, ...] | None = option(None, "resample all volumes to this grid (one or three integers)")
     modality: str | None = option(None, "BraTS modality: flair (default), t1, t1ce or t2")
     grade: str | None = option(None, "grade of BraTS 2017 to 2019: HGG (default), LGG or all", ("HGG", "LGG", "all"))

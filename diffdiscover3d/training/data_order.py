@@ -4,7 +4,7 @@ A slot is a position in the global batch. The number of processes and interrupti
 process loads its own slots of the same global batch, and a resumed training continues with the remaining steps.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,27 @@ def draw_generator(seed: int, step: int, slot: int) -> torch.Generator:
     """The CPU generator of all random draws for one volume of one step."""
     state = np.random.SeedSequence([seed, step, slot]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
+
+
+def draw_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Standard normal noise drawn on a device, each entry by a generator of its own seed.
+
+    Args:
+        seeds: one for each volume.
+        shape: of one volume's noise.
+
+    Returns:
+        (len(seeds), *shape) float32.
+    """
+    noise, generator = torch.empty(len(seeds), *shape, device=device), torch.Generator(device)
+    for one, seed in zip(noise, seeds, strict=True):
+        one.normal_(generator=generator.manual_seed(seed))
+    return noise
+
+
+def draw_noise_seed(generator: torch.Generator) -> torch.Tensor:
+    """A seed for [`draw_noise`], an int64 scalar."""
+    return torch.randint(2**62, (), generator=generator)
 
 
 def volume_index(seed: int, position: int, length: int) -> int:

@@ -14,6 +14,7 @@ from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline,
 from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline, make_ddim_scheduler
 from diffdiscover3d.reporting.pictures import save_slices
 from diffdiscover3d.training.config import DiffusionConfig
+from diffdiscover3d.training.data_order import draw_noise, draw_noise_seed
 
 
 def make_unet(config: DiffusionConfig, mixed_shapes: bool = False) -> UNet3DModel:
@@ -40,6 +41,7 @@ class DiffusionTraining:
     """The diffusion pretraining task: UNet, noise and L1 loss."""
 
     name = "diffusion"
+    device = torch.device("cpu")
 
     def __init__(self, config: DiffusionConfig, common_grid: tuple[int, int, int] | None):
         """Args:
@@ -60,10 +62,16 @@ class DiffusionTraining:
         self.sample_grid = self.volume_grid or common_grid
 
     def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        return {
-            "timestep": torch.randint(self.config.num_train_timesteps, (), generator=generator),
-            "noise": torch.randn(volume.shape, generator=generator),
-        }
+        timestep = torch.randint(self.config.num_train_timesteps, (), generator=generator)
+        if self.device.type == "cuda":  # the noise itself is drawn there
+            return {"timestep": timestep, "noise_seed": draw_noise_seed(generator)}
+        return {"timestep": timestep, "noise": torch.randn(volume.shape, generator=generator)}
+
+    def prepare(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        noise = batch.get("noise")
+        if noise is None:
+            noise = draw_noise(batch["noise_seed"].tolist(), batch["volume"].shape[1:], batch["volume"].device)
+        return {"volume": batch["volume"], "timestep": batch["timestep"], "noise": noise}
 
     def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         clean = 2 * batch["volume"] - 1
@@ -72,13 +80,18 @@ class DiffusionTraining:
         return {"loss": F.l1_loss(predicted.float(), clean)}
 
     def compile(self) -> None:
-        self.model.compile()
+        if self.device.type == "cuda":
+            self.model.fuse_kernels()
+        else:
+            self.model.compile()
 
     def has_metrics_after(self, step: int) -> bool:
         return False
 
     def after_step(self, step: int) -> dict[str, float]:
-        self.ema.to(next(self.model.parameters()).device)
+        device = next(self.model.parameters()).device
+        if self.ema.shadow_params[0].device != device:
+            self.ema.to(device)
         self.ema.step(self.model.parameters())
         return {}
 

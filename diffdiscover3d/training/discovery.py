@@ -21,6 +21,7 @@ from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
 from diffdiscover3d.reporting.pictures import save_slices
 from diffdiscover3d.training.assignments import Assignments, part_families, spatial_terms
 from diffdiscover3d.training.config import DiscoveryConfig
+from diffdiscover3d.training.data_order import draw_noise, draw_noise_seed
 from diffdiscover3d.training.nesting import choose_children, divided_parts, parent_masks, parent_matrix
 from diffdiscover3d.training.precision import FORMATS
 from diffdiscover3d.training.teacher_signals import TeacherSignals
@@ -61,7 +62,7 @@ class DiscoveryTraining:
         parent: StructureDiscoveryModel | None = None,
     ):
         torch.manual_seed(config.seed if config.init_seed is None else config.init_seed)
-        self.config, self.accelerator = config, accelerator
+        self.config, self.accelerator, self.device = config, accelerator, accelerator.device
         _check_teacher(config, teacher)
         self.teacher = teacher.to(accelerator.device)
         self.teacher.unet.eval().requires_grad_(False).to(memory_format=FORMATS[config.memory_format])
@@ -124,25 +125,32 @@ class DiscoveryTraining:
             drawn["recolor"] = torch.randn(self.config.num_parts, generator=generator)
             drawn["recolored"] = torch.rand((), generator=generator) < self.config.recolor_probability
             return drawn
-        return (
-            drawn
-            if self.teacher_signals.fixed
-            else {**drawn, "noise": self.teacher_signals.draw(self.noise_grid, generator)}
-        )
+        if self.teacher_signals.fixed:
+            return drawn
+        if self.device.type == "cuda":  # the noise itself is drawn there
+            return {**drawn, "noise_seed": draw_noise_seed(generator)}
+        return {**drawn, "noise": self.teacher_signals.draw(self.noise_grid, generator)}
 
-    def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def prepare(self, batch: dict[str, torch.Tensor]) -> dict:
+        if self.assignments is not None:
+            return self.assignments.prepare(batch)
+        volume = batch["volume"]
+        if "noise_seed" in batch:
+            shape = self.teacher_signals.noise_shape(self.noise_grid)
+            batch = {**batch, "noise": draw_noise(batch["noise_seed"].tolist(), shape, volume.device)}
+        with self.accelerator.autocast():
+            phi = self.teacher_signals(batch)
+        return {"volume": volume, "gamma": batch["gamma"], "inverted": batch["inverted"], **vars(phi)}
+
+    def losses(self, model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
         if self.assignments is not None:
             return self.assignments.losses(model, batch)
         config, volume = self.config, batch["volume"]
         gamma, inverted = (batch[name][:, None, None, None, None] for name in ("gamma", "inverted"))
-        with self.accelerator.autocast():
-            phi = self.teacher_signals(batch)
-
         changed = torch.where(inverted, 1 - volume**gamma, volume**gamma)
-        parent_labels = None if phi.parent_labels is None else phi.parent_labels.repeat(2, 1, 1, 1, 1)
-        both = (
-            model(torch.cat([volume, changed]), parent_labels).logits.float().softmax(dim=1)
-        )  # one pass for both views
+        parent_labels = None if batch["parent_labels"] is None else batch["parent_labels"].repeat(2, 1, 1, 1, 1)
+        views = torch.cat([volume, changed])  # one pass for both
+        both = model(views, parent_labels).logits.float().softmax(dim=1)
         masks, masks_changed = both.chunk(2)
         divided, parents = self._division
         relative = config.relative_consistency
@@ -153,18 +161,21 @@ class DiscoveryTraining:
 
         terms = {}
         if config.lambda_feature > 0:
-            terms["feature"] = config.lambda_feature * consistency(phi.features, phi.extent)  # Eq. 6
+            terms["feature"] = config.lambda_feature * consistency(batch["features"], batch["extent"])  # Eq. 6
         if config.lambda_visual > 0:
             terms["visual"] = config.lambda_visual * consistency(volume)  # Eq. 7
         if config.lambda_invariance > 0:  # Eq. 8
             distance = photometric_invariance(masks[:, divided], masks_changed[:, divided])
             terms["invariance"] = config.lambda_invariance * distance
         if config.lambda_denoised > 0:  # not in the paper: Eq. 7 on the clean prediction of the teacher
-            terms["denoised"] = config.lambda_denoised * consistency(phi.denoised)
+            terms["denoised"] = config.lambda_denoised * consistency(batch["denoised"])
         terms |= spatial_terms(config, masks, self._families)
         return {"loss": sum(terms.values()), **terms}  # Eq. 4
 
     def compile(self) -> None:
+        if self.device.type == "cuda":
+            self.teacher.unet.fuse_kernels()
+            return
         self.teacher.unet.compile()
         # slot dropout breaks the graph; release the custom convolutions, which would be compiled separately
         Conv3d.release(self.model.network).compile()

@@ -1,5 +1,6 @@
 """The training loop both stages share: processes, steps, checkpoints, logs and pictures."""
 
+import functools
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from diffdiscover3d.errors import OutputError
 from diffdiscover3d.reporting.plots import save_loss_curves
+from diffdiscover3d.training.backward import make_pass
 from diffdiscover3d.training.config import TrainingConfig, as_dict
 from diffdiscover3d.training.data_order import StepBatches, TrainingVolumes, draw_generator
 from diffdiscover3d.training.dropout import sees_its_own_batch_only, set_slots, use_slot_dropout
@@ -29,7 +31,7 @@ from diffdiscover3d.utils.staging import staged_folder
 
 logger = logging.getLogger("diffdiscover3d")
 _SKIPS_ON_DEVICE = ("cpu", "cuda", "xpu")  # where the fused optimiser heeds `found_inf`; on mps it does not
-HOST_SIDE = ("index", "flips")  # of a batch: what is only ever asked for on the host
+HOST_SIDE = ("index", "flips", "noise_seed")  # entries of a batch that are only read on the host
 
 
 class Task(Protocol):
@@ -39,11 +41,16 @@ class Task(Protocol):
     model: torch.nn.Module
     volume_grid: tuple[int, int, int] | None  # volumes are resampled to it; None leaves them
 
+    device: torch.device  # of the training
+
     def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Everything random about one volume, drawn on the CPU; must not depend on any other state."""
 
-    def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Scalar losses of a batch; the one called "loss" is minimised."""
+    def prepare(self, batch: dict[str, torch.Tensor]) -> dict:
+        """The input of `losses` for a batch: everything that reads values on the host or needs no gradient."""
+
+    def losses(self, model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+        """Scalar losses of a prepared batch; the one called "loss" is minimised. Must not synchronise."""
 
     def compile(self) -> None:
         """Let torch.compile make the networks faster, in place."""
@@ -145,6 +152,10 @@ def train(
     """
     output = Path(config.output_dir)
     identity = identity or {}
+    task.device = accelerator.device
+    if config.tf32:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
     trained = [p for p in task.model.parameters() if p.requires_grad]  # a parent is frozen
     optimizer = torch.optim.Adam(trained, lr=config.learning_rate, fused=accelerator.device.type in _SKIPS_ON_DEVICE)
     task.model.to(memory_format=FORMATS[config.memory_format])
@@ -163,6 +174,7 @@ def train(
         logger.info("batch norm sees each process's volumes apart: another number of processes trains otherwise")
 
     model.train()
+    backward = make_pass(functools.partial(task.losses, model), trained, optimizer.zero_grad, config, accelerator)
     batches = _read_ahead(_make_loader(task, config, volumes, accelerator, start))
     metrics, clock, timed = StepMetrics(accelerator.device, output), time.perf_counter(), start
     alone = accelerator.num_processes == 1
@@ -173,7 +185,8 @@ def train(
         bar.show(f"training, {task.name}")
         for step in range(start, config.max_steps):
             done = step + 1
-            metrics.add(done, *_take_step(task, model, optimizer, batches, config, accelerator, step, dropouts, stop))
+            taken = _take_step(task, model, optimizer, backward, batches, config, accelerator, step, dropouts, stop)
+            metrics.add(done, *taken)
             saving = done % config.checkpoint_every == 0 or done == config.max_steps
             logging_now = done % config.log_every == 0 or task.has_metrics_after(done) or done == config.max_steps
             # one process decides for itself, and at once; several have to agree, by what all of them read
@@ -210,9 +223,9 @@ def train(
 
 
 def _take_step(
-    task, model, optimizer, batches, config, accelerator, step, dropouts, stop
+    task, model, optimizer, backward, batches, config, accelerator, step, dropouts, stop
 ) -> tuple[tuple[str, ...], torch.Tensor]:
-    """One optimiser step over all micro-batches; what [`StepMetrics`] takes of it. Nothing waits for the device."""
+    """One optimiser step over all micro-batches, without synchronising; returns its losses for [`StepMetrics`]."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(config, step)
     # whatever else draws from the global generator; one seed per step and process makes a resumed step the same step
@@ -224,9 +237,9 @@ def _take_step(
         batch = next(batches)
         set_slots(dropouts, config.seed, step, batch.pop("slot").tolist())
         batch = {k: v if k in HOST_SIDE else v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
+        batch = task.prepare(batch)
         with accelerator.accumulate(model):
-            losses = task.losses(model, batch)
-            accelerator.backward(losses["loss"])
+            losses = backward(batch)
             if accelerator.sync_gradients:
                 limit = config.max_grad_norm or float("inf")
                 norm = accelerator.clip_grad_norm_(model.parameters(), limit)
@@ -236,7 +249,8 @@ def _take_step(
                         optimizer.optimizer.found_inf = 1 - finite
             if skips_on_device or bool(finite):
                 optimizer.step()
-            optimizer.zero_grad()
+            if backward.resets_gradients:
+                optimizer.zero_grad()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0) + value.detach().float() / config.gradient_accumulation_steps
     asked = torch.full((), float(stop.requested), device=accelerator.device)

@@ -19,7 +19,7 @@ CONFIG_FILE = "train_config.json"
 _FREE_OPTIONS = {
     "output_dir", "resume", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints", "preview_every",
     "report_to", "save_dtype", "init_from", "gradient_accumulation_steps", "dataset", "teacher",
-    "parent", "children",
+    "parent", "children", "cuda_graphs",
 }  # fmt: skip
 
 

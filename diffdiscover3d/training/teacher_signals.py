@@ -49,9 +49,13 @@ class TeacherSignals:
         denoised = config.denoised_timesteps if config.lambda_denoised > 0 else ()
         return tuple(dict.fromkeys((*features, *denoised)))
 
+    def noise_shape(self, grid: tuple[int, int, int]) -> tuple[int, ...]:
+        """Shape of one volume's noise: (timesteps * num_noise, 1, *grid)."""
+        return len(self.timesteps) * self.config.num_noise, 1, *grid
+
     def draw(self, grid: tuple[int, int, int], generator: torch.Generator) -> torch.Tensor:
-        """Sample the noise of one volume, (timesteps * num_noise, 1, *grid)."""
-        return torch.randn((len(self.timesteps) * self.config.num_noise, 1, *grid), generator=generator)
+        """Sample the noise of one volume, of `noise_shape`."""
+        return torch.randn(self.noise_shape(grid), generator=generator)
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> TeacherOutput:
         """The outputs for a batch with `volume` and either `noise` or, with fixed noise, `index` and `flips`."""

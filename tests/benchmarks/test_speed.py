@@ -108,7 +108,7 @@ def test_direct_discovery_losses_are_the_packages(options, grid, tmp_path):
     drawn = [task.draw(v, draw_generator(3, 0, slot)) for slot, v in enumerate(volumes)]
     batch = {"volume": volumes, **{name: torch.stack([d[name] for d in drawn]) for name in drawn[0]}}
     model = task.model.train()
-    package = task.losses(model, dict(batch))
+    package = task.losses(model, task.prepare(batch))
     direct = direct_discovery_losses(task.teacher.unet, task.teacher.scheduler, model, batch, config)
     assert package.keys() == direct.keys()
     for name in package:
@@ -239,6 +239,31 @@ def test_the_report_is_of_what_there_is(tmp_path):
     assert line in page and "2.00 | at least 4 | **missed** |" in page
     assert "`python -m benchmarks.speed.features`" in page and "torch 2.99" in page and "CUDA" not in page
     assert (tmp_path / "docs" / "speed" / "ratios-cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_shows_what_a_gpu_took_and_counts(tmp_path):
+    rows = [
+        {"what": "a step", "value": 101.86, "unit": "ms", "target": 60.0, "met": False, "peak_gib": 2.233},
+        {"what": "features", "value": 3.5, "unit": "times", "target": 3.0, "met": True, "at_least": True},
+    ]
+    profile = {"ms": 96.53, "launches": 1717.0, "longest": [{"name": "gemm<8>", "ms": 12.918, "count": 34.0}]}
+    found = {
+        "command": "python -m benchmarks.speed.gpu",
+        "environment": {"gpu": "NVIDIA H99", "packages": {"torch": "2.99"}},
+        "rows": rows,
+        "details": {"seconds of a step": 3.0, "a step": {"waits": [], "profile": profile}},
+        "errors": {"segment": "Traceback\nValueError: no scan"},
+    }
+    (tmp_path / "gpu.json").write_text(json.dumps(found))
+    counts = {"operators": 1583, "casts": 1, "synchronising": 0, "gflop": 8844.45}
+    (tmp_path / "operators.json").write_text(json.dumps({"batch": 4, "presets": {"paper": counts}}))
+    page = write_report(tmp_path, tmp_path / "docs", ()).read_text()
+    assert "## NVIDIA H99 (torch 2.99)" in page
+    assert "| a step | 101.9 ms | 2.23 GiB | at most 60 | **missed** |" in page
+    assert "| features | 3.5 times |  | at least 3 | met |" in page
+    assert "| `gemm<8>` | 12.92 | 34 |" in page and "96.5 ms of kernels, 1717 launches" in page
+    assert "*segment failed: ValueError: no scan*" in page
+    assert "| paper | 1583 | 1 | 0 | 8.84 |" in page
 
 
 def test_the_report_of_budget_and_costs(tmp_path):

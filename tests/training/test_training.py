@@ -360,7 +360,7 @@ def test_losses_are_the_papers_equations(scans, teacher, tmp_path):
     volume = volumes[0]["volume"]
     draw = task.draw(volume, torch.Generator().manual_seed(0))
     batch = {"volume": volume[None], **{k: v[None] for k, v in draw.items()}}
-    terms = task.losses(model, batch)
+    terms = task.losses(model, task.prepare(batch))
     with torch.no_grad():
         masks = model(volume[None]).logits.softmax(dim=1)[0]
         changed = model(1 - volume[None] ** draw["gamma"]).logits.softmax(dim=1)[0]

@@ -1,0 +1,57 @@
+"""The GPU's part of docs/speed.md, from `gpu.json` and `operators.json`."""
+
+import json
+from pathlib import Path
+
+from diffdiscover3d.reporting.markdown import markdown_table
+
+_KERNELS = 8  # lines of a profile
+
+
+def gpu_section(results: Path) -> str:
+    """Rows of `benchmarks/speed/gpu.py`, profiles of eager steps, counts of operators; empty without results."""
+    text = []
+    if (results / "gpu.json").exists():
+        text += _measured(json.loads((results / "gpu.json").read_text(encoding="utf-8")))
+    if (results / "operators.json").exists():
+        text += _counted(json.loads((results / "operators.json").read_text(encoding="utf-8")))
+    return "\n".join(text)
+
+
+def _measured(result: dict) -> list[str]:
+    environment = result["environment"]
+    text = [f"## {environment['gpu']} (torch {environment['packages']['torch']})\n"]
+    rows = []
+    for row in result["rows"]:
+        bound = "at least" if row.get("at_least") else "at most"
+        target = "" if row["target"] is None else f"{bound} {row['target']:g}"
+        verdict = {None: "", True: "met", False: "**missed**"}[row["met"]]
+        peak = f"{row['peak_gib']:.2f} GiB" if row.get("peak_gib") else ""
+        rows.append([row["what"], f"{row['value']:.4g} {row['unit']}", peak, target, verdict])
+    text.append(markdown_table(["what", "value", "peak memory", "target", ""], rows))
+    text.append(f"\n`{result['command']}`. Steps are those of the package's own loop. {result.get('note', '')}\n")
+    for name, error in result["errors"].items():
+        text.append(f"*{name} failed: {error.strip().splitlines()[-1][:200]}*\n")
+    for name, detail in result["details"].items():
+        if isinstance(detail, dict) and "profile" in detail:
+            text += _profile(name, detail["profile"])
+    return text
+
+
+def _profile(name: str, profile: dict) -> list[str]:
+    rows = [[f"`{k['name'][:80]}`", f"{k['ms']:.2f}", f"{k['count']:g}"] for k in profile["longest"][:_KERNELS]]
+    title = f"**{name}**: {profile['ms']:.1f} ms of kernels, {profile['launches']:.0f} launches a step.\n"
+    return [title, markdown_table(["kernel", "ms", "launches"], rows), ""]
+
+
+def _counted(result: dict) -> list[str]:
+    rows = [
+        [preset, str(c["operators"]), str(c["casts"]), str(c["synchronising"]), f"{c['gflop'] / 1e3:.2f}"]
+        for preset, c in result["presets"].items()
+    ]
+    header = ["preset", "dispatched operators", "casts", "synchronisations", "TFLOP"]
+    return [
+        "### A diffusion step on an accelerator, counted without one\n",
+        markdown_table(header, rows),
+        f"\n`python -m benchmarks.speed.operators`; batch of {result['batch']}, forward and backward pass.\n",
+    ]

@@ -1,0 +1,148 @@
+"""Forward and backward passes replayed from a graph, on a stand-in for CUDA graphs that records and repeats calls."""
+
+import contextlib
+
+import pytest
+import torch
+
+from diffdiscover3d.training import backward
+from diffdiscover3d.training.backward import EagerPass, GraphedPass, make_pass
+from diffdiscover3d.training.config import DiffusionConfig
+
+
+class RecordedGraph:
+    """Stands in for `torch.cuda.CUDAGraph`: a replay computes the pass again, into the tensors of the capture."""
+
+    fails = False
+
+    def __init__(self):
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+        self.repeat()
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """CUDA streams and graphs without a GPU; yields the graphs that were captured."""
+    graphs = []
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    @contextlib.contextmanager
+    def capture(graph, stream=None, capture_error_mode="global"):
+        if RecordedGraph.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        graphs.append(graph)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    return graphs
+
+
+def make(cls=EagerPass):
+    """A pass of a small network, and its parameters."""
+    torch.manual_seed(0)
+    network = torch.nn.Linear(3, 2)
+    parameters = list(network.parameters())
+
+    def losses(batch):
+        distance = (network(batch["x"]) - batch["y"]).square().mean()
+        return {"loss": distance + batch["shape"][0] * network.weight.abs().sum(), "distance": distance}
+
+    def zero_grad():
+        for p in parameters:
+            p.grad = None
+
+    if cls is EagerPass:
+        return EagerPass(losses, lambda loss: loss.backward()), parameters, zero_grad
+    return GraphedPass(losses, lambda loss: loss.backward(), parameters, zero_grad), parameters, zero_grad
+
+
+def batch_of(seed, size=4):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(size, 3, generator=generator),
+        "y": torch.randn(size, 2, generator=generator),
+        "shape": (1,),
+    }
+
+
+def repeat_for(graphed):
+    """What the stand-in does in a replay."""
+
+    def repeat():
+        saved = list(graphed._gradients)
+        graphed._zero_grad()
+        losses = graphed._losses(torch.utils._pytree.tree_unflatten(graphed._static, graphed._layout))
+        losses["loss"].backward()
+        for parameter, gradient in zip(graphed._parameters, saved, strict=True):
+            gradient.copy_(parameter.grad)
+        for name, value in losses.items():
+            graphed._captured[name].copy_(value.detach())
+
+    return repeat
+
+
+def test_replays_give_the_losses_and_gradients_of_eager_passes(cuda):
+    graphed, parameters, zero_grad = make(GraphedPass)
+    eager, expected_parameters, expected_zero_grad = make()
+    sizes = [4, 4, 4, 4, 4, 2, 4]  # the sixth batch does not fit the graph
+    for step, size in enumerate(sizes):
+        if step == 3:
+            RecordedGraph.repeat = lambda self: repeat_for(graphed)()
+        batch = batch_of(step, size)
+        found, expected = graphed(batch), eager(batch)
+        for name in expected:
+            torch.testing.assert_close(found[name].detach(), expected[name].detach())
+        for a, b in zip(parameters, expected_parameters, strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+            with torch.no_grad():  # clipping and the optimiser change both in place
+                a.grad.mul_(0.1)
+                a.sub_(a.grad)
+                b.sub_(0.1 * b.grad)
+        if graphed.resets_gradients:
+            zero_grad()
+        expected_zero_grad()
+    assert len(cuda) == 1 and cuda[0].replays == 3
+
+
+def test_a_step_that_cannot_be_captured_runs_eagerly(cuda, monkeypatch, caplog):
+    monkeypatch.setattr(RecordedGraph, "fails", True)
+    graphed, parameters, zero_grad = make(GraphedPass)
+    for step in range(6):
+        graphed(batch_of(step))
+        eager, expected, _ = make()
+        eager(batch_of(step))
+        torch.testing.assert_close(parameters[0].grad, expected[0].grad)
+        assert graphed.resets_gradients
+        zero_grad()
+    assert [r.message for r in caplog.records if "not permitted" in r.message and "more" not in r.message]
+    assert len([r for r in caplog.records if "cannot be captured" in r.message]) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [({}, "no CUDA GPU"), ({"gradient_accumulation_steps": 2}, "accumulated")]
+)
+def test_graphs_are_refused_where_they_cannot_work(options, reason, caplog):
+    class Accelerator:
+        device, num_processes, scaler = torch.device("cpu"), 1, None
+
+        def backward(self, loss):
+            loss.backward()
+
+    config = DiffusionConfig(cuda_graphs=True, **options)
+    made = make_pass(lambda batch: {}, [], lambda: None, config, Accelerator())
+    assert type(made) is EagerPass
+    assert reason in caplog.text
+    assert type(make_pass(lambda batch: {}, [], lambda: None, DiffusionConfig(), Accelerator())) is EagerPass
+    assert backward._WARMUP == 3
