@@ -158,6 +158,22 @@ def check_cases(cases: Sequence[CaseFiles], mine: Sequence[CaseFiles], overwrite
             if target.resolve() in inputs:
                 raise OutputError(f"{target}: is one of the inputs; choose another --output folder.")
     check_targets((target for case in mine for target in case), overwrite)
+    for case in mine:
+        for files in case.levels.values():
+            if files.labels.exists() and not _is_own(files.sidecar):
+                raise OutputError(
+                    f"{files.labels}: was not made by diffdiscover3d, as {files.sidecar.name} does not name it; "
+                    "choose another --output folder."
+                )
+
+
+def _is_own(sidecar: Path) -> bool:
+    """Whether a sidecar was written by this program."""
+    try:
+        written = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(written, dict) and "diffdiscover3d" in written
 
 
 def is_finished(case: CaseFiles, provenance: dict[int | None, dict], sha256: str) -> bool:
