@@ -17,7 +17,8 @@ from pathlib import Path
 
 from benchmarks import DOCS, RESULTS
 from benchmarks.paper.calibrate import PUBLISHED as PUBLISHED_BASELINES
-from diffdiscover3d.evaluation.paper_tables import METHODS, Cell, PaperTable, mean_over_seeds
+from diffdiscover3d.evaluation.methods import METHODS
+from diffdiscover3d.evaluation.paper_tables import Cell, PaperTable, mean_over_seeds
 from diffdiscover3d.reporting.markdown import markdown_table
 from diffdiscover3d.reporting.score_tables import format_table, plot_table
 from diffdiscover3d.utils.files import atomic_file, read_json, write_json
@@ -30,6 +31,9 @@ BASELINES = (
     "spatial-k-means",
     "denoised-k-means",
 )
+# methods of other papers; Med3D's are made where MedicalNet's weights are given
+LABEL_FREE = ("nalepa", "iic", "jule", "hsu", "med3d-k-means", "med3d")
+LABELLED = ("cicek", "zhao", "jiang")
 TERMS = ("no-visual", "no-feature", "no-invariance", "as-written")
 ASSIGNMENTS = ("consistency", "first-round", "no-space", "no-smooth", "no-recolor")
 ABLATIONS = (*TERMS, *ASSIGNMENTS)
@@ -37,6 +41,7 @@ STAGES = ("stage-1", "stage-2", "stage-3")
 # table: (methods, variants, seeds), the quick ones first
 GROUPS = (
     (1, BASELINES, BOTH, (0,)),
+    (1, LABEL_FREE + LABELLED, BOTH, (0,)),
     (1, ("ours",), BOTH, (0, 1, 2)),
     (1, ABLATIONS, ("regular",), (0,)),
     (2, STAGES, ("regular",), (0,)),
@@ -66,7 +71,7 @@ def collect(table: PaperTable, fill: bool) -> dict[int, list[dict]]:
     for group in GROUPS:
         for cell in cells(group):
             path = table.output / "cells" / f"{cell.name}.json"
-            if not fill and not path.exists():
+            if not path.exists() and (not fill or (METHODS[cell.method].needs_med3d and not table.med3d)):
                 continue
             row = table.fill(cell)
             print(f"{cell.name}: {row['dice']:.3f}", flush=True)
@@ -94,7 +99,7 @@ def missing(rows: dict[int, list[dict]]) -> list[str]:
 def leads(summary: Sequence[dict]) -> list[dict]:
     """For each variant and level: ours, the best other row without labels, and the lead the paper has over BM4D."""
     found = []
-    baselines = {METHODS[name].title for name in (*BASELINES, "as-written")}
+    baselines = {METHODS[name].title for name in (*BASELINES, *LABEL_FREE, "as-written")}
     for variant in BOTH:
         for level in LEVELS:
             here = [row for row in summary if row["variant"] == variant and row["level"] == level]

@@ -87,7 +87,10 @@ def _options(
 def segment(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Volumes, folders, globs or lists.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for the results (default: beside each input).")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder for the results (default: beside each input), or a label map's name."
+        ),
     ] = None,
     model: Model = "synthetic-regular",
     level: Annotated[
@@ -123,11 +126,22 @@ def segment(
     voxel_size: VoxelSize = None,
     include: Include = None,
     neurological: Neurological = False,
+    num_parts: Annotated[
+        int | None, typer.Option("--num-parts", min=2, help="Take the level with so many parts.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Find parts only where this file on the scan's grid is not 0.")
+    ] = None,
+    smooth: Annotated[float, typer.Option(min=0, help="Gaussian filter of the probabilities, in voxels.")] = 0.0,
+    min_size: Annotated[int, typer.Option("--min-size", min=0, help="Merge pieces of fewer voxels.")] = 0,
+    background: Annotated[int | None, typer.Option(min=0, help="The part to write as 0, the background.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Load a Hub model from the cache only.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Segment volumes into parts: write label maps, .json and .tsv on each input's grid and in its format."""
-    from diffdiscover3d.segmentation.preflight import refuse_early
+    from diffdiscover3d.data.formats.registry import split
+    from diffdiscover3d.segmentation.outputs import Extras
+    from diffdiscover3d.segmentation.preflight import refuse_early, refuse_taken
 
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
@@ -140,6 +154,9 @@ def segment(
         "missing_chunks": missing_chunks,
         "voxel_size": voxel_size,
     }
+    if not overwrite and not resume and all(split(source)[0].exists() for source in inputs):
+        extras = Extras(preview, statistics, tables, probabilities, report)
+        refuse_taken(inputs, output, model, level is Level.ALL, extras, include or (), series)
     refuse_early(inputs, device, by_slabs=not fast, **reading)
     from diffdiscover3d.segmentation.driver import segment as run
 
@@ -184,6 +201,11 @@ def segment(
         **reading,
         include=include or (),
         neurological=neurological,
+        num_parts=num_parts,
+        mask=mask,
+        smooth=smooth,
+        min_size=min_size,
+        background=background,
         progress=not quiet,
         on_done=done,
         on_error=failed,

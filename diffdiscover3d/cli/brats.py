@@ -37,12 +37,7 @@ def evaluate_brats(
     from diffdiscover3d.evaluation.brats import format_brats_rows
     from diffdiscover3d.segmentation.driver import choose_device
 
-    models = {}
-    for value in model or []:
-        name, _, source = value.rpartition("=")
-        models[name or "diffdiscover3d"] = source
-    if len(models) < len(model or []):
-        raise ValueError("each --model needs a name of its own: --model NAME=FOLDER.")
+    models = named_models(model)
     options = BraTSOptions(modality, grade, crop, clip_percentiles)
     result = run(
         dataset,
@@ -58,6 +53,21 @@ def evaluate_brats(
     print("\n" + format_brats_rows(result["rows"]))
     if output is not None:
         write_json(output, result)
+
+
+def named_models(values: list[str] | None) -> dict[str, str]:
+    """NAME=FOLDER options as a mapping.
+
+    Raises:
+        ValueError: if two have one name.
+    """
+    models = {}
+    for value in values or []:
+        name, _, source = value.rpartition("=")
+        models[name or "diffdiscover3d"] = source
+    if len(models) < len(values or []):
+        raise ValueError("each --model needs a name of its own: --model NAME=FOLDER.")
+    return models
 
 
 def import_authors_archive(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from diffdiscover3d.cli.options import Device, Quiet
+from diffdiscover3d.cli.options import Device, Include, Quiet, Series, VolumeNumber
 
 
 def discover(
@@ -22,10 +22,23 @@ def discover(
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an earlier run.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of the trainings.")] = False,
+    volume: VolumeNumber = None,
+    resolution: Annotated[int | None, typer.Option("--resolution", min=0, help="Level of a pyramid.")] = None,
+    series: Series = None,
+    include: Include = None,
     quiet: Quiet = False,
 ) -> None:
     """Train on your own scans without labels, then segment them and write reports."""
-    from diffdiscover3d.errors import DiffDiscoverError
+    from diffdiscover3d.data.datasets.listing import describe_left_out, look_into
+    from diffdiscover3d.errors import DiffDiscoverError, OutputError
+
+    # refused at once, before anything slow is imported
+    if (output / "plan.json").exists() and not resume:
+        raise OutputError(f"{output}: holds an earlier run; --resume continues it, or choose another --output folder.")
+    contents = look_into(folder, include or (), series)
+    if not quiet:
+        for line in describe_left_out(contents):
+            print(line, file=sys.stderr)
     from diffdiscover3d.workflows.discover import discover as run
 
     errors: list[DiffDiscoverError] = []
@@ -41,6 +54,10 @@ def discover(
         levels=levels,
         device=device,
         seed=seed,
+        volume=volume,
+        resolution=resolution,
+        series=series,
+        include=include or (),
         resume=resume,
         progress=not quiet,
         verbose=verbose,

@@ -89,13 +89,16 @@ def benchmark(
     launcher: Annotated[
         str, typer.Option(help="Of table 3: starts a training, as 'accelerate launch --num_processes 8 -m'.")
     ] = "",
+    med3d: Annotated[
+        str | None, typer.Option(help="MedicalNet's ResNet-50 weights: file or Hub id (default: rows left out).")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Reproduce a table of the paper: train, score, write JSON, Markdown and PNG. Can be interrupted and resumed."""
     if table == 3:
         _benchmark_brats(
             dataset, output, method, seed, recipe, split, (modality, grade, crop), diffusion_options, discovery_options,
-            launcher, device,
+            launcher, device, med3d,
         )  # fmt: skip
         return
     if dataset is not None:
@@ -103,6 +106,7 @@ def benchmark(
     from diffdiscover3d.evaluation.paper_tables import TABLES
     from diffdiscover3d.evaluation.paper_tables import benchmark as run
     from diffdiscover3d.reporting.score_tables import format_table
+    from diffdiscover3d.segmentation.driver import choose_device
 
     def show(row: dict, number: int, count: int) -> None:
         print(
@@ -121,12 +125,27 @@ def benchmark(
         recipe=recipe or "small",
         teacher=teacher,
         split=split,
+        med3d=med3d,
+        device=str(choose_device(device)),
     )
     print("\n" + format_table(result["summary"]))
+    if result["missing"]:
+        print(f"Missing, for want of MedicalNet's weights (--med3d): {', '.join(result['missing'])}.")
 
 
 def _benchmark_brats(
-    dataset, output, method, seed, recipe, split, prepared, diffusion_options, discovery_options, launcher, device
+    dataset,
+    output,
+    method,
+    seed,
+    recipe,
+    split,
+    prepared,
+    diffusion_options,
+    discovery_options,
+    launcher,
+    device,
+    med3d,
 ) -> None:
     if dataset is None:
         raise ValueError("table 3 needs the FOLDER of a BraTS edition.")
@@ -134,7 +153,7 @@ def _benchmark_brats(
         raise ValueError("table 3 takes one --seed.")
     from diffdiscover3d.data.datasets.brats import BraTSOptions
     from diffdiscover3d.evaluation.brats import format_brats_rows
-    from diffdiscover3d.evaluation.brats_table import fill_table3
+    from diffdiscover3d.evaluation.brats_table import fill_table3, format_table3
     from diffdiscover3d.segmentation.driver import choose_device
     from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, read_options
 
@@ -149,7 +168,8 @@ def _benchmark_brats(
         seed=(seed or [0])[0],
         device=choose_device(device),
         launcher=launcher,
+        med3d=med3d,
         diffusion_options=diffusion_options and read_options(DiffusionConfig, diffusion_options),
         discovery_options=discovery_options and read_options(DiscoveryConfig, discovery_options),
     )
-    print("\n" + format_brats_rows(result["rows"]))
+    print("\n" + format_table3(result["rows"]))

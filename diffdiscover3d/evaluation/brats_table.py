@@ -10,13 +10,18 @@ from pathlib import Path
 
 import torch
 
+from diffdiscover3d.baselines.supervision import LimitedLabels
 from diffdiscover3d.data.datasets.brats import BraTSOptions
 from diffdiscover3d.data.datasets.brats_volumes import BraTSVolumes
 from diffdiscover3d.errors import InputError, ModelError, NetworkError
-from diffdiscover3d.evaluation.brats import NUM_PARTS, format_brats_rows, score_brats
-from diffdiscover3d.evaluation.paper_tables import METHODS
+from diffdiscover3d.evaluation.brats import NUM_PARTS, score_brats
+from diffdiscover3d.evaluation.memory_use import PeakMemory
+from diffdiscover3d.evaluation.methods import METHODS, UNSUPERVISED, make_baseline, preset_of
+from diffdiscover3d.evaluation.published import published_brats
 from diffdiscover3d.hub.registry import embedded_models, load_discovery, load_teacher
 from diffdiscover3d.hub.resolve import resolve_model
+from diffdiscover3d.reporting.markdown import markdown_table
+from diffdiscover3d.reporting.score_tables import LABEL_AMOUNTS
 from diffdiscover3d.training.recipes import Training
 from diffdiscover3d.utils.files import read_json, write_json
 from diffdiscover3d.utils.provenance import describe_environment, weights_sha256
@@ -38,10 +43,10 @@ TRAINED = {
     "no-feature": TrainedRow("ours, λf = 0", {"lambda_feature": 0.0}),
     "no-visual": TrainedRow("ours, λv = 0", {"lambda_visual": 0.0}),
 }
-# rows of published models and of baselines; of the latter those that `METHODS` has
+# rows of published models, and of baselines as `METHODS` has them
 EMBEDDED = ("brain-flair",)
 BASELINES = (
-    "k-means", "features-k-means-2", "aucseg", "med3d-k-means", "med3d", "nalepa", "ji", "moriya", "hsu",
+    "jiang", "nalepa", "iic", "jule", "hsu", "med3d", "k-means", "features-k-means-2", "med3d-k-means", "aucseg",
 )  # fmt: skip
 # options of the two trainings: "paper" as in the paper, "small" for two CPU cores
 RECIPES: dict[str, tuple[dict, dict]] = {
@@ -58,7 +63,7 @@ def table3_rows() -> tuple[str, ...]:
     return (
         *TRAINED,
         *(name for name in EMBEDDED if name in embedded_models()),
-        *(name for name in BASELINES if name in METHODS),
+        *BASELINES,
     )
 
 
@@ -76,6 +81,7 @@ class BraTSTable:
         launcher: command that starts a training, such as "accelerate launch --num_processes 8 -m"; default: this
             Python's `-m`.
         diffusion_options, discovery_options: replace the recipe's.
+        med3d: file or Hub id of MedicalNet's weights, for the rows that use them.
 
     Raises:
         InputError: if there are no cases, or one to be scored has no mask.
@@ -94,11 +100,13 @@ class BraTSTable:
         launcher: str = "",
         diffusion_options: dict | None = None,
         discovery_options: dict | None = None,
+        med3d: str | None = None,
     ):
         if recipe not in RECIPES:
             raise ValueError(f"`recipe` must be one of {tuple(RECIPES)}, got {recipe!r}.")
         self.root, self.output, self.split = str(root), Path(output), split
         self.options, self.seed, self.device, self.launcher = options or BraTSOptions(), seed, device, launcher
+        self.preset, self.med3d = preset_of(recipe), med3d
         diffusion, discovery = RECIPES[recipe]
         self.diffusion_options = {**diffusion, **(diffusion_options or {})}
         self.discovery_options = {**discovery, **(discovery_options or {})}
@@ -109,8 +117,9 @@ class BraTSTable:
         """The row of a method, computed or read from an earlier run.
 
         Returns:
-            `rows` (plain and post-processed, see [`score_brats`]), `cases`, `settings`, `weights_sha256`,
-            `environment`.
+            `rows` (plain and post-processed, see [`score_brats`]; with kind, labels, published scores,
+            `training_seconds`, `None` if trained in a process of its own, and `peak_memory_mib`), `cases`, `settings`,
+            `weights_sha256`, `environment`.
 
         Raises:
             InputError: for an unknown row, or one that would be scored on cases it was trained on.
@@ -119,7 +128,7 @@ class BraTSTable:
         """
         if name not in table3_rows():
             raise InputError(f"{name}: no such row; there are {', '.join(table3_rows())}.")
-        if self.split in ("train", "all") and (name in TRAINED or self._needs_teacher(name)):
+        if self.split in ("train", "all") and self._learns(name):
             raise InputError(f"{name}: is trained on the folder's training cases; score it on test or validation.")
         path, settings = self.output / "rows" / f"{name}.json", self.settings_of(name)
         if path.exists():
@@ -127,11 +136,20 @@ class BraTSTable:
             if row["settings"] != settings:
                 raise ModelError(f"{path}: made with other settings ({row['settings']}); choose another --output.")
             return row
-        title, predict, parts, weights = self._method(name)
-        rows, cases = score_brats(predict, self.volumes, parts)
+        with PeakMemory() as memory:
+            title, predict, parts, weights, seconds = self._method(name)
+            rows, cases = score_brats(predict, self.volumes, parts)
+        method = METHODS.get(name)
+        details = {
+            "kind": method.kind if method else UNSUPERVISED,
+            "labels": method.labels if method else "none",
+            "published": list(published_brats(title) or ()) or None,
+            "training_seconds": seconds,
+            "peak_memory_mib": memory.peak_mib,
+        }
         row = {
             "method": name,
-            "rows": [{"method": title, "parts": parts, **r} for r in rows],
+            "rows": [{"method": title, "parts": parts, **details, **r} for r in rows],
             "cases": cases,
             "settings": settings,
             "weights_sha256": weights,
@@ -149,24 +167,41 @@ class BraTSTable:
             found["diffusion"] = _plain(self.diffusion_options)
         if name in TRAINED:
             found["discovery"] = _plain({**self.discovery_options, **TRAINED[name].options})
+        if name in BASELINES and METHODS[name].trained:
+            preset = METHODS[name].baseline.hyper_parameters(self.preset)
+            found |= {"preset": preset, "labels": METHODS[name].labels}
+        if name in BASELINES and METHODS[name].needs_med3d:
+            found["med3d"] = self.med3d
         if name in EMBEDDED:
             found["weights_sha256"] = weights_sha256(resolve_model(name).folder)
         return found
 
-    def _method(self, name: str) -> tuple[str, Callable, int, str | None]:
-        """Title, prediction of a (1, h, w, d) volume, number of parts, and sha256 of the weights."""
+    def _method(self, name: str) -> tuple[str, Callable, int, str | None, float | None]:
+        """Title, prediction of a (1, h, w, d) volume, number of parts, sha256 of the weights, seconds of training."""
         if name in TRAINED or name in EMBEDDED:
             folder = self._train(name) if name in TRAINED else resolve_model(name).folder
             network = load_discovery(str(folder)).to(self.device)
             title = TRAINED[name].title if name in TRAINED else name
             predict = lambda v: network.segment(v[None]).labels[0].cpu().numpy()  # noqa: E731
-            return title, predict, network.config.num_parts, weights_sha256(folder)
+            return title, predict, network.config.num_parts, weights_sha256(folder), None
         method = METHODS[name]
         teacher = load_teacher(str(self._teacher())).to(self.device) if method.needs_teacher else None
-        baseline = method.baseline(NUM_PARTS, teacher, self.seed)
-        if self.split in ("test", "validation"):
-            baseline.fit(BraTSVolumes(self.root, "train", self.options))
-        return method.title, baseline.predict, NUM_PARTS, None
+        device = str(self.device)
+        baseline = make_baseline(method, NUM_PARTS, self.seed, teacher, self.preset, device, self.med3d)
+        if not method.trained:
+            if self.split in ("test", "validation"):
+                baseline.fit(BraTSVolumes(self.root, "train", self.options))
+            return method.title, baseline.predict, NUM_PARTS, None, 0.0
+        train = BraTSVolumes(self.root, "train", self.options)
+        if method.labels != "none":
+            train.require_masks()
+        volumes = LimitedLabels(train, lambda i: _parts_of(train, i), method.labels, self.seed)
+        baseline.fit(volumes, self.output / "models" / name)
+        return method.title, baseline.predict, NUM_PARTS, None, round(baseline.training_seconds, 1)
+
+    def _learns(self, name: str) -> bool:
+        """Whether the folder's training cases are used for more than scores."""
+        return name in TRAINED or self._needs_teacher(name) or (name in METHODS and METHODS[name].trained)
 
     def _needs_teacher(self, name: str) -> bool:
         return name in METHODS and name not in TRAINED and METHODS[name].needs_teacher
@@ -249,8 +284,38 @@ def fill_table3(
         "split_ids": table.volumes.split_ids,
     }
     write_json(table.output / "table3.json", result)
-    (table.output / "table3.md").write_text(format_brats_rows(rows) + "\n", encoding="utf-8")
+    (table.output / "table3.md").write_text(format_table3(rows) + "\n", encoding="utf-8")
     return result
+
+
+def format_table3(rows: Sequence[dict]) -> str:
+    """Table 3 in Markdown, from the rows of [`fill_table3`]: our scores, the published ones, and the costs."""
+    header = ["method", "post-processed", "Dice WT", "std", "HD95 (mm)", "std", "empty"]
+    header += ["published Dice", "published HD95 (mm)", "kind", "labels", "training (s)", "memory (MiB)"]
+    lines = []
+    for row in rows:
+        published = ("" if value is None else str(value) for value in row["published"] or (None, None))
+        seconds = row["training_seconds"]
+        lines.append(
+            (
+                row["method"],
+                "yes" if row["postprocessed"] else "no",
+                *(f"{row[k]:.3f}" for k in ("dice", "dice_std")),
+                *(f"{row[k]:.1f}" for k in ("hd95_mm", "hd95_std")),
+                row["empty"],
+                *published,
+                row["kind"],
+                LABEL_AMOUNTS[row["labels"]],
+                "" if seconds is None else f"{seconds:.0f}",
+                f"{row['peak_memory_mib']:.0f}",
+            )
+        )
+    return markdown_table(header, lines)
+
+
+def _parts_of(volumes: BraTSVolumes, index: int) -> torch.Tensor:
+    """True parts of a case on the grid of its prepared volume."""
+    return torch.from_numpy(volumes.crop(volumes.true_parts(index)))
 
 
 def _plain(options: dict) -> dict:

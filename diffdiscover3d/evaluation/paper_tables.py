@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from diffdiscover3d.baselines.supervision import LimitedLabels
 from diffdiscover3d.data.datasets.synthetic import GENERATOR_VERSION, LEVEL_PARTS
 from diffdiscover3d.data.loading import load_volumes
 from diffdiscover3d.errors import InputError, ModelError
-from diffdiscover3d.evaluation.methods import METHODS, Method
+from diffdiscover3d.evaluation.memory_use import PeakMemory
+from diffdiscover3d.evaluation.methods import METHODS, Method, make_baseline, preset_of
+from diffdiscover3d.evaluation.published import published_dice
 from diffdiscover3d.evaluation.synthetic import score
 from diffdiscover3d.reporting.score_tables import plot_table, write_table
 from diffdiscover3d.training.fingerprints import weights_fingerprint
@@ -22,7 +25,7 @@ from diffdiscover3d.utils.files import read_json, write_json
 from diffdiscover3d.utils.provenance import describe_environment, weights_sha256
 
 TABLES: dict[int, tuple[str, ...]] = {
-    1: tuple(name for name in METHODS if not name.startswith("stage-") and name != "supervised"),
+    1: tuple(name for name in METHODS if not name.startswith("stage-") and name not in ("supervised", "aucseg")),
     2: ("stage-1", "stage-2", "stage-3"),
 }
 
@@ -52,6 +55,8 @@ class PaperTable:
         overrides: options that override the recipe in every discovery training.
         diffusion_overrides: options that override the recipe in diffusion pretraining.
         run_training: called with the arguments of a training; default: run it in a separate process.
+        med3d: file or Hub id of MedicalNet's weights, for the methods that use them.
+        device: device for baselines.
     """
 
     def __init__(
@@ -63,12 +68,15 @@ class PaperTable:
         overrides: dict | None = None,
         diffusion_overrides: dict | None = None,
         run_training: Callable[[list[str]], None] | None = None,
+        med3d: str | None = None,
+        device: str = "cpu",
     ):
         if recipe not in RECIPES:
             raise ValueError(f"`recipe` must be one of {tuple(RECIPES)}, got {recipe!r}.")
         self.output, self.recipe, self.split, self.teacher = Path(output), recipe, split, teacher
         self.overrides, self.diffusion_overrides = overrides or {}, diffusion_overrides or {}
         self.run_training = run_training or run_in_process
+        self.med3d, self.device = med3d, device
         self.settings = {
             "recipe": recipe,
             "split": split,
@@ -94,23 +102,27 @@ class PaperTable:
                 )
             return row
         commands, seconds = [], 0.0
-        if method.baseline is None:
-            folder, commands, seconds = self._train(cell, method)
-            predict, sources = _predictor(folder), {"network": weights_sha256(folder)}
-        else:
-            teacher = self.teacher_of(cell.variant) if method.needs_teacher else None
-            baseline = method.baseline(LEVEL_PARTS[cell.level], teacher and _load_teacher(teacher), cell.seed)
-            baseline.fit(load_volumes(f"synthetic-{cell.variant}", "train"))
-            predict, sources = baseline.predict, {}
+        with PeakMemory() as memory:
+            if method.baseline is None:
+                folder, commands, seconds = self._train(cell, method)
+                predict, sources = _predictor(folder), {"network": weights_sha256(folder)}
+            else:
+                predict, seconds = self._fit(cell, method)
+                sources = {}
+            scores = score(predict, load_volumes(f"synthetic-{cell.variant}", self.split), cell.level)
         row = {
             "method": cell.method,
             "title": method.title,
+            "kind": method.kind,
+            "labels": method.labels,
             "variant": cell.variant,
             "level": cell.level,
             "parts": LEVEL_PARTS[cell.level],
             "seed": cell.seed,
-            **score(predict, load_volumes(f"synthetic-{cell.variant}", self.split), cell.level),
+            **scores,
+            "published": published_dice(cell.method, cell.variant, cell.level),
             "training_seconds": round(seconds, 1),
+            "peak_memory_mib": memory.peak_mib,
             "commands": commands,
             "weights_sha256": sources,
             "settings": settings,
@@ -120,9 +132,28 @@ class PaperTable:
         write_json(path, row)
         return row
 
+    def _fit(self, cell: Cell, method: Method) -> tuple[Callable, float]:
+        """Fit a baseline to the training volumes with the labels it is allowed; return what predicts, and seconds."""
+        teacher = _load_teacher(self.teacher_of(cell.variant)) if method.needs_teacher else None
+        baseline = make_baseline(
+            method, LEVEL_PARTS[cell.level], cell.seed, teacher, preset_of(self.recipe), self.device, self.med3d
+        )
+        true = load_volumes(f"synthetic-{cell.variant}", "train")
+        volumes = LimitedLabels(true, lambda i: true[i]["labels"][cell.level - 1], method.labels, cell.seed)
+        if not method.trained:
+            baseline.fit(volumes)
+            return baseline.predict, 0.0
+        baseline.fit(volumes, self.output / "models" / cell.variant / f"{cell.method}-seed{cell.seed}")
+        return baseline.predict, baseline.training_seconds
+
     def settings_of(self, method: Method) -> dict:
         """The settings of a row, which must match for results to be reused."""
         trained = {} if method.baseline else {"recipe_sha256": self._recipe(method).digest()}
+        if method.trained:
+            preset = preset_of(self.recipe)
+            trained = {"preset": method.baseline.hyper_parameters(preset), "labels": method.labels}
+        if method.needs_med3d:
+            trained["med3d"] = self.med3d
         return {**self.settings, **trained, **(self._teacher_settings if method.needs_teacher else {})}
 
     @cached_property
@@ -226,7 +257,8 @@ def benchmark(
         **options: options of [`PaperTable`].
 
     Returns:
-        `rows`, one for each method, variant, level and seed, and `summary` with mean and standard deviation over seeds.
+        `rows`, one for each method, variant, level and seed; `summary` with mean and standard deviation over seeds; and
+        `missing`, the methods left out because MedicalNet's weights are not given.
 
     Raises:
         InputError: if a method or variant is unknown.
@@ -236,11 +268,13 @@ def benchmark(
     if unknown:
         raise InputError(f"unknown: {', '.join(unknown)}; methods are {', '.join(METHODS)}.")
     table = PaperTable(output, **options)
+    missing = [] if table.med3d else [name for name in methods if METHODS[name].needs_med3d]
     cells = [
         Cell(variant, method, level, seed)
         for seed in seeds
         for variant in variants
         for method in methods
+        if method not in missing
         for level in levels
     ]
     rows = []
@@ -248,7 +282,7 @@ def benchmark(
         rows.append(table.fill(cell))
         if progress_callback:
             progress_callback(rows[-1], number, len(cells))
-    result = {"settings": table.settings, "summary": mean_over_seeds(rows), "rows": rows}
+    result = {"settings": table.settings, "summary": mean_over_seeds(rows), "missing": missing, "rows": rows}
     write_json(table.output / "table.json", result)
     write_table(table.output / "table.md", result["summary"])
     plot_table(table.output / "table.png", result["summary"])
@@ -276,6 +310,11 @@ def mean_over_seeds(rows: Iterable[dict]) -> list[dict]:
                 "dice_one_matching": float(one.mean()),
                 "seconds": float(np.mean([row["seconds"] for row in group])),
                 "training_seconds": float(np.mean([row["training_seconds"] for row in group])),
+                # rows of earlier versions lack these
+                "kind": group[0].get("kind"),
+                "labels": group[0].get("labels"),
+                "published": group[0].get("published"),
+                "peak_memory_mib": max((row.get("peak_memory_mib") or 0.0 for row in group), default=0.0) or None,
             }
         )
     return summary

@@ -26,6 +26,7 @@ MODEL_FILES = (
     *_WEIGHTS,
     *(f"unet/{pattern}" for pattern in _WEIGHTS),
     "working_grid.json",
+    "domain.json",
     "train_config.json",
     "scores.json",
     "selection.json",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from diffdiscover3d.data.domain import DOMAIN_FILE
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.hub.download import fetch_snapshot
 from diffdiscover3d.hub.registry import check_source, embedded_models, find_discovery, load_discovery
@@ -31,6 +32,7 @@ class ResolvedModel:
         commit: of the Hub snapshot; `None` for other models.
         config: the contents of `config.json`, validated.
         working_grid: the grid that scans are resampled to first; `None` if they keep their own.
+        domain: what is known of the scans it was trained on, see `data/domain.py`; `None` if nothing is.
     """
 
     name: str
@@ -39,6 +41,7 @@ class ResolvedModel:
     commit: str | None
     config: dict
     working_grid: tuple[int, int, int] | None
+    domain: dict | None = None
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -103,7 +106,7 @@ def resolve_model(name: str, revision: str | None = None) -> ResolvedModel:
             folder = fetch_snapshot(name, revision=revision)
             commit = folder.name  # the cache names a snapshot's folder after its commit
     config = read_config(folder / "config.json", StructureDiscoveryModel.__name__)
-    return ResolvedModel(name, revision, folder, commit, config, _read_working_grid(folder))
+    return ResolvedModel(name, revision, folder, commit, config, _read_working_grid(folder), _read_domain(folder))
 
 
 def choose_levels(name: str, known: Sequence[int], level: int | str | None) -> tuple[int | None, ...]:
@@ -139,3 +142,13 @@ def _read_working_grid(folder: Path) -> tuple[int, int, int] | None:
     except (ModelError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file}: not readable ({error}); remove it to segment at full resolution.") from error
     return tuple(grid) if grid else None
+
+
+def _read_domain(folder: Path) -> dict | None:
+    """What [`discover`] recorded about the training scans; it only serves a note, so a damaged one counts as none."""
+    file = folder / DOMAIN_FILE
+    try:
+        found = read_model_json(file) if file.is_file() else None
+    except ModelError:
+        return None
+    return found if isinstance(found, dict) else None

@@ -9,20 +9,28 @@ from diffdiscover3d.utils.files import atomic_file
 _NOTE = "Mean Dice, parts matched in each volume; ±: spread over seeds; in brackets: one matching for all volumes."
 
 
+LABEL_AMOUNTS = {"none": "none", "slice": "2 % of voxels", "volume": "1 volume", "all": "all"}
+
+
 def format_table(summary: Sequence[dict]) -> str:
     """Markdown: a table for each variant, a row for each method, a column for each level.
 
     Args:
-        summary: rows with variant, title, level, seeds, dice, dice_spread and dice_one_matching.
+        summary: rows with variant, title, level, seeds, dice, dice_spread and dice_one_matching; where a row has them
+            also published, kind, labels, training_seconds and peak_memory_mib.
     """
     levels = sorted({row["level"] for row in summary})
+    header = ["method", *(f"level {n}" for n in levels), "published", "kind", "labels", "training (s)", "memory (MiB)"]
     blocks = []
     for variant in dict.fromkeys(row["variant"] for row in summary):
         found = [row for row in summary if row["variant"] == variant]
         cells = {(row["title"], row["level"]): row for row in found}
         titles = dict.fromkeys(row["title"] for row in found)
-        table = [(title, *(_cell(cells.get((title, level))) for level in levels)) for title in titles]
-        blocks.append(f"**{variant}**\n\n{markdown_table(['method', *(f'level {n}' for n in levels)], table)}")
+        table = []
+        for title in titles:
+            of_title = [cells.get((title, level)) for level in levels]
+            table.append((title, *map(_cell, of_title), *_details(of_title)))
+        blocks.append(f"**{variant}**\n\n{markdown_table(header, table)}")
     return "\n\n".join([*blocks, _NOTE]) + "\n"
 
 
@@ -65,6 +73,21 @@ def plot_table(target: Path, summary: Sequence[dict]) -> None:
     with atomic_file(target) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
+
+
+def _details(rows: Sequence[dict | None]) -> tuple[str, ...]:
+    """Published scores, kind, labels, and the largest cost of a level."""
+    there = [row for row in rows if row is not None]
+    published = [f"{row['published']:.3f}" if row and row.get("published") is not None else "" for row in rows]
+    memory = max((row.get("peak_memory_mib") or 0 for row in there), default=0)
+    seconds = max(row.get("training_seconds") or 0 for row in there)
+    return (
+        " / ".join(published) if any(published) else "",
+        there[0].get("kind") or "",
+        LABEL_AMOUNTS.get(there[0].get("labels"), ""),
+        f"{seconds:.0f}",
+        f"{memory:.0f}" if memory else "",
+    )
 
 
 def _cell(row: dict | None) -> str:

@@ -38,12 +38,18 @@ def statistics_columns(frame: Frame = _DEFAULT) -> dict[str, dict]:
     }
 
 
-def part_name(part: int) -> str:
-    """The name of a part, which is its number: parts are found without labels."""
-    return f"part {part}"
+def part_name(part: int, background: str | None = None) -> str:
+    """The name of a part, which is its number: parts are found without labels.
+
+    Args:
+        background: the name of part 0, if it is a background.
+    """
+    return background if background is not None and part == 0 else f"part {part}"
 
 
-def write_part_table(path: str | Path, parts: Sequence[PartStatistics], frame: Frame = _DEFAULT) -> None:
+def write_part_table(
+    path: str | Path, parts: Sequence[PartStatistics], frame: Frame = _DEFAULT, background: str | None = None
+) -> None:
     """Write the lookup table of BIDS for a `_dseg.nii.gz`: index, name, abbreviation, color and statistics.
 
     The columns of [`statistics_columns`] are added if components and neighbours were measured.
@@ -54,7 +60,7 @@ def write_part_table(path: str | Path, parts: Sequence[PartStatistics], frame: F
     columns += statistics_columns(frame) if topology else []
     lines = ["\t".join(columns)]
     for part in parts:
-        row = [part.index, part_name(part.index), f"P{part.index}", part_colour(part.index)]
+        row = [part.index, part_name(part.index, background), f"P{part.index}", part_colour(part.index)]
         if frame.unit != VOXELS:
             row += [_number(part.volume_ml * 1000 * frame.unit.volume_per_mm3)]
         row += [part.voxels, _number(part.mean_intensity)]
@@ -66,7 +72,7 @@ def write_part_table(path: str | Path, parts: Sequence[PartStatistics], frame: F
     _write(path, lines)
 
 
-def write_itksnap_labels(path: str | Path, num_parts: int, background: bool = False) -> None:
+def write_itksnap_labels(path: str | Path, num_parts: int, background: str | None = None) -> None:
     """Write a label description file of ITK-SNAP: index, red, green, blue, opacity, visible, mesh, name.
 
     Part 0 is a part like the others and visible, unless it is the background that was asked for.
@@ -79,19 +85,20 @@ def write_itksnap_labels(path: str | Path, num_parts: int, background: bool = Fa
         "################################################",
     ]
     for part in range(num_parts):
-        shown = int(part > 0 or not background)
+        shown = int(part > 0 or background is None)
         red, green, blue = _rgb255(part)
-        lines.append(f'{part:5d} {red:5d} {green:4d} {blue:4d} {shown:8d} {shown:2d} {shown:2d}    "{part_name(part)}"')
+        colour = f"{red:5d} {green:4d} {blue:4d} {shown:8d} {shown:2d} {shown:2d}"
+        lines.append(f'{part:5d} {colour}    "{part_name(part, background)}"')
     _write(path, lines)
 
 
-def write_slicer_colours(path: str | Path, num_parts: int, background: bool = False) -> None:
+def write_slicer_colours(path: str | Path, num_parts: int, background: str | None = None) -> None:
     """Write a colour table of 3D Slicer: index, name without spaces, red, green, blue, opacity (0 of a background)."""
     lines = [f"# Color table file {Path(path).name}", f"# {num_parts} values"]
     for part in range(num_parts):
         red, green, blue = _rgb255(part)
-        name = part_name(part).replace(" ", "_")
-        lines.append(f"{part} {name} {red} {green} {blue} {255 if part or not background else 0}")
+        name = part_name(part, background).replace(" ", "_")
+        lines.append(f"{part} {name} {red} {green} {blue} {255 if part or background is None else 0}")
     _write(path, lines)
 
 

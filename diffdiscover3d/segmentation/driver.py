@@ -1,5 +1,6 @@
 """Segment files: label maps, tables and reports on each input's own grid."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -9,17 +10,32 @@ from pathlib import Path
 import torch
 
 from diffdiscover3d import __version__
-from diffdiscover3d.data.datasets.listing import list_volumes
-from diffdiscover3d.data.formats.nifti.header import check_reachable
+from diffdiscover3d.data.datasets.listing import expand
+from diffdiscover3d.data.domain import domain_note
 from diffdiscover3d.data.formats.reading import open_source, read_source, stream_source
-from diffdiscover3d.data.formats.registry import format_by_name, is_nifti, is_volume, options_in, split, stem
+from diffdiscover3d.data.formats.registry import (
+    options_in,
+    stem,
+    volume_sha256,
+)
 from diffdiscover3d.data.formats.units import parse_voxel_size
 from diffdiscover3d.errors import DiffDiscoverError, ModelError, NetworkError
 from diffdiscover3d.hub.registry import DEFAULT_MODEL
 from diffdiscover3d.hub.resolve import ResolvedModel, resolve_model
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+from diffdiscover3d.segmentation.arrays import NAME, as_scan, is_in_memory
+from diffdiscover3d.segmentation.finish import Finish
+from diffdiscover3d.segmentation.in_memory import InMemoryFinder
 from diffdiscover3d.segmentation.job import ScanJob, SegmentedFile
-from diffdiscover3d.segmentation.outputs import Extras, check_cases, is_finished, plan_case, shard
+from diffdiscover3d.segmentation.outputs import (
+    CaseFiles,
+    Extras,
+    check_cases,
+    is_finished,
+    names_a_file,
+    plan_case,
+    shard,
+)
 from diffdiscover3d.segmentation.preflight import MemoryPlan, plan_memory
 from diffdiscover3d.segmentation.scan import segment_scan
 from diffdiscover3d.utils.files import check_folder
@@ -29,10 +45,11 @@ from diffdiscover3d.utils.staging import recover_folder
 __all__ = ["SegmentedFile", "choose_device", "segment", "stem"]
 
 ORDERS = ("model", "size")
+logger = logging.getLogger("diffdiscover3d")
 
 
 def segment(
-    inputs: str | Path | Sequence[str | Path],
+    inputs,
     output: str | Path | None = None,
     *,
     model: str = DEFAULT_MODEL,
@@ -57,12 +74,17 @@ def segment(
     voxel_size: str | None = None,
     include: Sequence[str] = (),
     neurological: bool = False,
+    num_parts: int | None = None,
+    mask: str | Path | None = None,
+    smooth: float = 0.0,
+    min_size: int = 0,
+    background: int | None = None,
     progress: bool = False,
     on_done: Callable[[SegmentedFile], None] | None = None,
     on_error: Callable[[DiffDiscoverError], None] | None = None,
     on_skip: Callable[[Path], None] | None = None,
     on_estimate: Callable[[str], None] | None = None,
-) -> list[SegmentedFile]:
+):
     """Segment volumes into parts and write `<stem>_dseg.nii.gz`, `.json` and `.tsv` for each.
 
     A scan too large for one pass of the network stays on disk and is segmented slab by slab, in memory bounded by its
@@ -70,9 +92,12 @@ def segment(
 
     If several processes were started by `accelerate launch` or torchrun, each works on its share of the inputs.
 
+    A volume in memory gets a label map in memory, of the same kind: nothing is written.
+
     Args:
-        inputs: volumes of any format (see `data/formats/registry.py`), folders of them, globs or text lists.
-        output: folder for the results (default: beside each input).
+        inputs: an (H, W, D) array or tensor, a nibabel or SimpleITK image; or volumes of any format (see
+            `data/formats/registry.py`), folders of them, globs or text lists.
+        output: folder for the results (default: beside each input), or, for one input and level, the label map.
         model: an embedded model's name, a folder, or a Hub id.
         level: of a model with levels: its number, 1 the coarsest (default 2), or "all"; then the files are called
             `<stem>_level-<L>_dseg.*`, and `<stem>_tree.json` lists how the parts are nested.
@@ -92,11 +117,21 @@ def segment(
         series, resolution, missing_chunks: the same, see [`ReadOptions`].
         voxel_size: of files that give none, along their own axes, as "0.1,0.1,0.3um".
         include: patterns of file names that are taken though they are named like masks.
+        neurological: pictures and reports show the patient's left on the left, instead of on the right.
+        num_parts: take the level with so many parts, instead of naming it.
+        mask: a file on the grid of the one scan given; only where it is not 0 are parts looked for, and they are
+            numbered from 1: 0 is what is outside.
+        smooth: standard deviation, in voxels, of a Gaussian filter of the probabilities.
+        min_size: voxels below which a connected piece of a part becomes part of what surrounds it.
+        background: the part that becomes 0 and is called background; the others follow in their order.
         progress: show a progress bar with the current step and the time left.
         on_done: called with the result of each input.
         on_estimate: called with a line about the memory that a large volume needs, before it is read.
         on_error: called with the error of an input that cannot be used, before the next one; default: raise it.
         on_skip: called with each input that `resume` skips.
+
+    Returns:
+        What was written for each input; of a volume in memory the label map, or with level "all" a dict of them.
 
     Raises:
         InputError, OutputError, ModelError, NetworkError, MemoryLimitError: see their descriptions.
@@ -104,13 +139,21 @@ def segment(
     """
     if order not in ORDERS:
         raise ValueError(f"`order` must be one of {ORDERS}, got {order!r}.")
+    if is_in_memory(inputs):
+        if output is not None or report or preview or probabilities or statistics or tables:
+            raise ValueError("a volume in memory gets labels in memory: save it to a file for other results.")
+        finish = Finish(None if mask is None else Path(mask), smooth, min_size, background)
+        chosen = {"model": model, "level": level, "num_parts": num_parts, "revision": revision}
+        return _segment_in_memory(inputs, chosen, device, fast, order, finish, nan_to_zero)
     single = isinstance(inputs, str | Path)
-    paths = [p for source in ([inputs] if single else inputs) for p in _expand(source, include, series)]
+    paths = [p for source in ([inputs] if single else inputs) for p in expand(source, include, series)]
     place = choose_device(device)
     if output is not None:
-        check_folder(Path(output))
+        check_folder(Path(output).parent if names_a_file(output) else Path(output))
     found = resolve_model(model, revision)
-    levels = found.choose_levels(level)
+    levels = found.choose_levels(level) if num_parts is None else (_level_with(found, num_parts, level),)
+    finish = Finish(None if mask is None else Path(mask), smooth, min_size, background)
+    _check_options(finish, paths, output, levels, probabilities)
     extras = Extras(preview, statistics, tables, probabilities, report)
     cases = [plan_case(path, output, levels, extras) for path in paths]
     mine = shard(cases)
@@ -124,12 +167,16 @@ def segment(
         parse_voxel_size(voxel_size)
     unusual["voxel_size"] = voxel_size
     reading |= unusual
-    arguments |= {name: value for name, value in unusual.items() if value}
+    arguments |= {name: value for name, value in unusual.items() if value} | finish.recorded()
 
     config = found.level_config(levels[-1])
     networks: dict[int | None, StructureDiscoveryModel] = {}
     provenance: dict[int | None, dict] = {}
     results = []
+
+    def describe() -> dict[int | None, dict]:
+        return {level: _provenance(found, level, arguments) for level in levels}
+
     with ProgressBar(total=len(mine) * (len(levels) + 2), enabled=progress) as stages:
         for number, case in enumerate(mine):
             stages.begin_case(f"scan {number + 1} of {len(mine)}", len(levels) + 2)
@@ -137,11 +184,25 @@ def segment(
                 stages.show("reading the scan")
                 clock = time.perf_counter()
                 own = reading | options_in(case.input)
+                if resume and all(target.exists() for target in case):
+                    # neither the scan nor the model has to be read for this
+                    provenance = provenance or describe()
+                    if is_finished(case, provenance, volume_sha256(case.input)):
+                        if on_skip:
+                            on_skip(case.input)
+                        continue
                 with ExitStack() as opened:
                     file = opened.enter_context(open_source(case.input, **own))
                     plan = MemoryPlan(False, None)  # without a complete configuration nothing is estimated
                     if config is not None:
-                        plan = plan_memory(file, config, place.type == "cpu", fast=fast, working=found.working_grid)
+                        plan = plan_memory(
+                            file,
+                            config,
+                            place.type == "cpu",
+                            fast=fast,
+                            working=found.working_grid,
+                            whole=finish.in_memory,
+                        )
                     if plan.line and on_estimate:
                         on_estimate(plan.line)
                     # all of the scan is checked before a model is loaded: a bad file is reported at once
@@ -153,11 +214,7 @@ def segment(
                     if not networks:
                         stages.show("loading the model")
                         networks = found.load(levels, place)
-                        provenance = {level: _provenance(found, level, arguments) for level in levels}
-                    if resume and is_finished(case, provenance, scan.sha256):
-                        if on_skip:
-                            on_skip(case.input)
-                        continue
+                        provenance = provenance or describe()
                     stages.done()
                     job = ScanJob(
                         case,
@@ -171,6 +228,9 @@ def segment(
                         stages,
                         neurological,
                         overwrite or resume,
+                        domain=found.domain,
+                        model=found.name,
+                        finish=finish,
                     )
                     result = segment_scan(job, scan)
             except DiffDiscoverError as error:
@@ -183,6 +243,27 @@ def segment(
             if on_done:
                 on_done(result)
     return results
+
+
+def _segment_in_memory(volume, chosen: dict, device: str, fast: bool, order: str, finish: Finish, nan_to_zero: bool):
+    """Label maps of a volume in memory, see [`segment`]."""
+    scan, back = as_scan(volume, nan_to_zero=nan_to_zero)
+    found = resolve_model(chosen["model"], chosen["revision"])
+    if chosen["num_parts"] is None:
+        levels = found.choose_levels(chosen["level"])
+    else:
+        levels = (_level_with(found, chosen["num_parts"], chosen["level"]),)
+    _check_options(finish, [NAME], None, levels, False)
+    networks = found.load(levels, choose_device(device))
+    case = CaseFiles(NAME, {}, None, None, None)
+    with ProgressBar(total=1, enabled=False) as stages:
+        job = ScanJob(case, networks, {}, Extras(), order, fast, found.working_grid, 0.0, stages, finish=finish)
+        finder = InMemoryFinder(job, scan)
+        labels = {level: back(finder.find(level).labels) for level in levels}
+    for note in [*finder.notes, domain_note(scan, found.domain, found.name)]:
+        if note:
+            logger.warning("%s: %s", NAME, note)
+    return labels if chosen["level"] == "all" else next(iter(labels.values()))
 
 
 def choose_device(name: str) -> torch.device:
@@ -210,18 +291,26 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _expand(source: str | Path, include: Sequence[str], series: str | None) -> list[Path]:
-    path, inner = split(source)
-    check_reachable(path)
-    # a single file is passed on as it is: reading it gives the most precise reason if it cannot be used
-    if (
-        not path.is_dir()
-        and (is_nifti(path) or format_by_name(path) or inner)
-        and not any(c in str(path) for c in "*?[")
-    ):
-        return [Path(source)]
-    named = path.suffix != "" or path.is_dir() or not path.exists()
-    return list_volumes(source, include, series) if named or is_volume(path) else [path]
+def _level_with(model: ResolvedModel, num_parts: int, level: int | str | None) -> int | None:
+    """The level that has so many parts."""
+    if level is not None:
+        raise ValueError("give either `level` or `num_parts`.")
+    known = {one: (model.level_config(one) or {}).get("num_parts") for one in model.levels or (None,)}
+    fitting = [one for one, count in known.items() if count == num_parts]
+    if not fitting:
+        counts = ", ".join(str(count) for count in known.values())
+        raise ValueError(f"`num_parts` must be one of {counts} for {model.name}, got {num_parts}.")
+    return fitting[0]
+
+
+def _check_options(finish: Finish, paths: Sequence[Path], output, levels: Sequence, probabilities: bool) -> None:
+    """Refuse combinations of options that mean nothing."""
+    if output is not None and names_a_file(output) and len(paths) != 1:
+        raise ValueError(f"`output` {output} is one file for {len(paths)} inputs; name a folder.")
+    if finish.mask is not None and (len(paths) != 1 or probabilities):
+        raise ValueError("`mask` goes with one input, and without `probabilities`.")
+    if finish.background is not None and len(levels) != 1:
+        raise ValueError("`background` goes with one level.")
 
 
 def _provenance(model: ResolvedModel, level: int | None, arguments: dict) -> dict:

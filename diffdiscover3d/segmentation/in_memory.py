@@ -15,6 +15,14 @@ from diffdiscover3d.errors import MemoryLimitError, is_out_of_memory
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.parts import PartStatistics, count_pairs, measure_parts, number_by_size
 from diffdiscover3d.reporting.pictures import middle_slices
+from diffdiscover3d.segmentation.finish import (
+    OUTSIDE,
+    bounding_box,
+    numbers_with_background,
+    read_mask,
+    smoothed,
+    without_small_pieces,
+)
 from diffdiscover3d.segmentation.job import ScanJob
 from diffdiscover3d.segmentation.outputs import label_map
 
@@ -77,20 +85,33 @@ class InMemoryFinder:
         self.job, self.scan, self.notes = job, scan, list(scan.notes)
         # the next level divides these parts
         self._coarser: tuple[StructureDiscoveryModel, torch.Tensor] | None = None
+        self._mask = None if job.finish.mask is None else read_mask(job.finish.mask, scan)
+        self._box = None if self._mask is None else bounding_box(self._mask)
 
     def find(self, level: int | None) -> PartsInMemory:
         """See [`PartFinder`]."""
-        network = self.job.networks[level]
+        network, finish, wanted = self.job.networks[level], self.job.finish, self.job.extras.probabilities
         soft, found = self._probabilities(network)
         self._coarser = (network, found)
         count = network.config.num_parts
+        if finish.smooth:
+            soft = torch.from_numpy(smoothed(soft.cpu().numpy(), finish.smooth))
         labels = soft.max(dim=0).indices.to(torch.uint8 if len(soft) <= 256 else torch.int32).cpu().numpy()
         labels = labels if labels.dtype == np.uint8 else labels.astype(np.uint16)
-        if self.job.order == "size":
-            numbers = number_by_size(labels, count)
+        if finish.min_size:
+            labels = without_small_pieces(labels, finish.min_size, count)
+        numbers = number_by_size(labels, count) if self.job.order == "size" else np.arange(count)
+        numbers = numbers_with_background(numbers, finish.background)
+        if (numbers != np.arange(count)).any():
             labels = np.argsort(numbers).astype(labels.dtype)[labels]
-            soft = soft[torch.as_tensor(numbers, device=soft.device)] if self.job.extras.probabilities else None
-        return PartsInMemory(self.scan, labels, count, soft if self.job.extras.probabilities else None)
+            soft = soft[torch.as_tensor(numbers, device=soft.device)] if wanted else None
+        recorded = {} if finish.background is None else {"background": finish.background}
+        if self._mask is not None:
+            labels = np.where(self._mask[self._box], labels + 1, 0).astype(np.uint8 if count < 256 else np.uint16)
+            whole = np.zeros(self.scan.shape, labels.dtype)
+            whole[self._box] = labels
+            labels, count, recorded = whole, count + 1, {"background": OUTSIDE}
+        return PartsInMemory(self.scan, labels, count, soft if wanted else None, recorded)
 
     def middle_slices(self) -> list[np.ndarray]:
         """See [`PartFinder`]."""
@@ -115,7 +136,12 @@ class InMemoryFinder:
 
         On a working grid, or at half the resolution, the soft parts are linearly interpolated.
         """
-        volume, job = torch.from_numpy(self.scan.data), self.job
+        job = self.job
+        if self._mask is None:
+            volume = torch.from_numpy(self.scan.data)
+        else:  # outside, the smallest value inside: as scans have it whose background was removed
+            inside, data = self._mask[self._box], self.scan.data[self._box]
+            volume = torch.from_numpy(np.where(inside, data, data[inside].min()))
         grid = tuple(volume.shape)
         parents = {}
         if self._coarser is not None and getattr(network, "parent_model", None) is self._coarser[0]:

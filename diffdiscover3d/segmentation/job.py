@@ -1,7 +1,7 @@
 """The values that the steps of a segmentation exchange: a job, the parts found, the files written."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.parts import PartStatistics
+from diffdiscover3d.segmentation.finish import Finish
 from diffdiscover3d.segmentation.outputs import CaseFiles, Extras, LevelFiles
 from diffdiscover3d.utils.progress import ProgressBar
 
@@ -29,6 +30,8 @@ class ScanJob:
         stages: the progress bar.
         neurological: pictures have the patient's left on the left.
         overwrite: replace results that exist.
+        finish: what is done with the parts that were found.
+        domain, model: what is known of the scans that the model was trained on, and its name.
     """
 
     case: CaseFiles
@@ -42,6 +45,9 @@ class ScanJob:
     stages: ProgressBar
     neurological: bool = False
     overwrite: bool = False
+    domain: dict | None = None
+    model: str = "the model"
+    finish: Finish = field(default_factory=Finish)
 
 
 @dataclass(frozen=True)

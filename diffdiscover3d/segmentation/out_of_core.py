@@ -18,6 +18,7 @@ from diffdiscover3d.models.window_layout import choose_window
 from diffdiscover3d.reporting.parts import PartStatistics, count_pairs
 from diffdiscover3d.reporting.slab_parts import PartSums, Topology
 from diffdiscover3d.reporting.slab_views import middle_regions, sample, shrink
+from diffdiscover3d.segmentation.finish import numbers_with_background
 from diffdiscover3d.segmentation.job import ScanJob
 from diffdiscover3d.segmentation.outputs import label_map
 from diffdiscover3d.utils.files import scratch_file
@@ -34,6 +35,7 @@ class StoredParts:
         soft: the probabilities of each part, if they were requested.
         window, windows: the side of the windows, and how many there were.
         order: (K,) the network's number of each part in the results.
+        background: the part that became 0, if one was chosen.
     """
 
     scan: SlabScan
@@ -43,6 +45,7 @@ class StoredParts:
     window: int
     windows: int
     order: np.ndarray
+    background: int | None = None
 
     @property
     def num_parts(self) -> int:
@@ -52,7 +55,8 @@ class StoredParts:
     @property
     def recorded(self) -> dict:
         """See [`FoundParts`]."""
-        return {"windows": {"side": self.window, "count": self.windows}}
+        windows = {"windows": {"side": self.window, "count": self.windows}}
+        return windows if self.background is None else {**windows, "background": self.background}
 
     def write(self, labels: Path, probabilities: Path | None) -> None:
         """See [`FoundParts`]; the same bytes as from memory."""
@@ -134,6 +138,8 @@ class OutOfCoreFinder:
         found = self._found[network]
         if self.job.order == "size":
             found.order = found.sums.by_size()
+        found.background = self.job.finish.background
+        found.order = numbers_with_background(found.order, found.background)
         return found
 
     def middle_slices(self) -> list[np.ndarray]:

@@ -10,7 +10,8 @@ import numpy as np
 
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
 from diffdiscover3d.data.formats.nifti.slabs import SlabScan
-from diffdiscover3d.data.formats.registry import folder_of, label_suffix, split, stem
+from diffdiscover3d.data.formats.registry import LABEL_SUFFIXES, folder_of, label_suffix, split, stem
+from diffdiscover3d.data.formats.volume_file import NiftiGrid
 from diffdiscover3d.errors import ModelError, OutputError
 from diffdiscover3d.reporting.colours import part_rgb
 from diffdiscover3d.utils.files import check_targets
@@ -63,6 +64,8 @@ class CaseFiles:
 
 def plan_case(path: Path, output: str | Path | None, levels: Sequence[int | None], extras: Extras) -> CaseFiles:
     """Name the files of a scan: `<stem>_dseg.*`, or `<stem>_level-<L>_dseg.*` where there are several levels."""
+    if output is not None and names_a_file(output):
+        return _plan_file(path, Path(output), levels, extras)
     folder = Path(output) if output is not None else folder_of(path)
     name, suffix = stem(path), label_suffix(path)
 
@@ -86,6 +89,31 @@ def plan_case(path: Path, output: str | Path | None, levels: Sequence[int | None
     )
 
 
+def names_a_file(output: str | Path) -> bool:
+    """Whether an output is the name of a label map rather than of a folder."""
+    return not Path(output).is_dir() and Path(output).name.endswith((".nii.gz", ".nii", *LABEL_SUFFIXES))
+
+
+def _plan_file(path: Path, output: Path, levels: Sequence[int | None], extras: Extras) -> CaseFiles:
+    """The files of a scan whose label map has a name of its own; the others are called after it."""
+    if len(levels) != 1:
+        raise ValueError(f"`output` {output} is one file; name a folder for several levels.")
+    own = label_suffix(path)
+    if not output.name.endswith((".nii.gz", ".nii", own)):
+        raise ValueError(f"`output` {output} must end in {own} or .nii.gz for {path}.")
+    folder, name = output.parent, stem(output)
+    files = LevelFiles(
+        output,
+        folder / f"{name}.json",
+        folder / f"{name}.tsv",
+        folder / f"{name}.label" if extras.tables else None,
+        folder / f"{name}.ctbl" if extras.tables else None,
+        folder / f"{name}_probseg.nii.gz" if extras.probabilities else None,
+    )
+    picture = folder / f"{name}.png" if extras.preview else None
+    return CaseFiles(path, {levels[0]: files}, picture, None, folder / f"{name}_report.html" if extras.report else None)
+
+
 @contextmanager
 def label_map(
     path: Path, scan: NiftiVolume | SlabScan, dtype: np.dtype, num_parts: int
@@ -93,7 +121,8 @@ def label_map(
     """Write a label map in the family of the scan's format: yields a function that takes planes, see [`ResultGrid`]."""
     shape = scan.grid.shape if isinstance(scan, SlabScan) else scan.to_input_grid(scan.data).shape
     colours = [tuple(round(255 * c) for c in part_rgb(part)) for part in range(num_parts)]
-    with scan.results.stream(path, dtype, shape, colours) as write:
+    grid = NiftiGrid(scan.header) if path.name.endswith((".nii", ".nii.gz")) else scan.results
+    with grid.stream(path, dtype, shape, colours) as write:
         yield write
 
 

@@ -1,14 +1,18 @@
 """Checks of an input before it is read whole, and before the seconds that importing torch takes."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from diffdiscover3d.data.datasets.listing import expand
 from diffdiscover3d.data.formats.nifti.header import check_reachable
 from diffdiscover3d.data.formats.reading import Source, open_source, read_source
 from diffdiscover3d.data.formats.registry import files_of, format_by_name, is_nifti, split
 from diffdiscover3d.models.window_layout import choose_window, needs_sliding_window, streaming_bytes
 from diffdiscover3d.segmentation.memory import resampling_bytes, segmentation_bytes
+from diffdiscover3d.segmentation.outputs import Extras, check_cases, plan_case, shard
 from diffdiscover3d.utils.memory import LARGE, check_memory, free_memory
 
 _READ_WHOLE = 2**25  # bytes on disk: smaller files are read twice
@@ -45,6 +49,52 @@ def refuse_early(inputs: Sequence[str], device: str = "auto", *, by_slabs: bool 
             read_source(file, **reading)
 
 
+def refuse_taken(
+    inputs: Sequence[str],
+    output: Path | None,
+    model: str,
+    all_levels: bool,
+    extras: Extras,
+    include: Sequence[str] = (),
+    series: str | None = None,
+) -> None:
+    """Raise what finding results in the way would raise, before anything slow is imported.
+
+    The levels of a Hub model are not known yet: with all of them, nothing is looked for.
+
+    Args:
+        inputs, output, model, include, series: of [`segment`].
+        all_levels: files of every level are written.
+        extras: what else is written.
+
+    Raises:
+        InputError: if there are no inputs.
+        OutputError: if a result exists.
+    """
+    count = _count_levels(model) if all_levels else 1
+    if count is None:
+        return
+    levels = tuple(range(1, count + 1)) if count > 1 else (None,)
+    paths = [path for source in inputs for path in expand(source, include, series)]
+    cases = [plan_case(path, output, levels, extras) for path in paths]
+    check_cases(cases, shard(cases), overwrite=False)
+
+
+def _count_levels(model: str) -> int | None:
+    """How many levels an embedded model or one in a folder has; `None` for others."""
+    folders = (Path(__file__).parent.parent / "assets" / model / "discovery", Path(model) / "discovery", Path(model))
+    for folder in folders:
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        count = 1
+        while isinstance(config, dict) and (config := config.get("parent")):
+            count += 1
+        return count
+    return None
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """How a volume is segmented, and a line for the user.
@@ -59,7 +109,13 @@ class MemoryPlan:
 
 
 def plan_memory(
-    file: Source, network: Mapping, on_cpu: bool, *, fast: bool = False, working: Sequence[int] | None = None
+    file: Source,
+    network: Mapping,
+    on_cpu: bool,
+    *,
+    fast: bool = False,
+    working: Sequence[int] | None = None,
+    whole: bool = False,
 ) -> MemoryPlan:
     """Choose between memory and slabs from the header and the network, and check that the memory suffices.
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from diffdiscover3d.data.domain import domain_note
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
 from diffdiscover3d.data.formats.nifti.slabs import SlabScan
 from diffdiscover3d.data.formats.registry import display_name
@@ -75,6 +76,8 @@ def segment_scan(job: ScanJob, scan: NiftiVolume | SlabScan) -> SegmentedFile:
             finder: PartFinder = InMemoryFinder(job, scan)
         else:
             finder = OutOfCoreFinder(job, scan, folder, scratch)
+        if note := domain_note(scan, job.domain, job.model):
+            finder.notes.append(note)
         found: dict[int | None, FoundParts] = {}
         parts: dict[int | None, list[PartStatistics]] = {}
         recorded: dict[int | None, dict] = {}
@@ -84,7 +87,10 @@ def segment_scan(job: ScanJob, scan: NiftiVolume | SlabScan) -> SegmentedFile:
             found[level].write(staged(files.labels), staged(files.probabilities) if files.probabilities else None)
             parts[level] = found[level].statistics(topology=job.extras.statistics or case.report is not None)
             listed = parts[level] if job.extras.statistics else [replace(p, components=None) for p in parts[level]]
-            recorded[level] = {**_write_tables(files, staged, listed, frame), **found[level].recorded}
+            recorded[level] = {
+                **_write_tables(files, staged, listed, frame, found[level].recorded),
+                **found[level].recorded,
+            }
             job.stages.done()
         job.stages.show("writing the results")
         results = ScanResults(scan, finder, found, parts, _nest(found), frame)
@@ -119,14 +125,16 @@ def _fractions(parts: Sequence[PartStatistics]) -> tuple[float, ...]:
 
 
 def _write_tables(
-    files: LevelFiles, staged: Callable[[Path], Path], parts: Sequence[PartStatistics], frame: Frame
+    files: LevelFiles, staged: Callable[[Path], Path], parts: Sequence[PartStatistics], frame: Frame, recorded: dict
 ) -> dict:
     """Write the tables of a level's parts; return the sidecar's entries about the parts and the table's columns."""
-    write_part_table(staged(files.table), parts, frame)
+    background = recorded.get("background")
+    background = background if background is None or isinstance(background, str) else "background"
+    write_part_table(staged(files.table), parts, frame, background)
     if files.itksnap:
-        write_itksnap_labels(staged(files.itksnap), len(parts))
+        write_itksnap_labels(staged(files.itksnap), len(parts), background)
     if files.slicer:
-        write_slicer_colours(staged(files.slicer), len(parts))
+        write_slicer_colours(staged(files.slicer), len(parts), background)
     return {
         "parts": [{"index": k, "fraction": round(f, 6)} for k, f in enumerate(_fractions(parts))],
         **part_columns(frame),

@@ -44,14 +44,14 @@ class Recipe:
         Trainings without a consistency term are dropped, because a single part minimises the invariance.
 
         Raises:
-            ValueError: if a level has no trainings left.
+            ValueError: if a level has no trainings left, or level 1 none that begins without a network.
         """
         levels = {
             level: [changed for step in steps if _has_consistency(changed := {**step, **options})]
             for level, steps in self.levels.items()
         }
         for level, steps in levels.items():
-            if not steps:
+            if not steps or (level == 1 and _needs_start(steps[0])):
                 raise ValueError(f"level {level} must keep a consistency term, got {options} for all its trainings.")
         return dataclasses.replace(self, levels=levels)
 
@@ -70,6 +70,12 @@ def _has_consistency(step: Mapping) -> bool:
     return (
         config.objective == "assignment" or max(config.lambda_feature, config.lambda_visual, config.lambda_denoised) > 0
     )
+
+
+def _needs_start(step: Mapping) -> bool:
+    """Whether a training of the first level can only continue from another."""
+    config = make_config(DiscoveryConfig, **step)
+    return config.objective == "assignment" and config.assign_from == "auto"
 
 
 @dataclass(frozen=True)
@@ -213,6 +219,7 @@ _ASSIGNED = {
 _CLUSTERED = {**_ASSIGNED, "reliable_share": 0.5}  # assignments from clusters in space
 _OWN = {**_ASSIGNED, "reliable_share": 0.75}  # assignments from the network of the training before
 _FREE = {"sibling_order": "free"}
+_FINEST = {**_CLUSTERED, **_FREE, "max_steps": 1_000}  # a second round adds .01
 _LABELLED = {**_ASSIGNED, "assign_from": "labels", "reliable_share": 1.0, "max_steps": 3_000}
 RECIPES: dict[str, Recipe] = {
     "paper": _as_written("paper"),
@@ -242,7 +249,7 @@ RECIPES: dict[str, Recipe] = {
                 {**_OWN, "max_steps": 800},
             ],
             2: [_CLUSTERED, _OWN],
-            3: [_CLUSTERED | _FREE, _OWN | _FREE],
+            3: [_FINEST],
         },
         nested=True,
         starts=2,
@@ -252,7 +259,7 @@ RECIPES: dict[str, Recipe] = {
         {
             1: [*_FIRST, {**_OWN, "reliable_share": 0.5, "max_steps": 600}, {**_OWN, "max_steps": 600}],
             2: [_CLUSTERED],
-            3: [_CLUSTERED | _FREE],
+            3: [_FINEST],
         },
         nested=True,
         starts=2,

@@ -2,6 +2,9 @@
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+
+_WIDE = 110  # columns of a terminal on which everything is shown
 
 
 class ProgressBar:
@@ -21,17 +24,20 @@ class ProgressBar:
 
     def __init__(self, total: int, enabled: bool = True, start: int = 0, force: bool | None = None):
         console = Console(stderr=True, force_terminal=force)
+        wide = console.width >= _WIDE
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[details]}", style="dim"),
+            # on a narrow terminal the description gives way, and details are left out: numbers stay readable
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+            BarColumn(bar_width=40 if wide else 12),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=5)),
+            *((TimeElapsedColumn(),) if wide else ()),
+            TextColumn("left", table_column=Column(no_wrap=True, min_width=4)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+            *((TextColumn("{task.fields[details]}", style="dim"),) if wide else ()),
             console=console,
             disable=not (enabled and console.is_terminal),
             transient=True,
+            expand=not wide,
         )
         self._task = self._bar.add_task("starting", total=total, completed=start, details="")
         self._case, self._left, self._total, self._finished = "", 0, total, start

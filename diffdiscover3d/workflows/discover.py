@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,9 +12,13 @@ import torch
 
 from diffdiscover3d.data.datasets.listing import list_volumes
 from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
+from diffdiscover3d.data.domain import DOMAIN_FILE, signature, summarise
+from diffdiscover3d.data.formats.nifti.reading import write_like
 from diffdiscover3d.data.formats.reading import read_volume
+from diffdiscover3d.data.formats.registry import SEPARATOR, with_options
 from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, OutputError
 from diffdiscover3d.hub.resolve import WORKING_GRID_FILE
+from diffdiscover3d.segmentation.arrays import as_scan
 from diffdiscover3d.segmentation.driver import SegmentedFile, choose_device, segment
 from diffdiscover3d.training.recipes import Training, diffusion_training, train_level
 from diffdiscover3d.utils.files import atomic_folder, check_folder, write_json
@@ -23,13 +27,17 @@ from diffdiscover3d.workflows.discover_plan import Plan, describe_plan, make_pla
 
 
 def discover(
-    source: str | Path,
+    source,
     output: str | Path,
     *,
     preset: str = "standard",
     levels: int = 3,
     device: str = "auto",
     seed: int = 0,
+    volume: int | None = None,
+    resolution: int | None = None,
+    series: str | None = None,
+    include: Sequence[str] = (),
     resume: bool = False,
     progress: bool = False,
     verbose: bool = False,
@@ -39,7 +47,8 @@ def discover(
     """Train on a folder of scans without labels, segment them, and write reports.
 
     Args:
-        source: a folder, glob or text list of NIfTI files.
+        source: a folder, glob or text list of volumes of any format; or a sequence of volumes in memory, as [`segment`]
+            takes them, which are kept in `scans/` of the output.
         output: folder for all files: `plan.json`, `training/` (checkpoints, logs, pictures), `model/` (what
             `segment --model` takes: the diffusion model and one network with all levels), `parts/` (label maps, tables
             and reports) and `index.html`.
@@ -47,6 +56,9 @@ def discover(
         levels: number of levels, 1 to 3 (2, 4, 8 parts); each divides the parts of the level before.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         seed: of everything random.
+        volume: of files with several channels or time points, which one.
+        resolution: of files with several resolutions, which one, 0 the finest.
+        series, include: as for [`segment`].
         resume: continue an earlier run with the same output; its plan is kept.
         progress: show progress bars.
         verbose: show the logs of the trainings.
@@ -65,7 +77,12 @@ def discover(
     if plan_file.exists() and not resume:
         raise OutputError(f"{output}: holds an earlier run; --resume continues it, or choose another --output folder.")
     tell("Reading the scans")
-    scans, shapes, spacings = _read_all(source, on_error)
+    if isinstance(source, str | Path):
+        paths = list_volumes(source, include, series)
+    else:
+        paths = _keep_volumes(source, output / "scans")
+    paths = [with_options(path, volume=volume, resolution=resolution) for path in paths]
+    scans, shapes, spacings, domain = _read_all(paths, on_error)
     if plan_file.exists():
         plan = read_plan(plan_file)
         if plan.scans != tuple(scans):
@@ -76,7 +93,7 @@ def discover(
         write_json(plan_file, asdict(plan))
     tell(describe_plan(plan))
 
-    _train_all(plan, output, place, verbose, tell)
+    _train_all(plan, domain, output, place, verbose, tell)
     model, total = output / "model", plan.levels + 2
     tell(f"Step {total} of {total}: drawing the parts of every scan")
     results = segment(
@@ -101,10 +118,10 @@ def discover(
     return results
 
 
-def _read_all(source, on_error) -> tuple[list[str], list, list]:
+def _read_all(paths: Sequence[Path], on_error) -> tuple[list[str], list, list, dict]:
     """Read every scan once, so that a damaged one is reported before the trainings."""
-    scans, shapes, spacings = [], [], []
-    for path in list_volumes(source):
+    scans, shapes, spacings, signatures = [], [], [], []
+    for path in paths:
         try:
             volume = read_volume(path)
         except DiffDiscoverError as error:
@@ -112,15 +129,33 @@ def _read_all(source, on_error) -> tuple[list[str], list, list]:
                 raise
             on_error(error)
             continue
-        scans.append(str(path.resolve()))
+        place, inner = str(path).partition(SEPARATOR)[::2]
+        scans.append(str(Path(place).resolve()) + (f"{SEPARATOR}{inner}" if inner else ""))
         shapes.append(volume.data.shape)
         spacings.append(volume.spacing_mm)
+        signatures.append(signature(volume))
     if not scans:
-        raise InputError(f"{source}: none of its scans can be read.")
-    return scans, shapes, spacings
+        raise InputError("none of the scans can be read.")
+    return scans, shapes, spacings, summarise(signatures)
 
 
-def _train_all(plan: Plan, output: Path, place: torch.device, verbose: bool, tell: Callable[[str], None]) -> None:
+def _keep_volumes(volumes: Sequence, folder: Path) -> list[Path]:
+    """Write volumes in memory as NIfTI files, so that a run can be continued; those that are there stay."""
+    paths = []
+    for number, one in enumerate(volumes):
+        path = folder / f"scan-{number:03d}.nii.gz"
+        if isinstance(one, str | Path):
+            path = Path(one)
+        elif not path.exists():
+            scan, _ = as_scan(one)
+            write_like(path, scan.data, scan)
+        paths.append(path)
+    return paths
+
+
+def _train_all(
+    plan: Plan, domain: dict, output: Path, place: torch.device, verbose: bool, tell: Callable[[str], None]
+) -> None:
     """Run the trainings that are not finished, and copy the trained models to `model/`."""
     training, model, total = output / "training", output / "model", plan.levels + 2
     listed = output / "scans.txt"
@@ -144,7 +179,7 @@ def _train_all(plan: Plan, output: Path, place: torch.device, verbose: bool, tel
         parent = folder
     _take_over(teacher.folder, model / "diffusion")
     # beside the network, which needs it
-    _take_over(parent, model / "discovery", {WORKING_GRID_FILE: {"grid": plan.working_grid}})
+    _take_over(parent, model / "discovery", {WORKING_GRID_FILE: {"grid": plan.working_grid}, DOMAIN_FILE: domain})
 
 
 def _take_over(trained: Path, target: Path, also: dict[str, dict] | None = None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
+from diffdiscover3d.data.formats.units import display_unit
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.training.recipes import RECIPES, Recipe
 
@@ -123,7 +124,7 @@ def make_plan(
         tuple(scans),
         preset,
         median,
-        tuple(round(float(s), 4) for s in np.median(np.asarray(spacings_mm), axis=0)),
+        tuple(float(f"{s:.4g}") for s in np.median(np.asarray(spacings_mm), axis=0)),
         grid,
         None if same else working,
         batch,
@@ -160,11 +161,16 @@ def _as_tuple(value):
 
 def describe_plan(plan: Plan) -> str:
     """The plan in a sentence or two."""
-    shape, spacing = "×".join(map(str, plan.median_shape)), "×".join(f"{s:g}" for s in plan.median_spacing_mm)
+    unit = display_unit(plan.median_spacing_mm)
+    shape, spacing = (
+        "×".join(map(str, plan.median_shape)),
+        "×".join(f"{s * unit.per_mm:.3g}" for s in plan.median_spacing_mm),
+    )
     working = "at full resolution" if plan.working_grid is None else "on " + "×".join(map(str, plan.working_grid))
     return (
-        f"{len(plan.scans)} scans, typically {shape} voxels of {spacing} mm; preset {plan.preset}: diffusion model on "
-        f"{'×'.join(map(str, plan.diffusion_grid))} voxels, {plan.batch_size} at a time, parts {working}"
+        f"{len(plan.scans)} scans, typically {shape} voxels of {spacing} {unit.length}; preset {plan.preset}: "
+        f"diffusion model on {'×'.join(map(str, plan.diffusion_grid))} voxels, {plan.batch_size} at a time, "
+        f"parts {working}"
     )
 
 

@@ -20,7 +20,7 @@ def write_synthetic(
     count: int | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write synthetic volumes: `<name>.nii.gz` and its true labels `<name>_level-<L>_dseg.nii.gz`.
+    """Write synthetic volumes: `<name>.nii.gz` and its true labels `<name>_level-<L>_truth.nii.gz`.
 
     Args:
         variant: "regular" or "irregular" cells (levels 1 to 3), or "brain-phantom" (level 1: background, brain; level
@@ -37,7 +37,7 @@ def write_synthetic(
     affine = np.diag([SPACING_MM] * 3 + [1.0]) if phantoms else None
     names = [f"{prefix}-{split}-{i:03d}" for i in range(SPLITS[split] if count is None else count)]
     targets = [Path(output) / f"{name}.nii.gz" for name in names]
-    level_targets = [{x: Path(output) / f"{name}_level-{x}_dseg.nii.gz" for x in levels} for name in names]
+    level_targets = [{x: Path(output) / f"{name}_level-{x}_truth.nii.gz" for x in levels} for name in names]
     check_targets([*targets, *(path for paths in level_targets for path in paths.values())], overwrite)
     with staged_folder(output, overwrite) as folder:
         for index, (target, paths) in enumerate(zip(targets, level_targets, strict=True)):

@@ -3,7 +3,8 @@
 import pytest
 
 from benchmarks.paper.tables import GROUPS, LEVELS, cells, collect, format_leads, leads, missing, take_over, write_page
-from diffdiscover3d.evaluation.paper_tables import METHODS, TABLES, Cell, PaperTable, mean_over_seeds
+from diffdiscover3d.evaluation.methods import METHODS
+from diffdiscover3d.evaluation.paper_tables import TABLES, Cell, PaperTable, mean_over_seeds
 
 
 def row(method, level, dice, variant="regular", seed=0):
@@ -22,7 +23,7 @@ def row(method, level, dice, variant="regular", seed=0):
 
 def test_every_row_of_both_tables_is_made():
     made = {(number, cell.method) for number, *group in GROUPS for cell in cells((number, *group))}
-    assert made == {(number, name) for number, names in TABLES.items() for name in names}
+    assert made == {(number, name) for number in (1, 2) for name in TABLES[number]}
     ours = [cell for group in GROUPS for cell in cells(group) if cell.method == "ours"]
     assert len(ours) == 2 * 3 * len(LEVELS) and {cell.seed for cell in ours} == {0, 1, 2}
 

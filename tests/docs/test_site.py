@@ -3,12 +3,14 @@
 import dataclasses
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from diffdiscover3d import errors
 from diffdiscover3d.cli.app import app
@@ -40,14 +42,27 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return re.findall(r"^```(bash|python)\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
-def run_page(page: Path, folder: Path, environment: dict[str, str], changes=()) -> None:
-    """Run all blocks of a page in a folder, one after the other."""
-    (folder / "command.py").write_text(COMMAND)
-    environment = {**environment, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+def run_here(page: Path) -> None:
+    """Run all blocks of a page in this process and folder; bash blocks may only hold `diffdiscover3d` commands."""
     found = blocks(page)
     assert found
     for language, code in found:
+        if language == "python":
+            exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+            continue
+        for line in code.replace("\\\n", " ").splitlines():
+            program, *arguments = shlex.split(line, comments=True)
+            assert program == "diffdiscover3d", line
+            result = CliRunner().invoke(app, arguments)
+            assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
+
+
+def run_page(page: Path, folder: Path, changes=()) -> None:
+    """Run all blocks of a page in a folder, each in a process of its own."""
+    (folder / "command.py").write_text(COMMAND)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    for language, code in blocks(page):
         for old, new in changes:
             code = code.replace(old, new)
         if language == "bash":
@@ -60,16 +75,22 @@ def run_page(page: Path, folder: Path, environment: dict[str, str], changes=()) 
 @pytest.mark.parametrize(
     "name", ["tutorials/segment-a-scan.md", "how-to/write-a-baseline.md"], ids=lambda name: Path(name).stem
 )
-def test_pages_run(name, tmp_path):
-    run_page(DOCS / name, tmp_path, dict(os.environ))
+def test_pages_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_here(DOCS / name)
     if name.startswith("tutorials"):
         assert len(list((tmp_path / "parts").glob("*_level-?_dseg.nii.gz"))) == 3
 
 
 def test_the_hub_tutorial_runs(tmp_path):
+    """In one process of its own, because huggingface_hub reads its environment when it is imported."""
+    code = "import sys, pathlib; from tests.docs.test_site import run_here; run_here(pathlib.Path(sys.argv[1]))"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     with LoopbackHub() as hub:
-        run_page(DOCS / "tutorials/share-on-the-hub.md", tmp_path, {**clean, **hub.environment(tmp_path / "cache")})
+        environment = {**clean, **hub.environment(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", code, str(DOCS / "tutorials/share-on-the-hub.md")]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
         assert hub.repos["models", "user/my-parts"].private
     assert (tmp_path / "parts" / "synthetic-regular-test-000_dseg.nii.gz").is_file()
 
@@ -79,7 +100,7 @@ def test_the_training_tutorial_runs_with_few_steps(tmp_path):
     page = DOCS / "tutorials/train-on-your-folder.md"
     for old, _ in FEWER_STEPS:
         assert old in page.read_text(encoding="utf-8")
-    run_page(page, tmp_path, dict(os.environ), FEWER_STEPS)
+    run_page(page, tmp_path, FEWER_STEPS)
     assert (tmp_path / "discovered" / "index.html").is_file()
     assert len(list((tmp_path / "out" / "finer-parts").glob("*_tree.json"))) == 4
 

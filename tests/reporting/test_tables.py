@@ -63,7 +63,7 @@ def test_the_table_is_in_the_unit_of_the_scan(tmp_path):
     assert "volume" not in (tmp_path / "y.tsv").read_text().splitlines()[0]
 
 
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [None, "background"])
 def test_itksnap_label_file(tmp_path, background):
     write_itksnap_labels(tmp_path / "x.label", COUNT, background)
     # the format of ITK-SNAP's ColorLabelTable::LoadFromFile: # begins a comment; seven numbers, then a quoted name
@@ -72,17 +72,19 @@ def test_itksnap_label_file(tmp_path, background):
     found = [pattern.match(line).groups() for line in lines]
     assert [int(f[0]) for f in found] == list(range(COUNT))
     for part, (_, red, green, blue, alpha, visible, mesh, name) in enumerate(found):
-        assert [int(red), int(green), int(blue)] == rgb(part) and name == f"part {part}"
+        assert [int(red), int(green), int(blue)] == rgb(part) and name == (
+            background if background and not part else f"part {part}"
+        )
         assert float(alpha) == int(visible) == int(mesh) == (part > 0 or not background)
 
 
-@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("background", [None, "background"])
 def test_slicer_colour_table(tmp_path, background):
     write_slicer_colours(tmp_path / "x.ctbl", COUNT, background)
     # vtkMRMLColorTableStorageNode: # begins a comment; index, name without spaces, red, green, blue, alpha in 0..255
     lines = [line for line in (tmp_path / "x.ctbl").read_text().splitlines() if not line.startswith("#")]
     for part, line in enumerate(lines):
         index, name, *numbers = line.split()
-        assert (int(index), name) == (part, f"part_{part}")
+        assert (int(index), name) == (part, background if background and not part else f"part_{part}")
         assert [int(n) for n in numbers] == [*rgb(part), 255 if part or not background else 0]
     assert len(lines) == COUNT

@@ -1,5 +1,7 @@
 """The progress bar: shown only on terminals."""
 
+import re
+
 from diffdiscover3d.utils.progress import ProgressBar
 
 
@@ -42,3 +44,16 @@ def test_a_share_of_a_long_step(capfd):
         assert task.completed == 1.75 and task.fields["details"] == "window 3 of 4"
         stages.done()
         assert task.completed == 2
+
+
+def test_numbers_stay_readable_on_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with ProgressBar(total=120, force=True) as bar:
+        bar.begin_case("scan 113 of 116", 5)
+        bar.show("finding the parts of level 2, which takes long", "loss 0.5")
+        bar.done(42)
+        bar._bar.refresh()
+    text = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    lines = [line for line in re.split("[\r\n]+", text) if "scan 113" in line]
+    assert lines and max(map(len, lines)) <= 80
+    assert "scan 113 of 116: finding the par" in lines[-1] and re.search(r" 42/120 +left +[-:0-9]{7}", lines[-1])

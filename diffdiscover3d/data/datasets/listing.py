@@ -20,6 +20,7 @@ from diffdiscover3d.data.formats.registry import (
     dicom_in,
     format_by_name,
     is_nifti,
+    is_volume,
     recognise,
     split,
     stem,
@@ -33,7 +34,7 @@ _MASK_WORDS = (
     "truth|aseg|aparc|wmparc|parcellation|annotation|annotations"
 )
 _MASK = re.compile(rf"(?:^|[^a-z0-9])(?:{_MASK_WORDS})(?:$|[^a-z])|brain_?mask", re.IGNORECASE)
-_OWN = re.compile(r"_(?:dseg|probseg)$|_stage\d+$")
+_OWN = re.compile(r"_(?:dseg|probseg)$|_stage\d+$|_level-\d+_truth$")
 _SECOND_HALVES = (".img", ".img.gz")
 
 
@@ -65,6 +66,25 @@ def list_volumes(source: str | Path, include: Sequence[str] = (), series: str | 
         InputError: if there are none, or a listed file does not exist.
     """
     return list(look_into(source, include, series).volumes)
+
+
+def expand(source: str | Path, include: Sequence[str] = (), series: str | None = None) -> list[Path]:
+    """The volumes that a command is given by one argument; a single file is passed on as it is, whatever it holds.
+
+    Args:
+        source, include, series: as for [`list_volumes`].
+
+    Raises:
+        InputError: as [`list_volumes`].
+    """
+    path, inner = split(source)
+    check_reachable(path)
+    # reading a single file gives the most precise reason if it cannot be used
+    one = inner is not None or is_nifti(path) or format_by_name(path) is not None
+    if one and not path.is_dir() and not any(c in str(path) for c in "*?["):
+        return [Path(source)]
+    named = path.suffix != "" or path.is_dir() or not path.exists()
+    return list_volumes(source, include, series) if named or is_volume(path) else [path]
 
 
 def look_into(source: str | Path, include: Sequence[str] = (), series: str | None = None) -> Contents:

@@ -49,6 +49,9 @@ class TiffGrid(ResultGrid):
     spacing: tuple[float, float, float] | None
     unit: str
 
+    def with_spacing(self, spacing, unit):
+        return TiffGrid(tuple(spacing), unit)
+
     @contextlib.contextmanager
     def stream(self, path, dtype, shape, colours):
         tifffile = need("tifffile", EXTRA, str(path))

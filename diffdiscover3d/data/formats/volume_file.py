@@ -55,6 +55,10 @@ class ResultGrid(ABC):
 
     suffix: ClassVar[str]
 
+    def with_spacing(self, spacing: Sequence[float], unit: str) -> "ResultGrid":
+        """The same for another voxel size, where the format keeps one; otherwise results stay on the file's own."""
+        return self
+
     @abstractmethod
     def stream(
         self, path: str | Path, dtype: np.dtype, shape: Sequence[int], colours: Sequence[tuple[int, int, int]]
@@ -151,8 +155,15 @@ class VolumeFile:
         affine = self.affine.copy()
         lengths = np.linalg.norm(affine[:3, :3], axis=0)
         affine[:3, :3] *= np.asarray(spacing, dtype=float) * IN_MM[unit] / lengths
+        # of NIfTI, the header is made anew
+        results = None if isinstance(self.results, NiftiGrid) else self.results.with_spacing(spacing, unit)
         return replace(
-            self, affine=affine, unit=unit, header=None, notes=[n for n in self.notes if "voxel size" not in n]
+            self,
+            results=results,
+            affine=affine,
+            unit=unit,
+            header=None,
+            notes=[n for n in self.notes if "voxel size" not in n],
         )
 
     def read_planes(self, start: int, stop: int) -> np.ndarray:

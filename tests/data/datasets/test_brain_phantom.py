@@ -61,5 +61,5 @@ def test_phantoms_are_written_with_their_truths_and_spacing(tmp_path):
     np.testing.assert_array_equal(np.asarray(image.dataobj), phantom.volume)
     np.testing.assert_allclose(image.header.get_zooms(), [SPACING_MM] * 3)
     for level in (1, 2):
-        truth = nib.load(tmp_path / f"brain-phantom-validation-000_level-{level}_dseg.nii.gz")
+        truth = nib.load(tmp_path / f"brain-phantom-validation-000_level-{level}_truth.nii.gz")
         np.testing.assert_array_equal(np.asarray(truth.dataobj), phantom.labels[level - 1])

@@ -1,0 +1,109 @@
+"""Whether a scan looks like the scans that a model was trained on, by a few numbers about its intensities and texture.
+
+A network that has seen smooth cells still divides a CT scan into parts, which then mean nothing. The numbers are taken
+from the middle of a scan, normalised as the networks see it, and compared with those of the training scans.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
+from diffdiscover3d.data.formats.nifti.slabs import SlabScan
+
+DOMAIN_FILE = "domain.json"
+FAR = 1.7  # synthetic test cells are within 1.5, real scans beyond 1.8 (benchmarks/results/domain.json)
+_EDGE = 96  # voxels: the side of the block in the middle that is looked at
+_LAGS = (1, 2, 4)  # voxels
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+NAMES = (
+    *(f"{100 * q:g} % quantile" for q in _QUANTILES),
+    "spread of intensities",
+    *(f"correlation of voxels {lag} apart" for lag in _LAGS),
+    *(f"evenness of differences {lag} apart" for lag in _LAGS),
+)
+_FEW, _MANY = 0.05, 0.01  # spreads added to those of few or many training scans: all numbers lie between -1 and 1
+
+
+def signature(scan: NiftiVolume | SlabScan) -> list[float]:
+    """The numbers of a scan, in the order of [`NAMES`]."""
+    region = tuple(slice((n - min(n, _EDGE)) // 2, (n + min(n, _EDGE)) // 2) for n in scan.shape)
+    if isinstance(scan, SlabScan):
+        return describe_block(scan.normalized(region))
+    low, high = float(scan.data.min()), float(scan.data.max())
+    return describe_block((scan.data[region] - low) / max(high - low, np.finfo(np.float32).tiny))
+
+
+def describe_block(block: np.ndarray) -> list[float]:
+    """The numbers of an (h, w, d) block of intensities in [0, 1]."""
+    centred = block - block.mean()
+    variance = float((centred**2).mean())
+    numbers = [*np.quantile(block, _QUANTILES), np.sqrt(variance)]
+    correlations, evenness = [], []
+    for lag in _LAGS:
+        pairs = [
+            (moved[lag:], moved[:-lag])
+            for moved in (np.moveaxis(centred, axis, 0) for axis in range(3) if block.shape[axis] > lag)
+        ]
+        products = [float((a * b).mean()) for a, b in pairs]
+        correlations.append(float(np.mean(products)) / variance if products and variance > 0 else 0.0)
+        # 0.8 for noise, less where a scan is flat but for its edges
+        ratios = [float(np.abs(a - b).mean()) / max(float(np.sqrt(((a - b) ** 2).mean())), 1e-9) for a, b in pairs]
+        evenness.append(float(np.mean(ratios)) if ratios else 0.0)
+    numbers += correlations + evenness
+    return [round(float(n), 5) for n in numbers]
+
+
+def summarise(signatures: Sequence[Sequence[float]]) -> dict:
+    """What is stored with a model about the scans it was trained on, as JSON values.
+
+    Args:
+        signatures: of the training scans, one or more.
+    """
+    table = np.asarray(signatures, dtype=float)
+    count = len(table)
+    if count < 3 * len(NAMES):  # too few to tell how numbers vary together
+        covariance = np.diag(table.var(axis=0) * (1 + 4 / count) + _FEW**2)
+    else:
+        covariance = np.cov(table.T) + np.diag(np.full(len(NAMES), _MANY**2))
+    return {
+        "scans": count,
+        "names": list(NAMES),
+        "median": [round(float(x), 5) for x in np.median(table, axis=0)],
+        "covariance": [[float(f"{x:.5g}") for x in row] for row in covariance],
+    }
+
+
+def distance(numbers: Sequence[float], domain: Mapping) -> tuple[float, str]:
+    """How far a scan lies from the training scans: the Mahalanobis distance over the square root of how many numbers.
+
+    About 1 for a scan like them.
+
+    Returns:
+        The distance, and the name of the number that differs most.
+
+    Raises:
+        ValueError: if the stored numbers are others than these.
+    """
+    if list(domain["names"]) != list(NAMES):
+        raise ValueError("the model's domain was described by another version of diffdiscover3d.")
+    covariance = np.asarray(domain["covariance"], float)
+    away = np.asarray(numbers) - np.asarray(domain["median"], float)
+    total = float(np.sqrt(max(away @ np.linalg.solve(covariance, away), 0.0) / len(away)))
+    return total, NAMES[int(np.argmax(np.abs(away) / np.sqrt(np.diag(covariance))))]
+
+
+def domain_note(scan: NiftiVolume | SlabScan, domain: Mapping | None, model: str) -> str | None:
+    """A line for the user if a scan is far from the training scans of a model; `None` if it is not, or unknown."""
+    if domain is None:
+        return None
+    try:
+        away, name = distance(signature(scan), domain)
+    except (KeyError, TypeError, ValueError, np.linalg.LinAlgError):  # of another version: nothing can be compared
+        return None
+    if away < FAR:
+        return None
+    return (
+        f"unlike the scans that {model} was trained on (distance {away:.1f}, most in {name}), so its parts may "
+        "mean nothing here; `diffdiscover3d discover FOLDER` trains a model on your own scans"
+    )
