@@ -12,10 +12,12 @@ from diffusers.utils import BaseOutput
 from diffdiscover3d.data.foreground import Frame, add_brightness, find_foreground, robust_scale
 from diffdiscover3d.data.formats.nifti.reading import as_volume_tensor
 from diffdiscover3d.data.transforms import min_max_normalize, pad_to_multiple
+from diffdiscover3d.models import cpu_kernels
 from diffdiscover3d.models.config_schema import check_bright_part, check_children, check_scaling
 from diffdiscover3d.models.cpu_kernels import Conv3d, precise_if_small
 from diffdiscover3d.models.loading import StrictLoadingMixin
-from diffdiscover3d.models.window_layout import fits_window
+from diffdiscover3d.models.mixed_precision import free_memory
+from diffdiscover3d.models.window_layout import activation_bytes, fits_window
 
 _INPUT_RANGE = 4.0  # standard deviations
 
@@ -304,12 +306,19 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         return sliding_window_inference(
             view if parent_labels is None else torch.cat([view, parent_labels.to(view.dtype)], dim=1),
             roi_size=tuple(min(window, n) for n in view.shape[2:]),
-            sw_batch_size=1,
+            sw_batch_size=self._windows_at_once(view),
             predictor=predict,
             overlap=0.25,
             mode="gaussian",
             progress=progress,
         )
+
+    def _windows_at_once(self, view: torch.Tensor) -> int:
+        """How many windows are computed together: one on a CPU, up to 8 that fit half of an accelerator's memory."""
+        if cpu_kernels.is_on_cpu(view):
+            return 1
+        needed = activation_bytes(view.shape[2:], self.config.window_size, self.config)
+        return int(min(8, max(1, free_memory(view.device) / 2 / needed)))
 
     def _framed_probabilities(self, volume: torch.Tensor) -> torch.Tensor:
         """Soft parts (1, K, H, W, D) of one volume, computed in the frame around its foreground."""
