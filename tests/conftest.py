@@ -1,6 +1,10 @@
 """Shared fixtures."""
 
+import os
 import sys
+
+if "DIFFDISCOVER3D_TEST_CUDA" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests outside tests/cuda compare bits and times of a CPU
 
 import nibabel as nib
 import numpy as np

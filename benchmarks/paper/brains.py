@@ -37,7 +37,7 @@ from diffdiscover3d.hub.registry import load_discovery
 from diffdiscover3d.hub.resolve import resolve_model
 from diffdiscover3d.reporting.pictures import save_cuts
 from diffdiscover3d.training.brain_assignments import bright_outliers, smooth_away
-from diffdiscover3d.utils.files import read_json, write_json
+from diffdiscover3d.utils.files import read_json, sha256, write_json
 from diffdiscover3d.utils.provenance import describe_environment
 
 LESION = 2
@@ -153,8 +153,7 @@ def score_healthy(paths: list[Path], network) -> dict[str, float]:
         item = frame_scan(torch.from_numpy(scan.data), network.config.frame)
         volume, brain = item["volume"][None], item["foreground"][None]
         healthy = smooth_away(volume, brain, bright_outliers(volume, brain))
-        with torch.no_grad():
-            labels = network.scaled_logits(network.scale(healthy)).argmax(dim=1)
+        labels = network.segment(healthy).labels
         frame = Frame.around(find_foreground(torch.from_numpy(scan.data)[None, None]), network.config.frame)
         voxel = float(np.prod(np.divide(frame.size, frame.grid)) * np.prod(scan.spacing_mm)) / 1000
         found[f"{path.name.removesuffix('_flair.nii.gz')}, outliers smoothed away"] = (
@@ -248,7 +247,8 @@ def main() -> None:
     if arguments.model == "none":
         return
     network = load_discovery(arguments.model)
-    weights = resolve_model(arguments.model).weights_sha256
+    resolved = resolve_model(arguments.model)
+    weights = {**resolved.weights_sha256, "config.json": sha256(resolved.folder / "config.json")}
     scores = before["scores"] if before.get("weights_sha256") == weights else {}
     for path in paths:
         if (name := path.name.removesuffix("_flair.nii.gz")) not in scores:

@@ -9,7 +9,7 @@ _KERNELS = 8  # lines of a profile
 
 
 def gpu_section(results: Path) -> str:
-    """Rows of `benchmarks/speed/gpu.py`, profiles of eager steps, counts of operators; empty without results."""
+    """Rows and profiles of `benchmarks/speed/gpu.py` and counts of operators; empty without results."""
     text = []
     if (results / "gpu.json").exists():
         text += _measured(json.loads((results / "gpu.json").read_text(encoding="utf-8")))

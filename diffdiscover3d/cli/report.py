@@ -41,6 +41,7 @@ def report(
     neurological: Neurological = False,
 ) -> None:
     """Write an HTML report per scan with a 3D viewer of its parts, and an index of several; they need no network."""
+    from diffdiscover3d.utils.terminal import say
     from diffdiscover3d.workflows.reports import make_reports
 
     reading = {
@@ -53,6 +54,13 @@ def report(
         "voxel_size": voxel_size,
     }
     for path in make_reports(
-        inputs, labels=labels, parts=parts, output=output, overwrite=overwrite, neurological=neurological, **reading
+        inputs,
+        labels=labels,
+        parts=parts,
+        output=output,
+        overwrite=overwrite,
+        neurological=neurological,
+        tell=lambda line: say(line, error=True),
+        **reading,
     ):
-        print(path)
+        say(path)

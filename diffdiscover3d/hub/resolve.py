@@ -79,8 +79,9 @@ class ResolvedModel:
         return {level: networks[level - 1] for level in levels}
 
     def describe(self, level: int | None) -> dict:
-        """What a sidecar records about the model, as JSON values."""
-        described = {"id": self.name, "level": level, "revision": self.revision}
+        """What a sidecar records about the model, as JSON values; of a local folder its name without the path."""
+        name = Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
+        described = {"id": name, "level": level, "revision": self.revision}
         if self.commit is not None:
             described["commit"] = self.commit
         return {**described, "sha256": self.weights_sha256}

@@ -117,6 +117,7 @@ SCHEMAS: dict[str, dict[str, Rule]] = {
         "children": optional(sequence(integer(1, 65_536), 2, 65_536)),
         "scaling": one_of(*SCALINGS),
         "frame": optional(sequence(integer(8, 1024), 3, 3)),
+        "bright_part": optional(integer(0, 65_535)),
     },
     "UNet3DModel": {
         "in_channels": integer(1, 64),
@@ -216,6 +217,18 @@ def check_scaling(scaling: str, frame: Sequence[int] | None, parent: Mapping | N
         theirs = (parent.get("scaling", "min_max"), parent.get("frame"))
         if theirs[0] != scaling or tuple(theirs[1] or ()) != tuple(frame or ()):
             raise ValueError(f"`scaling` and `frame` must be the parent's, {theirs}; got {(scaling, frame)}.")
+
+
+def check_bright_part(part: int | None, frame: Sequence[int] | None, children: Sequence[int] | None) -> None:
+    """Raise ValueError if the bright part is not one of two into which a part of the parent is divided."""
+    if part is None:
+        return
+    of_output = [parent for parent, count in enumerate(children or ()) for _ in range(count)]
+    if frame is None or not part < len(of_output) or children[of_output[part]] != 2:
+        raise ValueError(
+            f"`bright_part` must be one of two parts that divide a part of the parent, in a network with a frame; got "
+            f"{part} with children {children} and frame {frame}."
+        )
 
 
 def check_children(num_parts: int, parent: dict | None, children: Sequence[int] | None) -> None:

@@ -9,13 +9,15 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
-from diffdiscover3d.data.foreground import Frame, find_foreground, robust_scale
+from diffdiscover3d.data.foreground import Frame, add_brightness, find_foreground, robust_scale
 from diffdiscover3d.data.formats.nifti.reading import as_volume_tensor
 from diffdiscover3d.data.transforms import min_max_normalize, pad_to_multiple
-from diffdiscover3d.models.config_schema import check_children, check_scaling
+from diffdiscover3d.models import cpu_kernels
+from diffdiscover3d.models.config_schema import check_bright_part, check_children, check_scaling
 from diffdiscover3d.models.cpu_kernels import Conv3d, precise_if_small
 from diffdiscover3d.models.loading import StrictLoadingMixin
-from diffdiscover3d.models.window_layout import fits_window
+from diffdiscover3d.models.mixed_precision import free_memory
+from diffdiscover3d.models.window_layout import activation_bytes, fits_window
 
 _INPUT_RANGE = 4.0  # standard deviations
 
@@ -63,6 +65,8 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         frame: grid to which [`segment`] resamples the box around the foreground, so that the network processes every
             subject at the same position and size regardless of the scan's resolution; voxels outside of the box get
             part 0. `None` processes volumes on their own grid. Requires robust scaling.
+        bright_part: the brighter one of the two parts into which a part of the parent is divided. In [`segment`] its
+            logit and the evidence of the intensities ([`add_brightness`]) are added. Requires a frame.
 
     Raises:
         ValueError: if `num_parts` is below 2, the lengths of `strides` and `channels` or the `children` and
@@ -88,12 +92,14 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         children: Sequence[int] | None = None,
         scaling: str = "min_max",
         frame: Sequence[int] | None = None,
+        bright_part: int | None = None,
     ):
         super().__init__()
         if num_parts < 2:
             raise ValueError(f"`num_parts` must be at least 2, got {num_parts}.")
         check_children(num_parts, parent, children)
         check_scaling(scaling, frame, parent)
+        check_bright_part(bright_part, frame, children)
         if len(strides) != len(channels) - 1:
             raise ValueError(f"`strides` must have {len(channels) - 1} entries, one less than `channels`.")
         from monai.networks.nets import UNet  # slow import
@@ -300,18 +306,34 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         return sliding_window_inference(
             view if parent_labels is None else torch.cat([view, parent_labels.to(view.dtype)], dim=1),
             roi_size=tuple(min(window, n) for n in view.shape[2:]),
-            sw_batch_size=1,
+            sw_batch_size=self._windows_at_once(view),
             predictor=predict,
             overlap=0.25,
             mode="gaussian",
             progress=progress,
         )
 
+    def _windows_at_once(self, view: torch.Tensor) -> int:
+        """How many windows are computed together: one on a CPU, up to 8 that fit half of an accelerator's memory."""
+        if cpu_kernels.is_on_cpu(view):
+            return 1
+        needed = activation_bytes(view.shape[2:], self.config.window_size, self.config)
+        return int(min(8, max(1, free_memory(view.device) / 2 / needed)))
+
     def _framed_probabilities(self, volume: torch.Tensor) -> torch.Tensor:
         """Soft parts (1, K, H, W, D) of one volume, computed in the frame around its foreground."""
         foreground = find_foreground(volume)
         frame = Frame.around(foreground, self.config.frame)
-        return frame.paste(self._probabilities(frame.crop(robust_scale(volume, foreground))))
+        scaled = frame.crop(robust_scale(volume, foreground))
+        soft, part = self._probabilities(scaled), self.config.bright_part
+        if part is not None:
+            (other,) = [k for k, parent in enumerate(self.parents) if parent == self.parents[part] and k != part]
+            both = soft[:, [part, other]].clamp(min=1e-9)
+            logit = (both[:, :1] / both[:, 1:]).log()
+            share = add_brightness(logit, scaled, frame.crop(foreground.to(scaled.dtype)) > 0.5).sigmoid()
+            total = soft[:, part] + soft[:, other]
+            soft[:, part], soft[:, other] = total * share[:, 0], total * (1 - share[:, 0])
+        return frame.paste(soft)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from diffdiscover3d.reporting.label_maps import is_result_of
 from diffdiscover3d.reporting.page import csp_hash
 from diffdiscover3d.utils.files import atomic_file
 
@@ -64,10 +65,12 @@ def _sizes(report: Path, stem: str) -> str:
     """The shares of the parts, from the sidecars beside the report."""
     found = []
     for sidecar in sorted(report.parent.glob(f"{glob.escape(stem)}_*dseg.json")):
+        if not is_result_of(sidecar, stem):  # of a scan whose name begins with that of this one
+            continue
         try:
             parts = json.loads(sidecar.read_text(encoding="utf-8"))["parts"]
             shares = ", ".join(f"{100 * part['fraction']:.0f} %" for part in parts)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
         found.append(html.escape(f"{len(parts)} parts: {shares}"))
     return "<br>".join(found)

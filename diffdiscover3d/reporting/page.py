@@ -61,6 +61,11 @@ class ShownLevel:
     labels: np.ndarray
 
     @property
+    def numbers(self) -> int:
+        """One more than the largest part number."""
+        return max((part.index for part in self.parts), default=-1) + 1
+
+    @property
     def title(self) -> str:
         """Its name on the page."""
         return f"{len(self.parts)} parts" if self.level is None else f"level {self.level}, {len(self.parts)} parts"
@@ -97,7 +102,7 @@ def write_page(path: str | Path, scan: ShownScan, levels: Sequence[ShownLevel], 
         "NIIVUE": _niivue(),
         "SCRIPT": (_VIEWER / "report.js").read_text(encoding="utf-8"),
     }
-    colours = range(max((len(level.parts) for level in levels), default=0))
+    colours = range(max((level.numbers for level in levels), default=0))
     fields["STYLE"] = (_VIEWER / "report.css").read_text(encoding="utf-8") + swatch_styles(colours)
     fields["STYLEHASH"] = csp_hash(fields["STYLE"])
     fields["SCRIPTHASH"] = f"{csp_hash(fields['SCRIPT'])} {_niivue_hash()}"
@@ -162,14 +167,14 @@ def _data(scan: ShownScan, shown_levels: Sequence[ShownLevel]) -> dict:
         window = [low, high]
     levels = []
     for number, level in enumerate(shown_levels):
-        labels = level.labels.astype(np.uint8 if len(level.parts) <= 256 else np.uint16)
+        labels = level.labels.astype(np.uint8 if level.numbers <= 256 else np.uint16)
         levels.append(
             {
                 "key": str(number),
                 "title": level.title,
                 "name": f"level{number}.nii.gz",
                 "nifti": _encode(labels, affine),
-                "colours": [[round(255 * c) for c in part_rgb(k)] for k in range(len(level.parts))],
+                "colours": [[round(255 * c) for c in part_rgb(k)] for k in range(level.numbers)],
             }
         )
     grey = np.round((shown - low) / slope).astype(np.uint8)
@@ -241,7 +246,7 @@ def _tree(levels: Sequence[ShownLevel], links: Sequence[dict]) -> str:
         return f"<li>{text}{f'<ul>{inside}</ul>' if inside else ''}</li>"
 
     first = min((x for x in levels if x.level is not None), key=lambda x: x.level)
-    roots = "".join(branch(first.level, part, "") for part in range(len(first.parts)))
+    roots = "".join(branch(first.level, part, "") for part in (p.index for p in first.parts))
     return f'<h2>Which part lies in which</h2><ul class="tree">{roots}</ul>'
 
 

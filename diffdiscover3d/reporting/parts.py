@@ -182,11 +182,13 @@ def _components(labels: np.ndarray, num_parts: int) -> list[int]:
 
 
 def _neighbours(labels: np.ndarray, num_parts: int) -> list[tuple[int, ...]]:
-    touching = np.zeros((num_parts, num_parts), dtype=bool)
+    touching: list[set[int]] = [set() for _ in range(num_parts)]
     for axis in range(3):
         low = np.moveaxis(labels, axis, 0)[:-1]
         high = np.moveaxis(labels, axis, 0)[1:]
         border = low != high
-        touching[low[border], high[border]] = True
-    touching |= touching.T
-    return [tuple(map(int, np.flatnonzero(row))) for row in touching]
+        pairs = np.unique(low[border].astype(np.int64) * num_parts + high[border])
+        for one, other in zip((pairs // num_parts).tolist(), (pairs % num_parts).tolist(), strict=True):
+            touching[one].add(other)
+            touching[other].add(one)
+    return [tuple(sorted(others)) for others in touching]

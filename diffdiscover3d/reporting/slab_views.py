@@ -41,6 +41,19 @@ def shrink(scan: SlabScan, grid: Sequence[int]) -> np.ndarray:
     return shown
 
 
+def spread_values(scan: SlabScan, per_axis: int = 100) -> np.ndarray:
+    """(h, w, d) values of the scan at evenly spaced voxels, at most `per_axis` along each axis."""
+    steps = [-(-n // per_axis) for n in scan.shape]
+    axis = scan.grid.axes[2]
+    planes = []
+    for place in range(0, scan.shape[axis], steps[axis]):
+        region = [slice(0, n) for n in scan.shape]
+        region[axis] = slice(place, place + 1)
+        thin = tuple(slice(None) if a == axis else slice(None, None, step) for a, step in enumerate(steps))
+        planes.append(scan.read(tuple(region))[thin])
+    return np.concatenate(planes, axis=axis)
+
+
 def sample(stored: RawGrid, picks: Sequence[np.ndarray]) -> np.ndarray:
     """(h, w, d) stored numbers where the picked planes along the three canonical axes cross."""
     axis = stored.axes[2]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from diffdiscover3d.data.foreground import Frame, find_foreground, looks_like_head, robust_scale
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume, write_like
+from diffdiscover3d.data.intensity_range import describe_volume_range
 from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.errors import MemoryLimitError, is_out_of_memory
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
@@ -83,20 +84,22 @@ class InMemoryFinder:
 
     def __init__(self, job: ScanJob, scan: NiftiVolume):
         self.job, self.scan, self.notes = job, scan, list(scan.notes)
-        # the next level divides these parts
-        self._coarser: tuple[StructureDiscoveryModel, torch.Tensor] | None = None
+        # by network: its labels on the grid on which they were found, and on the scan's grid
+        self._found: dict[StructureDiscoveryModel, tuple[torch.Tensor, torch.Tensor]] = {}
         self._mask = None if job.finish.mask is None else read_mask(job.finish.mask, scan)
         self._box = None if self._mask is None else bounding_box(self._mask)
+        if any(getattr(n.config, "scaling", "min_max") == "min_max" for n in job.networks.values()):
+            self.notes += describe_volume_range(scan.data if self._mask is None else scan.data[self._mask])
 
     def find(self, level: int | None) -> PartsInMemory:
         """See [`PartFinder`]."""
         network, finish, wanted = self.job.networks[level], self.job.finish, self.job.extras.probabilities
-        soft, found = self._probabilities(network)
-        self._coarser = (network, found)
+        for coarser in network.levels[:-1]:
+            if coarser not in self._found:
+                self._soft_parts(coarser)
+        soft = self._soft_parts(network)
         count = network.config.num_parts
-        if finish.smooth:
-            soft = torch.from_numpy(smoothed(soft.cpu().numpy(), finish.smooth))
-        labels = soft.max(dim=0).indices.to(torch.uint8 if len(soft) <= 256 else torch.int32).cpu().numpy()
+        labels = self._found[network][1].cpu().numpy()
         labels = labels if labels.dtype == np.uint8 else labels.astype(np.uint16)
         if finish.min_size:
             labels = without_small_pieces(labels, finish.min_size, count)
@@ -131,8 +134,19 @@ class InMemoryFinder:
         if looks_like_head(scaled, frame.crop(foreground.float()) > 0.5):
             self.notes.append(WHOLE_HEAD)
 
-    def _probabilities(self, network: StructureDiscoveryModel) -> tuple[torch.Tensor, torch.Tensor]:
-        """(K, H, W, D) soft parts, and the labels on the grid on which they were found.
+    def _soft_parts(self, network: StructureDiscoveryModel) -> torch.Tensor:
+        """(K, H, W, D) soft parts, each zero outside its parent; the labels are kept for the next level."""
+        soft, found, resampled = self._probabilities(network)
+        if self.job.finish.smooth:
+            soft = torch.from_numpy(smoothed(soft.cpu().numpy(), self.job.finish.smooth)).to(soft.device)
+        if network.parent_model in self._found and (resampled or self.job.finish.smooth):
+            keep_within_parents(soft, self._found[network.parent_model][1], network.parents)
+        labels = soft.max(dim=0).indices.to(torch.uint8 if len(soft) <= 256 else torch.int32)
+        self._found[network] = (found, labels)
+        return soft
+
+    def _probabilities(self, network: StructureDiscoveryModel) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """(K, H, W, D) soft parts, the labels on the grid on which they were found, and whether it is another grid.
 
         On a working grid, or at half the resolution, the soft parts are linearly interpolated.
         """
@@ -144,8 +158,8 @@ class InMemoryFinder:
             volume = torch.from_numpy(np.where(inside, data, data[inside].min()))
         grid = tuple(volume.shape)
         parents = {}
-        if self._coarser is not None and getattr(network, "parent_model", None) is self._coarser[0]:
-            parents["parent_labels"] = self._coarser[1]
+        if network.parent_model in self._found:
+            parents["parent_labels"] = self._found[network.parent_model][0]
         try:
             size = job.working_grid or grid
             framed = getattr(network.config, "frame", None) is not None  # such a network has a working grid of its own
@@ -154,16 +168,16 @@ class InMemoryFinder:
             if size != grid:
                 found = network.segment(resize_volume(volume[None, None].to(network.device), size), **parents)
                 soft = F.interpolate(found.probabilities, size=grid, mode="trilinear", align_corners=False)
-                return soft[0], found.labels
+                return soft[0], found.labels, True
             note = (
                 f"too small to be halved ({FAST_MIN_SIZE} voxels are needed along each axis); done at full resolution"
             )
             if job.fast and not job.working_grid and not framed and note not in self.notes:
                 self.notes.append(note)
             found = network.segment(volume, **parents)
-            if framed and self._coarser is None:
+            if framed and network.parent_model is None:
                 self._note_whole_head(volume, tuple(network.config.frame))
-            return found.probabilities[0], found.labels
+            return found.probabilities[0], found.labels, framed
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -171,3 +185,23 @@ class InMemoryFinder:
                 f"{job.case.input}: a volume of shape {grid} does not fit into the memory of {network.device}; "
                 "use --fast, resample it, or use --device cpu or a larger machine."
             ) from error
+
+
+def keep_within_parents(soft: torch.Tensor, parent_labels: torch.Tensor, parents: Sequence[int]) -> None:
+    """Set each part to zero outside its parent and normalise again, in place.
+
+    Soft parts of two levels that were resampled apart disagree at the borders of the coarser parts.
+
+    Args:
+        soft: (K, H, W, D) probabilities of the finer level.
+        parent_labels: (H, W, D) part numbers of the coarser level.
+        parents: (K,) the coarser part that holds each part. Where all parts of a voxel's parent are zero they become
+            equally probable.
+    """
+    total = torch.zeros_like(soft[0])
+    for part, parent in enumerate(parents):
+        soft[part].mul_(parent_labels == parent)
+        total += soft[part]
+    lost = total <= torch.finfo(soft.dtype).tiny
+    for part, parent in enumerate(parents):
+        soft[part] = torch.where(lost, (parent_labels == parent) / parents.count(parent), soft[part] / total)

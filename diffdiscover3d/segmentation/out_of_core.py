@@ -11,13 +11,14 @@ import torch
 from diffdiscover3d.data.formats.nifti.output import nifti_stream, output_header
 from diffdiscover3d.data.formats.nifti.raw_grid import RawGrid
 from diffdiscover3d.data.formats.nifti.slabs import SlabScan
+from diffdiscover3d.data.intensity_range import describe_range
 from diffdiscover3d.errors import MemoryLimitError, is_out_of_memory
 from diffdiscover3d.models.sliding_window import count_windows, stream_parts
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.window_layout import choose_window
 from diffdiscover3d.reporting.parts import PartStatistics, count_pairs
 from diffdiscover3d.reporting.slab_parts import PartSums, Topology
-from diffdiscover3d.reporting.slab_views import middle_regions, sample, shrink
+from diffdiscover3d.reporting.slab_views import middle_regions, sample, shrink, spread_values
 from diffdiscover3d.segmentation.finish import numbers_with_background
 from diffdiscover3d.segmentation.job import ScanJob
 from diffdiscover3d.segmentation.outputs import label_map
@@ -117,7 +118,9 @@ class OutOfCoreFinder:
     """
 
     def __init__(self, job: ScanJob, scan: SlabScan, folder: Path, scratch: ExitStack):
-        self.job, self.scan, self.notes = job, scan, list(scan.notes)
+        self.job, self.scan = job, scan
+        # only networks with min-max scaling take a scan by slabs
+        self.notes = [*scan.notes, *describe_range(spread_values(scan), scan.low, scan.high)]
         self._folder, self._scratch = folder, scratch
         self._found: dict[StructureDiscoveryModel, StoredParts] = {}
 

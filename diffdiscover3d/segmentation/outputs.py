@@ -10,7 +10,14 @@ import numpy as np
 
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
 from diffdiscover3d.data.formats.nifti.slabs import SlabScan
-from diffdiscover3d.data.formats.registry import LABEL_SUFFIXES, folder_of, label_suffix, split, stem
+from diffdiscover3d.data.formats.registry import (
+    LABEL_SUFFIXES,
+    folder_of,
+    label_suffix,
+    split,
+    stem,
+    volume_sha256,
+)
 from diffdiscover3d.data.formats.volume_file import NiftiGrid
 from diffdiscover3d.errors import ModelError, OutputError
 from diffdiscover3d.reporting.colours import part_rgb
@@ -151,12 +158,28 @@ def check_cases(cases: Sequence[CaseFiles], mine: Sequence[CaseFiles], overwrite
             if target.resolve() in inputs:
                 raise OutputError(f"{target}: is one of the inputs; choose another --output folder.")
     check_targets((target for case in mine for target in case), overwrite)
+    for case in mine:
+        for files in case.levels.values():
+            if files.labels.exists() and not _is_own(files.sidecar):
+                raise OutputError(
+                    f"{files.labels}: was not made by diffdiscover3d, as {files.sidecar.name} does not name it; "
+                    "choose another --output folder."
+                )
+
+
+def _is_own(sidecar: Path) -> bool:
+    """Whether a sidecar was written by this program."""
+    try:
+        written = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(written, dict) and "diffdiscover3d" in written
 
 
 def is_finished(case: CaseFiles, provenance: dict[int | None, dict], sha256: str) -> bool:
     """Whether all files of a scan exist and were made from this very input.
 
-    The sidecar of a level is written last, so a level without one is not finished.
+    The sidecar of a level records the sha256 of its other files, so files of two runs, or truncated ones, are found.
 
     Args:
         case: the scan and its files.
@@ -171,19 +194,36 @@ def is_finished(case: CaseFiles, provenance: dict[int | None, dict], sha256: str
     for level, files in case.levels.items():
         try:
             written = json.loads(files.sidecar.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
+            return False
+        if not isinstance(written, dict):
             return False
         expected = json.loads(json.dumps(provenance[level]))
         for key in ("model", "arguments"):
-            old, new = ({k: v for k, v in (d.get(key) or {}).items() if k != "device"} for d in (written, expected))
+            if not isinstance(written.get(key), dict):
+                return False
+            old, new = ({k: v for k, v in d[key].items() if k != "device"} for d in (written, expected))
             if old != new:
                 raise ModelError(
                     f"{files.sidecar}: was made with another {key.rstrip('s')}; "
                     "use --overwrite instead of --resume, or choose another --output folder."
                 )
-        if written.get("input", {}).get("sha256") != sha256:
+        try:
+            if written["input"]["sha256"] != sha256 or written["outputs"] != hash_outputs(files):
+                return False
+        except (KeyError, TypeError, OSError):
             return False
     return True
+
+
+def hash_outputs(files: LevelFiles, folder: Path | None = None) -> dict[str, str]:
+    """The sha256 of the files of a level but its sidecar, by name; of a Zarr store, of its files in order.
+
+    Args:
+        folder: where they are, if they have not been moved into place yet.
+    """
+    paths = [path for path in vars(files).values() if path is not None and path != files.sidecar]
+    return {path.name: volume_sha256(path if folder is None else folder / path.name) for path in paths}
 
 
 def shard(cases: Sequence[CaseFiles]) -> list[CaseFiles]:

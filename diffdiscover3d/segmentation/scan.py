@@ -25,7 +25,7 @@ from diffdiscover3d.reporting.tables import (
 from diffdiscover3d.segmentation.in_memory import InMemoryFinder
 from diffdiscover3d.segmentation.job import FoundParts, PartFinder, ScanJob, SegmentedFile
 from diffdiscover3d.segmentation.out_of_core import OutOfCoreFinder
-from diffdiscover3d.segmentation.outputs import LevelFiles
+from diffdiscover3d.segmentation.outputs import LevelFiles, hash_outputs
 from diffdiscover3d.utils.files import write_json
 from diffdiscover3d.utils.provenance import peak_memory_mib
 from diffdiscover3d.utils.staging import staged_folder
@@ -185,6 +185,7 @@ def _write_sidecars(
             **job.provenance[level],
             "input": source,
             **recorded[level],
+            "outputs": hash_outputs(files, staged(files.sidecar).parent),
             "notes": list(results.finder.notes),
             "seconds": round(seconds, 3),
             "peak_memory_mib": peak_memory_mib(),

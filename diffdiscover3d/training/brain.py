@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from diffdiscover3d.data.datasets.brain_scans import BrainScans
+from diffdiscover3d.data.foreground import add_brightness
 from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.losses import photometric_invariance, region_consistency
 from diffdiscover3d.models.loading import cast_weights
@@ -22,7 +23,6 @@ from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.pictures import save_slices
 from diffdiscover3d.training.brain_assignments import (
     bright_outliers,
-    brightness_evidence,
     conspicuous_outliers,
     smooth_away,
 )
@@ -32,17 +32,19 @@ from diffdiscover3d.training.config import DiffusionConfig
 from diffdiscover3d.training.diffusion import DiffusionTraining
 
 BACKGROUND, BRAIN, LESION = 0, 1, 2  # part numbers of the finest level
-_PRIOR_LIMIT = 4.0  # of the network's logit where it meets the evidence of the intensities
 
 
 def make_network(config: BrainConfig) -> StructureDiscoveryModel:
     """The nested network: level 1 background | brain, level 2 with the brain divided into brain | lesion."""
     shared = {"dropout": 0.0, "norm": "instance", "scaling": "robust", "frame": config.frame}
+    bright = {"bright_part": LESION}
     coarse, fine = NETWORKS[config.preset]
-    return StructureDiscoveryModel.from_parent(StructureDiscoveryModel(2, **shared, **coarse), (1, 2), **shared, **fine)
+    return StructureDiscoveryModel.from_parent(
+        StructureDiscoveryModel(2, **shared, **coarse), (1, 2), **shared, **bright, **fine
+    )
 
 
-class _BothLevels(torch.nn.Module):
+class BothLevels(torch.nn.Module):
     """Both levels in one forward pass, each trained on its own targets."""
 
     def __init__(self, network: StructureDiscoveryModel):
@@ -94,7 +96,7 @@ class BrainTraining:
         torch.manual_seed(config.seed)
         self.config, self.accelerator, self.scans = config, accelerator, scans
         self.network = make_network(config).to(accelerator.device)
-        self.model = _BothLevels(self.network)
+        self.model = BothLevels(self.network)
         self.ema = EMAModel(self.model.parameters(), decay=config.ema_decay, foreach=True)
         self.bank = SceneBank(scans, config.real_share, accelerator.device)
         self.volume_grid = None
@@ -157,7 +159,7 @@ class BrainTraining:
         """The lesions of the scans themselves, (N, 1, H, W, D) bool: network and brightness together.
 
         The network's logit, the mean of a scan and its mirror image, and the evidence of the intensities
-        ([`brightness_evidence`]) are added, as prior and likelihood: the network alone could confirm its own mistakes.
+        ([`add_brightness`]) are added, as prior and likelihood: the network alone could confirm its own mistakes.
         """
         found = []
         for volume, inside in zip(self.bank.tissue, self.bank.brains, strict=True):
@@ -165,8 +167,7 @@ class BrainTraining:
             with self.accelerator.autocast():
                 plain = _margin(self.model(scan, brain)[1], brain)
                 mirrored = _margin(self.model(scan.flip(2), brain.flip(2))[1], brain.flip(2)).flip(2)
-            prior = ((plain + mirrored) / 2).clamp(-_PRIOR_LIMIT, _PRIOR_LIMIT)
-            found.append((prior + brightness_evidence(scan, brain) > 0) & brain)
+            found.append((add_brightness((plain + mirrored) / 2, scan, brain) > 0) & brain)
         return torch.cat(found)
 
     def preview(self, step: int, folder: Path) -> None:

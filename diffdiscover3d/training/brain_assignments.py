@@ -6,6 +6,16 @@ No label enters: the thresholds are multiples of a brain's own spread.
 import torch
 import torch.nn.functional as F
 
+from diffdiscover3d.data.foreground import brightness_evidence, robust_moments
+
+__all__ = [
+    "bright_outliers",
+    "brightness_evidence",
+    "conspicuous_outliers",
+    "robust_moments",
+    "smooth_away",
+]
+
 _CONSPICUOUS, _NEAR = 1.25, 0.15
 _SEED, _GROW = 2.5, 2.0  # of lesions in a real scan: where they begin, and how far they extend
 _SURFACE = 3  # voxels next to the brain's surface, where cortex and remnants are bright
@@ -55,20 +65,6 @@ def bright_outliers(scan: torch.Tensor, foreground: torch.Tensor) -> torch.Tenso
     return torch.from_numpy(mask)[None, None].to(foreground.device)
 
 
-def brightness_evidence(scan: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
-    """Log-odds of lesion against ordinary tissue from brightness alone, (1, 1, H, W, D).
-
-    Zero where the slightly smoothed scan is 1.75 robust standard deviations above the median of the brain, and 3 more
-    for each further one, at most 6 either way.
-
-    Args:
-        scan, foreground: (1, 1, H, W, D), a robustly scaled scan in its frame and its mask.
-    """
-    median, spread = robust_moments(scan[foreground])
-    smooth = 0.5 * scan + 0.5 * F.avg_pool3d(scan, 3, stride=1, padding=1)
-    return (3 * ((smooth - median) / spread - 1.75)).clamp(-6, 6)
-
-
 def smooth_away(scan: torch.Tensor, foreground: torch.Tensor, outliers: torch.Tensor) -> torch.Tensor:
     """A scan whose outliers are replaced by the ordinary tissue around them.
 
@@ -92,10 +88,3 @@ def smooth_away(scan: torch.Tensor, foreground: torch.Tensor, outliers: torch.Te
     blend = ndimage.gaussian_filter((wide & (ndimage.gaussian_filter(x, 1.0) > mean)).astype(float), 0.7)
     out = x + blend * (mean.clip(0.05, 1.0) - x)
     return torch.from_numpy(out).to(scan)[None, None] * foreground
-
-
-def robust_moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Median, and standard deviation from the median absolute deviation, of a sample."""
-    values = values[:: max(1, len(values) // 200_000)].float()
-    median = values.median()
-    return median, 1.4826 * (values - median).abs().median().clamp(min=1e-6)

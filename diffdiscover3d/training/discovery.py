@@ -138,13 +138,22 @@ class DiscoveryTraining:
         if "noise_seed" in batch:
             shape = self.teacher_signals.noise_shape(self.noise_grid)
             batch = {**batch, "noise": draw_noise(batch["noise_seed"].tolist(), shape, volume.device)}
+        prepared = {"volume": volume, "gamma": batch["gamma"], "inverted": batch["inverted"]}
+        if (
+            not self.teacher_signals.fixed and self.model.parent_model is None
+        ):  # without host values: part of the losses
+            return {**prepared, "noise": batch["noise"]}
+        return {**prepared, **self._teacher_output(batch)}
+
+    def _teacher_output(self, batch: dict[str, torch.Tensor]) -> dict:
         with self.accelerator.autocast():
-            phi = self.teacher_signals(batch)
-        return {"volume": volume, "gamma": batch["gamma"], "inverted": batch["inverted"], **vars(phi)}
+            return vars(self.teacher_signals(batch))
 
     def losses(self, model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
         if self.assignments is not None:
             return self.assignments.losses(model, batch)
+        if "noise" in batch:
+            batch = {**batch, **self._teacher_output(batch)}
         config, volume = self.config, batch["volume"]
         gamma, inverted = (batch[name][:, None, None, None, None] for name in ("gamma", "inverted"))
         changed = torch.where(inverted, 1 - volume**gamma, volume**gamma)

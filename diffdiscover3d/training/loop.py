@@ -35,7 +35,7 @@ HOST_SIDE = ("index", "flips", "noise_seed")  # entries of a batch that are only
 
 
 class Task(Protocol):
-    """What a training adds to the loop: [`DiffusionTraining`] and [`DiscoveryTraining`]."""
+    """The interface of a training to the loop, as of [`DiffusionTraining`] and [`DiscoveryTraining`]."""
 
     name: str
     model: torch.nn.Module
@@ -44,7 +44,7 @@ class Task(Protocol):
     device: torch.device  # of the training
 
     def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Everything random about one volume, drawn on the CPU; must not depend on any other state."""
+        """All random numbers for one volume, drawn on the CPU; a function of the generator alone."""
 
     def prepare(self, batch: dict[str, torch.Tensor]) -> dict:
         """The input of `losses` for a batch: everything that reads values on the host or needs no gradient."""
@@ -53,22 +53,22 @@ class Task(Protocol):
         """Scalar losses of a prepared batch; the one called "loss" is minimised. Must not synchronise."""
 
     def compile(self) -> None:
-        """Let torch.compile make the networks faster, in place."""
+        """Compile the networks with torch.compile, in place."""
 
     def has_metrics_after(self, step: int) -> bool:
-        """Whether `after_step` has figures to log after this step; the same on every process."""
+        """Whether `after_step` returns metrics after this step; equal on all processes."""
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Called on every process after each step; returns further figures to log, on the main process."""
+        """Called on every process after each step; returns further metrics to log, on the main process."""
 
     def preview(self, step: int, folder: Path) -> None:
-        """Write pictures; called on the main process."""
+        """Write preview images; called on the main process."""
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Tensors beyond model and optimiser that a checkpoint must hold."""
+        """Tensors to save in a checkpoint in addition to model and optimiser."""
 
     def load_state(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Put them back."""
+        """Restore the tensors returned by `state`."""
 
     def save(self, folder: Path) -> None:
         """Write the final model; called on the main process."""
@@ -228,11 +228,11 @@ def _take_step(
     """One optimiser step over all micro-batches, without synchronising; returns its losses for [`StepMetrics`]."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(config, step)
-    # whatever else draws from the global generator; one seed per step and process makes a resumed step the same step
+    # for code that uses the global generator: one seed per step and process makes a resumed step reproducible
     torch.manual_seed(draw_generator(config.seed, step, -1 - accelerator.process_index & 0xFFFF).initial_seed())
     sums: dict[str, torch.Tensor] = {}
     finite = torch.ones((), device=accelerator.device)
-    skips_on_device = accelerator.device.type in _SKIPS_ON_DEVICE  # only a fused optimiser may be told `found_inf`
+    skips_on_device = accelerator.device.type in _SKIPS_ON_DEVICE  # only a fused optimiser accepts `found_inf`
     for _ in range(config.gradient_accumulation_steps):
         batch = next(batches)
         set_slots(dropouts, config.seed, step, batch.pop("slot").tolist())
@@ -243,7 +243,7 @@ def _take_step(
             if accelerator.sync_gradients:
                 limit = config.max_grad_norm or float("inf")
                 norm = accelerator.clip_grad_norm_(model.parameters(), limit)
-                if accelerator.scaler is None:  # a float16 scaler skips what overflows by itself, and lowers its scale
+                if accelerator.scaler is None:  # a float16 scaler skips overflowing steps itself
                     finite = torch.isfinite(norm).float()
                     if skips_on_device:
                         optimizer.optimizer.found_inf = 1 - finite

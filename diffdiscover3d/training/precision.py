@@ -1,4 +1,4 @@
-"""In which precision and memory layout a device trains fastest: measured at the start, not assumed."""
+"""Choose the fastest precision and memory format of a device by measurement."""
 
 import dataclasses
 import functools
@@ -22,16 +22,16 @@ from diffdiscover3d.training.config import MEMORY_FORMATS, DiffusionConfig, Trai
 
 logger = logging.getLogger("diffdiscover3d")
 FORMATS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
-FORMATS["auto"] = FORMATS["channels_last"]  # of a task that was made without measuring first
-_GAIN = 1.15  # bfloat16 has to be so much faster: below, it is not worth its rounding, nor above the noise of timing
+FORMATS["auto"] = FORMATS["channels_last"]  # for tasks created without measuring
+_GAIN = 1.15  # minimum worthwhile speed-up of bfloat16
 _ROUNDS = 3
 
 
 def settle_precision(config: TrainingConfig, written: Path) -> TrainingConfig:
     """The config with "auto" replaced in `mixed_precision` and `memory_format`; the same on all processes.
 
-    A training that goes on keeps what it began with, since another choice would be another training. A precision that
-    the launcher was told (`accelerate launch --mixed_precision`) is taken. Otherwise the main process measures.
+    A resumed training keeps its earlier choice. A precision given to the launcher (`accelerate launch
+    --mixed_precision`) takes precedence over a measurement, which the main process makes.
 
     Args:
         written: file with the options of the training in the output folder, if there is one.
@@ -41,7 +41,7 @@ def settle_precision(config: TrainingConfig, written: Path) -> TrainingConfig:
         return config
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     chosen = [_settle(config, written, wanted, state.device) if state.is_main_process else None]
-    if state.num_processes > 1:  # also where nothing was measured: only the main process knows
+    if state.num_processes > 1:  # only the main process has the result
         broadcast_object_list(chosen)
     return dataclasses.replace(config, **{name: chosen[0][name] for name in wanted})
 
@@ -64,7 +64,7 @@ def _settle(config: TrainingConfig, written: Path, wanted: list[str], device: to
 def measure(device: torch.device, probe: str = "unet") -> dict[tuple[str, str], float]:
     """Seconds of a forward and backward pass of a small network, for each (mixed_precision, memory_format).
 
-    On a CPU it is one thread's own time that counts, so that other programs do not decide.
+    On a CPU the time of a single thread is measured, so that other programs do not affect the choice.
 
     Args:
         probe: "unet" for residual blocks of the diffusion model, "discovery" for a segmentation network.
@@ -72,7 +72,7 @@ def measure(device: torch.device, probe: str = "unet") -> dict[tuple[str, str], 
     on_cpu, threads = device.type == "cpu", torch.get_num_threads()
     if on_cpu:
         torch.set_num_threads(1)
-    # a GPU has nothing to do with volumes as small as that: their kernels take as long to start as to run
+    # on a GPU, launch overhead would dominate the time of volumes as small as a CPU's
     width, edge = (16, 24) if on_cpu else (64, 64)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -101,7 +101,7 @@ def _measure(network: nn.Module, volume: torch.Tensor, now: Callable[[], float])
     device = volume.device
     ways = list(itertools.product(("no", "bf16"), MEMORY_FORMATS[1:]))
     seconds: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
-    for _ in range(1 + _ROUNDS):  # in turns, so that whatever else the machine does meets all of them alike
+    for _ in range(1 + _ROUNDS):  # interleaved, so that other load affects all alike
         for precision, layout in ways:
             network.zero_grad()
             network.to(memory_format=FORMATS[layout])
@@ -118,7 +118,7 @@ def _measure(network: nn.Module, volume: torch.Tensor, now: Callable[[], float])
 
 
 def choose(seconds: dict[tuple[str, str], float]) -> dict[str, str]:
-    """The options that [`measure`] speaks for; float32 where bfloat16 gains little."""
+    """The fastest options of [`measure`]; float32 if bfloat16 gains little."""
     best = {
         precision: min(MEMORY_FORMATS[1:], key=lambda f, p=precision: seconds[p, f]) for precision in ("no", "bf16")
     }
@@ -133,7 +133,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _options_in(file: Path) -> dict:
-    """What a training wrote down; a file that cannot be read is answered where the options are compared."""
+    """The options saved by a training; unreadable files are reported where options are compared."""
     try:
         options = json.loads(file.read_text(encoding="utf-8"))
         options = options["config"] if file.name == STATE_FILE else options

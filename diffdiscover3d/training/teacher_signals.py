@@ -6,9 +6,12 @@ import numpy as np
 import torch
 
 from diffdiscover3d.data.transforms import flip
+from diffdiscover3d.models.mixed_precision import free_memory
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
 from diffdiscover3d.training.config import DiscoveryConfig
+
+_MEMORY_SHARE = 0.25  # of the device's free memory, for outputs with fixed noise
 
 
 @dataclass
@@ -32,14 +35,15 @@ class TeacherSignals:
     """Computes the outputs of teacher and parent at every step or, with `teacher_noise="fixed"`, once per volume.
 
     With fixed noise, the noise of a volume is a function of the seed and the index of the volume. The outputs are
-    cached in host memory, at the coarse resolution of the features, and flipped together with the volume. This is an
-    approximation, because the teacher is not exactly equivariant to flips.
+    cached at the coarse resolution of the features, on the device while there is room and then in host memory, and
+    flipped together with the volume. This is an approximation, because the teacher is not exactly equivariant to flips.
     """
 
     def __init__(self, config: DiscoveryConfig, teacher: DiffusionFeaturePipeline, model: StructureDiscoveryModel):
         self.config, self.teacher, self.model = config, teacher, model
         self.fixed = config.teacher_noise == "fixed"
         self._cache: dict[int, TeacherOutput] = {}
+        self._device_bytes: float | None = None  # that may still be kept on the device
 
     @property
     def timesteps(self) -> tuple[int, ...]:
@@ -85,8 +89,19 @@ class TeacherSignals:
                 f"`teacher_noise` is 'fixed' and the teacher pads volumes of {tuple(volume.shape[2:])} voxels to "
                 f"{tuple(found.extent)}, so that features cannot be flipped; use --teacher-noise fresh or --no-flips."
             )
-        # pinned memory allows asynchronous copies to the GPU
-        return _map(lambda x: x.to("cpu", torch.float16).pin_memory() if x.is_cuda else x.half(), found)
+        return _map(self._keep, found)
+
+    def _keep(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` in half precision, on its device while all that is kept takes at most a quarter of the free memory."""
+        x = x.half()
+        if not x.is_cuda:
+            return x
+        if self._device_bytes is None:
+            self._device_bytes = _MEMORY_SHARE * free_memory(x.device)
+        if x.nbytes <= self._device_bytes:
+            self._device_bytes -= x.nbytes
+            return x
+        return x.cpu().pin_memory()  # pinned memory allows asynchronous copies to the GPU
 
     @torch.no_grad()
     def _compute(self, volume: torch.Tensor, noise: torch.Tensor) -> TeacherOutput:

@@ -1,7 +1,8 @@
 """Write reports of scans and label maps on disk."""
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.reporting.frames import frame_of
 from diffdiscover3d.reporting.index_page import write_index
-from diffdiscover3d.reporting.label_maps import read_label_map
+from diffdiscover3d.reporting.label_maps import LabelMap, is_result_of, read_label_map, read_sidecar
 from diffdiscover3d.reporting.page import ShownLevel, ShownScan, shown_grid, shown_voxels, write_page
-from diffdiscover3d.reporting.parts import measure_parts, nest_levels
+from diffdiscover3d.reporting.parts import PartStatistics, measure_parts, nest_levels
 from diffdiscover3d.utils.files import check_targets
 
 
@@ -29,6 +30,7 @@ def make_reports(
     output: str | Path | None = None,
     overwrite: bool = False,
     neurological: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
     **reading,
 ) -> list[Path]:
     """Write `<stem>_report.html` for each scan, and `index.html` if there are several.
@@ -39,6 +41,7 @@ def make_reports(
         parts: folder of the label maps (default: beside each scan).
         output: folder for the reports (default: that of the label maps).
         overwrite: replace reports that exist.
+        tell: called with a line for each note on a scan, such as label maps that were made of another one.
         reading: see [`read_volume`].
 
     Returns:
@@ -63,7 +66,8 @@ def make_reports(
     index = [pages[0].parent / "index.html"] if len(pages) > 1 else []
     check_targets([*pages, *index], overwrite)
     for scan, found, page in jobs:
-        write_report(page, read_volume(scan, **reading), display_name(scan), found, neurological)
+        for note in write_report(page, read_volume(scan, **reading), display_name(scan), found, neurological):
+            tell(f"{scan}: note: {note}")
     for path in index:
         write_index(path, pages)
     return [*pages, *index]
@@ -75,8 +79,8 @@ def write_report(
     name: str,
     label_maps: Sequence[str | Path],
     neurological: bool = False,
-) -> None:
-    """Write the report of a scan from label maps on disk.
+) -> list[str]:
+    """Write the report of a scan from label maps on disk; return the notes on it.
 
     Args:
         path: the HTML file.
@@ -96,18 +100,40 @@ def write_report(
         ShownLevel(
             m.level,
             m.provenance,
-            measure_parts(m.labels, scan.data, scan.affine, m.num_parts, topology=True),
+            _parts_of(m, scan),
             m.labels[np.ix_(*picks)],
         )
         for m in maps
     ]
     numbered = {m.level: m for m in maps if m.level is not None}
-    links = nest_levels(
-        {level: m.labels for level, m in numbered.items()}, {level: m.num_parts for level, m in numbered.items()}
-    )
+    links = _nest(numbered)
     frame = frame_of(scan.spacing_mm, scan.unit, scan.anatomical, neurological)
     image = resize_volume(torch.from_numpy(scan.data)[None, None], grid)[0, 0].numpy()
-    write_page(path, ShownScan(name, scan.shape, scan.affine, image, scan.notes, frame), levels, links)
+    notes = [*scan.notes, *(note for m in maps for note in m.notes)]
+    write_page(path, ShownScan(name, scan.shape, scan.affine, image, notes, frame), levels, links)
+    return notes
+
+
+def _parts_of(found: LabelMap, scan: NiftiVolume) -> list[PartStatistics]:
+    """The parts of a label map; of one without a sidecar only those that it contains."""
+    listed = range(found.num_parts) if found.provenance else np.unique(found.labels)
+    labels = np.searchsorted(listed, found.labels)
+    parts = measure_parts(labels, scan.data, scan.affine, len(listed), topology=True)
+    return [
+        replace(part, index=int(number), neighbours=tuple(int(listed[n]) for n in part.neighbours))
+        for number, part in zip(listed, parts, strict=True)
+    ]
+
+
+def _nest(levels: dict[int, LabelMap]) -> list[dict]:
+    """The links of [`nest_levels`] between the parts that the label maps contain."""
+    present = {level: np.unique(found.labels) for level, found in levels.items()}
+    dense = {level: np.searchsorted(present[level], found.labels) for level, found in levels.items()}
+    links = nest_levels(dense, {level: len(numbers) for level, numbers in present.items()})
+    for link in links:
+        link["part"] = int(present[link["level"]][link["part"]])
+        link["parent"] = int(present[link["parent_level"]][link["parent"]])
+    return links
 
 
 def find_label_maps(scan: Path, parts: str | Path | None = None) -> list[Path]:
@@ -119,8 +145,17 @@ def find_label_maps(scan: Path, parts: str | Path | None = None) -> list[Path]:
     folder = folder_of(scan) if parts is None else Path(parts)
     name, suffix = glob.escape(stem(scan)), label_suffix(scan)
     found = sorted(folder.glob(f"{name}_level-*_dseg{suffix}")) or sorted(folder.glob(f"{name}_dseg{suffix}"))
+    found = [path for path in found if is_result_of(path, stem(scan)) and not _is_of_another(path, scan)]
+    found = found or sorted(folder.glob(f"{name}_dseg{suffix}"))
     if not found:
         raise InputError(
             f"{scan}: no {stem(scan)}_dseg{suffix} in {folder}; run segment first, or give --parts FOLDER."
         )
     return found
+
+
+def _is_of_another(label_map: Path, scan: Path) -> bool:
+    """Whether a label map was made of another scan, as `a_level-1` beside `a`."""
+    source = read_sidecar(label_map).get("input")
+    recorded = source.get("name") if isinstance(source, dict) else None
+    return isinstance(recorded, str) and stem(recorded) != stem(display_name(scan))

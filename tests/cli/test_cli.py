@@ -156,7 +156,7 @@ def test_synthesize(run, tmp_path):
     assert code == 0 and err == ""
     stems = [f"synthetic-irregular-validation-{i:03d}" for i in range(2)]
     assert out.split() == [str(tmp_path / "c" / f"{stem}.nii.gz") for stem in stems]
-    expected = [f"{stem}{end}.nii.gz" for stem in stems for end in ("", *(f"_level-{x}_dseg" for x in LEVEL_PARTS))]
+    expected = [f"{stem}{end}.nii.gz" for stem in stems for end in ("", *(f"_level-{x}_truth" for x in LEVEL_PARTS))]
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == sorted(expected)
     for index, stem in enumerate(stems):
         sample = synthesize("irregular", "validation", index)
@@ -164,7 +164,7 @@ def test_synthesize(run, tmp_path):
         np.testing.assert_array_equal(image.get_fdata(), sample.volume)
         np.testing.assert_array_equal(image.affine, np.eye(4))
         for level in LEVEL_PARTS:
-            labels = nib.load(tmp_path / "c" / f"{stem}_level-{level}_dseg.nii.gz")
+            labels = nib.load(tmp_path / "c" / f"{stem}_level-{level}_truth.nii.gz")
             assert labels.get_data_dtype() == np.uint8 and labels.header["intent_code"] == 1002
             np.testing.assert_array_equal(np.asarray(labels.dataobj), sample.labels[level - 1])
 

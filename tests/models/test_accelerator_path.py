@@ -4,11 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffdiscover3d.models import attention, cpu_kernels, mixed_precision
+from diffdiscover3d.models import attention, cpu_kernels, mixed_precision, structure_discovery
 from diffdiscover3d.models.attention import FullAttention, LinearAttention
 from diffdiscover3d.models.channel_padding import convolve_padded, convolve_unfolded
 from diffdiscover3d.models.fused_kernels import NATIVE, compiled_kernels
+from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNet3DModel
+from diffdiscover3d.models.window_layout import activation_bytes
 
 GRID = (6, 8, 4)
 
@@ -193,3 +195,18 @@ def test_fused_kernels_are_the_native_ones(accelerator):
             gradients = [torch.autograd.grad((out * upstream).sum(), inputs, retain_graph=True) for out in outputs]
             for a, b in zip(*gradients, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_windows_computed_together_give_the_same_parts(monkeypatch):
+    torch.manual_seed(0)
+    model = StructureDiscoveryModel(3, window_size=16, norm="instance")
+    volume = torch.rand(24, 20, 28)
+    expected = model.segment(volume).probabilities
+    shapes = []
+    model.network.register_forward_hook(lambda module, inputs, output: shapes.append(len(inputs[0])))
+    monkeypatch.setattr(cpu_kernels, "is_on_cpu", lambda x: False)
+    for free, together in ((float("inf"), 8), (2 * 3.5 * activation_bytes((24, 20, 28), 16, model.config), 3), (0, 1)):
+        monkeypatch.setattr(structure_discovery, "free_memory", lambda device, free=free: free)
+        shapes.clear()
+        torch.testing.assert_close(model.segment(volume).probabilities, expected, rtol=1e-4, atol=1e-5)
+        assert max(shapes) == together

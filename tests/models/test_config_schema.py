@@ -27,6 +27,7 @@ DISCOVERY = {
     "parent": [[], "parent", 3, {"num_parts": 0}, {"channels": None}],
     "children": [[0, 2], [1], "12", [1.5, 1.5], [-1, 5], 4, [1, 1]],
     "scaling": [None, "z_score", 1, ["robust"]],
+    "bright_part": [-1, 2.5, "2", True, 99],
     "frame": [[96, 96], [96, 0, 96], "96", [96, 96, 96.5], [96, 112, 10**6], [96, 112, 96]],
 }
 UNET = {

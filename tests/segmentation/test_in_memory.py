@@ -76,7 +76,7 @@ def test_result_lies_on_the_input(scan, tiny_discovery):
     assert sidecar["input"] == {"name": "scan.nii.gz", "sha256": digest, "shape": list(SHAPE)}
     (weights,) = tiny_discovery.glob("*.safetensors")
     assert sidecar["model"]["sha256"] == {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()}
-    assert sidecar["model"]["id"] == str(tiny_discovery)
+    assert sidecar["model"]["id"] == tiny_discovery.name  # no local path
     assert [p["index"] for p in sidecar["parts"]] == [0, 1, 2]
     np.testing.assert_allclose([p["fraction"] for p in sidecar["parts"]], fractions, atol=1e-6)
     reading = {"volume": None, "nan_to_zero": False, "ignore_affine": False}
@@ -147,8 +147,12 @@ def test_overwrite_replaces_all(scan, tiny_discovery):
     targets = [scan.parent / f"scan_dseg.{ending}" for ending in ("nii.gz", "json", "png")]
     for target in targets:
         target.write_bytes(b"old")
+    with pytest.raises(OutputError, match=r"scan_dseg\.nii\.gz: was not made by diffdiscover3d"):
+        segment(scan, model=str(tiny_discovery), preview=True, overwrite=True)
+    assert all(target.read_bytes() == b"old" for target in targets)
+    targets[1].write_bytes(b'{"diffdiscover3d": "0.0"}')  # a sidecar of an earlier version
     segment(scan, model=str(tiny_discovery), preview=True, overwrite=True)
-    assert all(target.read_bytes() != b"old" for target in targets)
+    assert all(target.read_bytes() not in (b"old", b'{"diffdiscover3d": "0.0"}') for target in targets)
 
 
 @pytest.mark.parametrize("make_link", [os.symlink, os.link])

@@ -1,5 +1,7 @@
 """The files that `segment` writes beside the label map, their grid, sharing work and resuming."""
 
+import gzip
+import html
 import json
 import os
 import subprocess
@@ -16,7 +18,9 @@ from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.errors import ModelError, OutputError
 from diffdiscover3d.hub.registry import load_discovery
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+from diffdiscover3d.reporting.parts import count_pairs
 from diffdiscover3d.segmentation.driver import segment
+from diffdiscover3d.segmentation.in_memory import keep_within_parents
 
 SHAPE = (12, 14, 10)
 ANGLE = np.deg2rad(20)
@@ -35,6 +39,7 @@ class Threshold:
 
     config = SimpleNamespace(num_parts=2)
     device = torch.device("cpu")
+    parent_model, levels = None, ()
 
     def to(self, _):
         return self
@@ -146,6 +151,39 @@ def test_a_coarser_level_is_found_once(tmp_path, make_nifti, levelled, monkeypat
         np.testing.assert_array_equal(nib.load(both.levels[level].labels).dataobj, nib.load(result.labels).dataobj)
 
 
+@pytest.mark.parametrize("order", ["model", "size"])
+@pytest.mark.parametrize("grid", [None, (17, 21, 15)], ids=["fast", "working grid"])
+def test_levels_are_nested_after_resampling(tmp_path, make_nifti, levelled, grid, order):
+    values = noise(shape=(36, 40, 34))
+    scan = make_nifti(tmp_path / "scan.nii.gz", values)
+    if grid:
+        (levelled / "discovery" / "working_grid.json").write_text(json.dumps({"grid": grid}))
+    options = {"level": "all", "fast": grid is None, "order": order, "probabilities": True}
+    (result,) = segment(scan, tmp_path / "out", model=str(levelled), **options)
+    one, two = (np.asarray(nib.load(result.levels[level].labels).dataobj).astype(int) for level in (1, 2))
+    counts = count_pairs(two, one, 5, 3)
+    assert (counts.sum(axis=1) - counts.max(axis=1)).sum() == 0  # voxels outside the parent
+    soft = nib.load(result.levels[2].probabilities).get_fdata()
+    np.testing.assert_array_equal(soft.argmax(axis=-1), two)
+    np.testing.assert_allclose(soft.sum(axis=-1), 1, atol=1e-5)
+    # resampled apart, the levels disagree at the borders of the parents
+    small = resize_volume(torch.from_numpy(values)[None, None], grid or (18, 20, 17))
+    network = load_discovery(str(levelled))
+    apart = [
+        F.interpolate(n.segment(small).probabilities, size=values.shape, mode="trilinear", align_corners=False)
+        for n in network.levels
+    ]
+    coarse, fine = (a[0].argmax(dim=0).numpy() for a in apart)
+    assert (np.array(network.parents)[fine] != coarse).any()
+
+
+def test_parts_without_probability_within_their_parent():
+    soft = torch.tensor([0.5, 0.0, 0.5]).reshape(3, 1, 1, 1).repeat(1, 1, 1, 2)
+    soft[:, 0, 0, 1] = torch.tensor([0.0, 0.0, 1.0])
+    keep_within_parents(soft, torch.zeros(1, 1, 2, dtype=torch.uint8), (0, 0, 1))
+    assert soft[:, 0, 0].T.tolist() == [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]
+
+
 def test_order_by_size(tmp_path, make_nifti, tiny_discovery):
     scan = make_nifti(tmp_path / "scan.nii.gz", noise())
     (plain,) = segment(scan, tmp_path / "a", model=str(tiny_discovery), probabilities=True)
@@ -188,6 +226,47 @@ def test_resume_skips_what_is_done(tmp_path, make_nifti, tiny_discovery):
         segment(scans, out, model=model)
     with pytest.raises(ModelError, match=r"another argument; use --overwrite"):
         segment(scans, out, model=model, resume=True, order="size")
+
+
+def test_resume_takes_no_mixed_or_truncated_results(tmp_path, make_nifti, levelled):
+    scan = make_nifti(tmp_path / "scan.nii.gz", noise())
+    options = {"model": str(levelled), "level": "all", "resume": True}
+    (whole,) = segment(scan, tmp_path / "out", **options)
+    files = whole.levels[2]
+    expected = {path: path.read_bytes() for path in (files.labels, files.table)}
+    assert segment(scan, tmp_path / "out", **options) == []
+    unhashed = {k: v for k, v in json.loads(files.sidecar.read_text()).items() if k != "outputs"}
+    damages = {
+        "truncated map": (files.labels, expected[files.labels][:-40]),
+        "map of another level": (files.labels, whole.levels[1].labels.read_bytes()),
+        "empty table": (files.table, b""),
+        "list as sidecar": (files.sidecar, b"[]"),
+        "deep sidecar": (files.sidecar, b"[" * 100_000),
+        "sidecar without hashes": (files.sidecar, json.dumps(unhashed).encode()),
+    }
+    for damage, (path, content) in damages.items():
+        path.write_bytes(content)
+        assert len(segment(scan, tmp_path / "out", **options)) == 1, damage
+        assert {path: path.read_bytes() for path in expected} == expected, damage
+
+
+def test_nothing_private_is_copied_into_results(tmp_path, make_nifti, levelled):
+    def mod(header):
+        header["db_name"], header["aux_file"], header["descrip"] = b"Jane Doe", b"/home/jane/x.nii", b"1970-01-02"
+
+    values = noise()
+    values[2, 3, 4] = 1e8
+    scan = make_nifti(tmp_path / "scan.nii.gz", values, mod=mod)
+    everything = {"preview": True, "statistics": True, "tables": True, "probabilities": True, "report": True}
+    (result,) = segment(scan, tmp_path / "out", model=str(levelled), level="all", **everything)
+    for path in (tmp_path / "out").iterdir():
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        for private in (b"Jane", b"jane", b"1970-01-02", str(tmp_path).encode()):
+            assert private not in content, (path.name, private)
+    # what rules the intensity range is noted in the terminal, the sidecar and the report
+    (note,) = [n for n in result.notes if "rule the intensity range" in n]
+    assert note in json.loads(result.sidecar.read_text())["notes"]
+    assert html.escape(note) in result.report.read_text()
 
 
 def test_levels_a_model_does_not_have(tmp_path, make_nifti, levelled, tiny_discovery):

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
-from diffdiscover3d.training.dropout import SlotDropout, sees_its_own_batch_only, set_slots, use_slot_dropout
+from diffdiscover3d.training.dropout import (
+    SlotDropout,
+    hashed_masks,
+    sees_its_own_batch_only,
+    set_slots,
+    slot_keys,
+    use_slot_dropout,
+)
 
 
 def passed(layer, x, step=3, slots=(0, 1, 2, 3), seed=7, passes=1):
@@ -75,3 +82,34 @@ def test_a_network_keeps_its_weights_and_names():
 def test_batch_norm_is_recognised():
     assert sees_its_own_batch_only(StructureDiscoveryModel(2, norm="batch"))
     assert not sees_its_own_batch_only(StructureDiscoveryModel(2, norm="instance"))
+
+
+def test_hashed_masks_are_functions_of_slot_layer_pass_and_version():
+    keys, size = slot_keys(0, 5, [0, 1, 2]), 40_000
+    masks = hashed_masks(keys, 2, size, 0.3, layer=1, current=0)
+    assert masks.shape == (6, size) and (masks.float().mean(dim=1) - 0.7).abs().max() < 0.015
+    # slot 1 alone, as on another process, has its row in both versions
+    assert torch.equal(hashed_masks(slot_keys(0, 5, [1]), 2, size, 0.3, layer=1, current=0), masks[[1, 4]])
+    others = [
+        hashed_masks(keys, 2, size, 0.3, layer=2, current=0),
+        hashed_masks(keys, 2, size, 0.3, layer=1, current=1),
+        hashed_masks(slot_keys(0, 6, [0, 1, 2]), 2, size, 0.3, layer=1, current=0),
+        hashed_masks(slot_keys(1, 5, [0, 1, 2]), 2, size, 0.3, layer=1, current=0),
+    ]
+    rows = torch.cat([masks, *others]).float()
+    correlations = torch.corrcoef(rows) - torch.eye(len(rows))
+    assert correlations.abs().max() < 0.03  # six standard deviations
+    centred = masks.float() - 0.7
+    for lag in (1, 2, 3, 8, 64, 1000):  # nor do neighbours have to do with each other
+        assert (centred[:, lag:] * centred[:, :-lag]).mean().abs() / 0.21 < 0.01
+
+
+def test_the_keys_of_a_step_are_written_in_place():
+    layer = SlotDropout(0.3, 0)
+    set_slots([layer], 0, 1, [0, 1])
+    first = layer.draws.keys_on(torch.device("cpu"))
+    set_slots([layer], 0, 2, [0, 1])
+    second = layer.draws.keys_on(torch.device("cpu"))
+    assert second is first and torch.equal(second, slot_keys(0, 2, [0, 1]))
+    set_slots([layer], 0, 3, [0])
+    assert torch.equal(layer.draws.keys_on(torch.device("cpu")), slot_keys(0, 3, [0]))

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from diffdiscover3d.data.datasets.listing import list_volumes
 from diffdiscover3d.data.formats.reading import read_volume
-from diffdiscover3d.data.formats.registry import files_of, split
+from diffdiscover3d.data.formats.registry import volume_sha256
+from diffdiscover3d.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -38,39 +39,55 @@ class VolumeFolder:
     Attributes:
         paths: paths of the files, sorted.
         shapes: shapes of the volumes; `None` until set by [`read_all`].
+        notes: of the volumes read so far, by index: what was unusual, and what rules the intensity range.
+
+    Args:
+        source: see [`list_volumes`].
+        reading: see [`read_volume`].
 
     Raises:
-        InputError: on construction, if there are no volumes; on access, if a volume cannot be read.
+        InputError: on construction, if there are no volumes; on access, if a volume cannot be read, or its file has
+            changed since it was first read.
     """
 
-    def __init__(self, source: str | Path):
-        self.paths = list_volumes(source)
+    def __init__(self, source: str | Path, **reading):
+        self.paths, self.reading = list_volumes(source), reading
         self.shapes: list[tuple[int, ...]] | None = None
+        self.notes: dict[int, list[str]] = {}
         self._cache: dict[int, torch.Tensor] = {}
         self._cached_bytes = 0
+        self._sha256: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def fingerprint(self) -> str:
-        """The sha256 over names, sizes, and the first and last 4 KiB of the files.
+        """The sha256 over names and contents of the volumes, which does not depend on the path of the folder."""
+        digest = hashlib.sha256()
+        for index, path in enumerate(self.paths):
+            if index not in self._sha256:
+                self._sha256[index] = volume_sha256(path)
+            digest.update(f"{path.name}\0{self._sha256[index]}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
-        It includes the checksum at the end of each `.nii.gz` file, and does not depend on the path of the folder.
-        """
-        return files_fingerprint(
-            (path.name if file == split(path)[0] else f"{path.name}/{file.name}", file)
-            for path in self.paths
-            for file in files_of(path)
-        )
+    def _check_unchanged(self, index: int, sha256: str) -> None:
+        if self._sha256.setdefault(index, sha256) != sha256:
+            raise InputError(
+                f"{self.paths[index]}: has changed since the training began; start a new training, or restore it."
+            )
 
     def __getitem__(self, index: int) -> dict:
         import torch  # lazy, because listing files does not need torch
 
+        from diffdiscover3d.data.intensity_range import describe_volume_range
         from diffdiscover3d.data.transforms import min_max_normalize
 
         volume = self._cache.get(index)
         if volume is None:
-            volume = min_max_normalize(torch.from_numpy(read_volume(self.paths[index]).data)[None])
+            scan = read_volume(self.paths[index], **self.reading)
+            self._check_unchanged(index, scan.sha256)
+            self.notes[index] = [*scan.notes, *describe_volume_range(scan.data)]
+            volume = min_max_normalize(torch.from_numpy(scan.data)[None])
             if self._cached_bytes + volume.nbytes <= _CACHE_BYTES:
                 self._cache[index] = volume
                 self._cached_bytes += volume.nbytes

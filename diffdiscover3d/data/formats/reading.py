@@ -12,7 +12,14 @@ from diffdiscover3d.data.formats.nifti.raw_grid import SLAB_VOXELS, RawGrid
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume, read_voxels
 from diffdiscover3d.data.formats.nifti.slabs import SlabScan, ValueRange, stream_volume, write_all
 from diffdiscover3d.data.formats.nifti.source import NiftiFile, open_nifti
-from diffdiscover3d.data.formats.nifti.voxels import check_contrast, check_finite, to_float32
+from diffdiscover3d.data.formats.nifti.voxels import (
+    check_contrast,
+    check_finite,
+    may_lose_precision,
+    stored_range,
+    to_float32,
+    without_offset,
+)
 from diffdiscover3d.data.formats.registry import open_volume, options_in, path_is_nifti, split, volume_sha256
 from diffdiscover3d.data.formats.volume_file import ReadOptions, VolumeFile
 from diffdiscover3d.utils.files import scratch_file
@@ -100,10 +107,13 @@ def read_source(
         )
     path, shape = source.path, source.shape
     check_memory(path, shape, source.reading_bytes)
+    notes, scaling = list(source.notes), source.scaling
+    if may_lose_precision(source.dtype) and not (allow_constant or nan_to_zero):
+        ranges = np.array([stored_range(source.read_planes(*slab)) for slab in _slabs(shape)])
+        scaling = without_offset(scaling, (ranges[:, 0].min(), ranges[:, 1].max()), source.dtype, notes)
     planes = np.empty(shape[::-1], np.float32)
     for start, stop in _slabs(shape):
-        planes[start:stop] = to_float32(source.read_planes(start, stop), source.scaling)
-    notes = list(source.notes)
+        planes[start:stop] = to_float32(source.read_planes(start, stop), scaling)
     finite = np.isfinite(planes)
     bad = planes.size - int(np.count_nonzero(finite))
     check_finite(path, bad, planes.size, nan_to_zero, notes)
@@ -161,6 +171,7 @@ def stream_source(
                 write_all(file.raw, planes)
             values.add(planes)
         notes = list(source.notes)
+        scaling = source.scaling if nan_to_zero else values.without_offset(notes)
         check_finite(path, values.bad, count, nan_to_zero, notes)
         check_contrast(path, float(values.low), float(values.high))
         yield SlabScan(
@@ -168,7 +179,7 @@ def stream_source(
             RawGrid(file.raw, shape, dtype, source.orientation),
             source.affine @ inv_ornt_aff(source.orientation, shape),
             source.header,
-            source.scaling,
+            scaling,
             values.low,
             values.high,
             tuple(notes),

@@ -12,10 +12,12 @@ import numpy as np
 from diffdiscover3d.utils.files import atomic_file
 
 _LABEL_INTENT = 1002
+_TEXT_FIELDS = ("data_type", "db_name", "aux_file", "descrip")
 
 
 def output_header(source: nib.Nifti1Header, dtype: np.dtype, shape: Sequence[int], labels: bool) -> nib.Nifti1Header:
-    """The header of a result on the grid of a file, with a bit-exact copy of its affine and codes, without extensions.
+    """The header of a result on the grid of a file, with a bit-exact copy of its affine and codes, without extensions
+    and free text.
 
     Args:
         source: header of the file.
@@ -33,6 +35,9 @@ def output_header(source: nib.Nifti1Header, dtype: np.dtype, shape: Sequence[int
     header.extensions.clear()
     header.set_slope_inter(1, 0)
     header.set_intent(_LABEL_INTENT if labels else 0, name="parts" if labels else "", allow_unknown=True)
+    for field in _TEXT_FIELDS:  # may hold names, dates or paths
+        if field in header.template_dtype.names:
+            header[field] = b""
     header["descrip"] = b"diffdiscover3d"
     header["magic"] = header.single_magic
     return header

@@ -12,7 +12,16 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from diffdiscover3d.data.formats.nifti.header import check_fits, length_unit, read_affine
 from diffdiscover3d.data.formats.nifti.output import nifti_stream, output_header
 from diffdiscover3d.data.formats.nifti.source import NiftiFile, open_nifti
-from diffdiscover3d.data.formats.nifti.voxels import check_contrast, check_finite, pick_volume, read_scaling, to_float32
+from diffdiscover3d.data.formats.nifti.voxels import (
+    check_contrast,
+    check_finite,
+    may_lose_precision,
+    pick_volume,
+    read_scaling,
+    stored_range,
+    to_float32,
+    without_offset,
+)
 from diffdiscover3d.data.formats.volume_file import NiftiGrid, ResultGrid
 from diffdiscover3d.errors import InputError
 
@@ -80,7 +89,7 @@ def read_nifti(
         volume: index of the volume in a 4-D or 5-D file, from 0; not required for a single volume.
         nan_to_zero: replace NaN and Inf by 0 instead of raising.
         ignore_affine: use the voxel grid alone if the affine is unusable, instead of raising.
-        allow_constant: accept a volume without contrast, such as an empty mask.
+        allow_constant: accept a volume without contrast, such as an empty mask; no offset is subtracted.
 
     Raises:
         InputError: if the file is missing, damaged, not a 3D volume of real numbers, or has no contrast.
@@ -118,7 +127,10 @@ def read_voxels(
     payload = file.payload.read(offset, int(np.prod(shape)) * dtype.itemsize, notes)
     sha256 = file.payload.sha256()
     stored = np.frombuffer(payload, dtype=dtype).reshape(*shape[:3], -1, order="F")
-    data = to_float32(stored[..., pick_volume(path, shape, volume, notes)], scaling)
+    stored = stored[..., pick_volume(path, shape, volume, notes)]
+    if may_lose_precision(dtype) and not (allow_constant or nan_to_zero):
+        scaling = without_offset(scaling, stored_range(stored), dtype, notes)
+    data = to_float32(stored, scaling)
     finite = np.isfinite(data)
     bad = data.size - int(np.count_nonzero(finite))
     check_finite(path, bad, data.size, nan_to_zero, notes)

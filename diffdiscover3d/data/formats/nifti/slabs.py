@@ -14,7 +14,16 @@ from nibabel.orientations import inv_ornt_aff, io_orientation
 from diffdiscover3d.data.formats.nifti.header import length_unit, read_affine
 from diffdiscover3d.data.formats.nifti.raw_grid import SLAB_VOXELS, RawGrid, Region
 from diffdiscover3d.data.formats.nifti.source import NiftiFile, open_nifti
-from diffdiscover3d.data.formats.nifti.voxels import check_contrast, check_finite, pick_volume, read_scaling, to_float32
+from diffdiscover3d.data.formats.nifti.voxels import (
+    check_contrast,
+    check_finite,
+    may_lose_precision,
+    pick_volume,
+    read_scaling,
+    stored_range,
+    to_float32,
+    without_offset,
+)
 from diffdiscover3d.data.formats.volume_file import NiftiGrid, ResultGrid
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.utils.files import scratch_file
@@ -141,6 +150,8 @@ def stream_volume(
             values.add(own)
             at += len(piece)
         notes += chosen
+        if not nan_to_zero:
+            scaling = values.without_offset(notes)
         check_finite(path, values.bad, int(np.prod(shape[:3])), nan_to_zero, notes)
         check_contrast(path, float(values.low), float(values.high))
         raw, start = (unpacked.raw, 0) if unpacked else (file.payload.raw, offset + selection.start)
@@ -166,17 +177,29 @@ class ValueRange:
     def __init__(self, dtype: np.dtype, scaling: tuple[float, float] | None):
         self._dtype, self._scaling = dtype, scaling
         self.low, self.high, self.bad = np.float32(np.inf), np.float32(-np.inf), 0
+        self._stored = (np.inf, -np.inf)
 
     def add(self, stored: memoryview) -> None:
         """Add the bytes of complete voxels. Non-finite values count as 0."""
         numbers = np.frombuffer(stored, self._dtype)
         for start in range(0, len(numbers), SLAB_VOXELS):
-            values = to_float32(numbers[start : start + SLAB_VOXELS], self._scaling)
+            stored = numbers[start : start + SLAB_VOXELS]
+            if may_lose_precision(self._dtype):
+                low, high = stored_range(stored)
+                self._stored = min(self._stored[0], low), max(self._stored[1], high)
+            values = to_float32(stored, self._scaling)
             finite = np.isfinite(values)
             if not finite.all():
                 self.bad += values.size - int(np.count_nonzero(finite))
                 values = np.where(finite, values, np.float32(0))
             self.low, self.high = min(self.low, values.min()), max(self.high, values.max())
+
+    def without_offset(self, notes: list[str]) -> tuple[float, float] | None:
+        """The scaling to read with, see [`without_offset`]; `low` and `high` follow it."""
+        scaling = without_offset(self._scaling, self._stored, self._dtype, notes)
+        if scaling != self._scaling:
+            self.low, self.high = np.sort(to_float32(np.array(self._stored), scaling))
+        return scaling
 
 
 def write_all(file: BinaryIO, rest: memoryview) -> None:

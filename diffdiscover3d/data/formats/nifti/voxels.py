@@ -25,6 +25,39 @@ def to_float32(data: np.ndarray, scaling: tuple[float, float] | None) -> np.ndar
         return data.astype(np.float32)
 
 
+def may_lose_precision(dtype: np.dtype) -> bool:
+    """Whether float32 cannot hold all values of a data type."""
+    return dtype.itemsize > (4 if dtype.kind == "f" else 2)
+
+
+def stored_range(values: np.ndarray) -> tuple[float, float]:
+    """Minimum and maximum of the finite values, in float64; (inf, -inf) if there are none."""
+    if values.dtype.kind == "f":
+        values = values[np.isfinite(values)]
+    return (float(values.min()), float(values.max())) if values.size else (np.inf, -np.inf)
+
+
+def without_offset(
+    scaling: tuple[float, float] | None, stored: tuple[float, float], dtype: np.dtype, notes: list[str]
+) -> tuple[float, float] | None:
+    """The scaling, with the lowest value subtracted if float32 could not tell the values apart otherwise.
+
+    Args:
+        scaling: slope and intercept of the stored values, `None` for 1 and 0.
+        stored: [`stored_range`] of the whole volume.
+        dtype: of the stored values.
+        notes: list to which a note is appended if the lowest value is subtracted.
+    """
+    slope, inter = scaling or (1.0, 0.0)
+    low, high = sorted(value * slope + inter for value in stored)
+    largest = max(abs(low), abs(high))
+    exact = scaling is None and dtype.kind in "iu" and largest < 2**24
+    if not may_lose_precision(dtype) or exact or not 0 < high - low < np.inf or largest < (high - low) * 2**12:
+        return scaling
+    notes.append(f"the lowest value, {low:.10g}, was subtracted from all: 32-bit numbers cannot hold such an offset")
+    return slope, inter - low
+
+
 def pick_volume(path: Path, shape: tuple[int, ...], volume: int | None, notes: list[str]) -> int:
     """Determine the index of the volume to read from a file of this shape.
 

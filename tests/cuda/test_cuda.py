@@ -1,0 +1,124 @@
+"""What only a CUDA GPU can show: DIFFDISCOVER3D_TEST_CUDA=1 pytest tests/cuda. Skipped without one."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffdiscover3d.models.attention import LinearAttention
+from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+from diffdiscover3d.models.unet_3d import UNet3DModel
+from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
+from diffdiscover3d.training.data_order import draw_noise
+from diffdiscover3d.training.diffusion import DiffusionTraining
+from diffdiscover3d.training.discovery import DiscoveryTraining
+from diffdiscover3d.training.dropout import hashed_masks, slot_keys
+from diffdiscover3d.training.loop import make_accelerator, train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+TINY = {"width": 8, "channel_multipliers": (1, 2, 4), "attention": ("linear", "linear", None), "norm_groups": 4}
+GRID = (16, 24, 8)
+
+
+class Volumes:
+    """Six smooth random volumes."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        coarse = torch.rand(6, 1, 4, 6, 2, generator=generator)
+        found = F.interpolate(coarse, GRID, mode="trilinear")
+        low, high = found.amin(dim=(2, 3, 4), keepdim=True), found.amax(dim=(2, 3, 4), keepdim=True)
+        self.volumes = (found - low) / (high - low)
+        self.shapes = [GRID] * 6
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return {"volume": self.volumes[range(6)[index]]}
+
+
+def gradients(unet, device, dtype, bf16=False):
+    unet = torch.nn.Module.to(unet, device=device, dtype=dtype)
+    unet.zero_grad()
+    x = torch.randn(2, 1, *GRID, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        sample = unet(x, torch.tensor([3, 200], device=device)).sample
+    F.l1_loss(sample.to(dtype), x).backward()
+    return torch.cat([p.grad.flatten().cpu().double() for p in unet.parameters()])
+
+
+@pytest.mark.parametrize(("dtype", "bf16", "limit"), [(torch.float64, False, 1e-9), (torch.float32, True, 0.05)])
+def test_gradients_are_those_of_a_cpu_in_double_precision(dtype, bf16, limit):
+    torch.manual_seed(0)
+    unet = UNet3DModel(**TINY)
+    expected = gradients(unet, "cpu", torch.float64)
+    found = gradients(unet, "cuda", dtype, bf16)
+    assert (found - expected).norm() < limit * expected.norm()
+
+
+def test_attention_is_whole_where_memory_allows():
+    module, x = LinearAttention(8, 2, 4).cuda(), torch.randn(1, 8, *GRID, device="cuda")
+    assert module._fits_whole(x, x[0, 0].numel())
+
+
+def train_losses(folder, make_task, config):
+    accelerator = make_accelerator(config)
+    train(make_task(config, accelerator), config, Volumes(), accelerator)
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return torch.tensor([json.loads(line)["loss"] for line in lines])
+
+
+def run(kind, folder, make_task, **options):
+    fixed = {"preset": "small", "max_steps": 8, "log_every": 1, "preview_every": 0, "mixed_precision": "bf16"}
+    fixed |= {"memory_format": "contiguous", "batch_size": 2, "output_dir": str(folder)}
+    return train_losses(folder, make_task, make_config(kind, **{**fixed, **options}))
+
+
+def make_diffusion(config, accelerator):
+    return DiffusionTraining(config, GRID)
+
+
+def make_discovery(config, accelerator):
+    from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
+
+    torch.manual_seed(0)
+    teacher = DiffusionFeaturePipeline(UNet3DModel(**TINY), make_scheduler(250))
+    return DiscoveryTraining(config, teacher, Volumes(), [Volumes()[0]], accelerator)
+
+
+def test_a_graphed_diffusion_training_is_the_eager_one(tmp_path):
+    options = {"width": 8, "sample_size": (16, 24, 8)}
+    plain = run(DiffusionConfig, tmp_path / "eager", make_diffusion, **options)
+    graphed = run(DiffusionConfig, tmp_path / "graphed", make_diffusion, cuda_graphs=True, **options)
+    assert len(plain) == 8
+    torch.testing.assert_close(graphed, plain, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("noise", ["fresh", "fixed"])
+def test_a_graphed_discovery_training_is_the_eager_one(tmp_path, noise):
+    options = {"teacher_noise": noise, "teacher": "none", "dropout": 0.2}
+    plain = run(DiscoveryConfig, tmp_path / "eager", make_discovery, **options)
+    graphed = run(DiscoveryConfig, tmp_path / "graphed", make_discovery, cuda_graphs=True, **options)
+    torch.testing.assert_close(graphed, plain, rtol=5e-2, atol=5e-3)
+
+
+def test_noise_and_masks_depend_on_slots_alone():
+    seeds = [7, 2**61, 3]
+    noise = draw_noise(seeds, (1, 5, 6, 4), torch.device("cuda"))
+    torch.testing.assert_close(draw_noise(seeds[1:2], (1, 5, 6, 4), torch.device("cuda"))[0], noise[1], rtol=0, atol=0)
+    assert abs(float(draw_noise([1], (64, 64, 64), torch.device("cuda")).std()) - 1) < 0.01
+    on_gpu = hashed_masks(slot_keys(0, 5, [2, 3]).cuda(), 2, 999, 0.3)
+    assert torch.equal(on_gpu.cpu(), hashed_masks(slot_keys(0, 5, [2, 3]), 2, 999, 0.3))
+
+
+def test_labels_are_those_of_a_cpu():
+    torch.manual_seed(0)
+    model = StructureDiscoveryModel(3)
+    with torch.no_grad():
+        for _ in range(10):
+            model.train()(torch.rand(2, 1, 16, 24, 16))
+    volume = Volumes()[0]["volume"][None]
+    expected = model.segment(volume).labels
+    assert (model.cuda().segment(volume).labels.cpu() == expected).float().mean() > 0.999

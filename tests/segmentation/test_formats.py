@@ -1,0 +1,100 @@
+"""One scan in every format gets the same labels, in the family of its format."""
+
+import json
+
+import numpy as np
+import pytest
+
+from diffdiscover3d.data.formats.reading import read_volume
+from diffdiscover3d.data.formats.registry import LABEL_SUFFIXES
+from diffdiscover3d.segmentation.driver import segment
+from diffdiscover3d.workflows.features import extract_features
+from diffdiscover3d.workflows.reports import make_reports
+from tests.helpers import volume_files as files
+
+pytest.importorskip("SimpleITK")
+pytest.importorskip("pydicom")
+h5py, tifffile = pytest.importorskip("h5py"), pytest.importorskip("tifffile")
+pytest.importorskip("mrcfile")
+pytest.importorskip("zarr")
+
+
+@pytest.fixture(scope="module")
+def values():
+    """A volume (H, W, D) in canonical orientation, with a marked corner."""
+    data = np.random.default_rng(2).integers(0, 500, (18, 20, 22)).astype(np.int16)
+    data[4:12, 5:14, 6:15] += 300
+    data[:3, :2, :4] = 1000
+    return data
+
+
+def _write(folder, kind, values):
+    image = values[:, ::-1, ::-1].T  # (z, y, x) of an image whose first row is at the top
+    if kind in ("nrrd", "mha", "mgz", "dicom"):
+        array, affine = files.stored(files.ORIENTATIONS[27], values)
+        writers = {"nrrd": files.write_sitk, "mha": files.write_sitk, "mgz": files.write_mgh}
+        return (
+            files.write_dicom(folder / "scan", array, affine)
+            if kind == "dicom"
+            else writers[kind](folder / f"scan.{kind}", array, affine)
+        )
+    if kind == "mrc":
+        return files.write_mrc(folder / "scan.mrc", np.ascontiguousarray(values.T))
+    if kind == "npy":
+        np.save(folder / "scan.npy", values)
+        return folder / "scan.npy"
+    if kind == "tif":
+        tifffile.imwrite(folder / "scan.tif", image, photometric="minisblack")
+        return folder / "scan.tif"
+    if kind == "h5":
+        with h5py.File(folder / "scan.h5", "w") as file:
+            file["a/raw"] = image
+        return f"{folder / 'scan.h5'}::/a/raw"
+    return files.write_ome_zarr(folder / "scan.ome.zarr", image)
+
+
+KINDS = ["nrrd", "mha", "mgz", "dicom", "mrc", "npy", "tif", "h5", "zarr"]
+
+
+@pytest.fixture(scope="module")
+def expected(values, tiny_discovery):
+    return segment(values, model=str(tiny_discovery))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_labels_from_every_format(tmp_path, values, expected, tiny_discovery, kind):
+    path = _write(tmp_path, kind, values)
+    (result,) = segment(path, tmp_path / "out", model=str(tiny_discovery), statistics=True)
+    suffix = {"mrc": ".mrc", "npy": ".npy", "tif": ".tif", "h5": ".h5", "zarr": ".ome.zarr"}.get(kind, ".nii.gz")
+    assert result.labels.name.endswith(f"_dseg{suffix}") and suffix in (".nii.gz", *LABEL_SUFFIXES)
+    scan, labels = read_volume(path), read_volume(result.labels, allow_constant=True)
+    assert np.array_equal(labels.data, expected) and np.allclose(labels.affine, scan.affine, rtol=1e-6)
+    sidecar = json.loads(result.sidecar.read_text())
+    assert len(sidecar["input"]["sha256"]) == 64
+    key = {"mrc": "volume_nm3", "npy": None, "tif": None, "h5": None, "zarr": "volume_um3"}.get(kind, "volume_ml")
+    assert [name for name in sidecar if name.startswith("volume")] == ([key] if key else [])
+    # finished: neither is it done again, nor is it in the way
+    skipped = []
+    segment(path, tmp_path / "out", model=str(tiny_discovery), statistics=True, resume=True, on_skip=skipped.append)
+    assert len(skipped) == 1
+    before = read_volume(result.labels, allow_constant=True).data
+    segment(path, tmp_path / "out", model=str(tiny_discovery), order="size", overwrite=True)
+    again = read_volume(result.labels, allow_constant=True).data
+    assert sorted(np.bincount(again.astype(int).ravel())) == sorted(np.bincount(before.astype(int).ravel()))
+
+
+@pytest.mark.parametrize("kind", ["dicom", "mrc", "zarr"])
+def test_features_and_reports_take_every_format(tmp_path, values, tiny_discovery, kind):
+    path = _write(tmp_path, kind, values)
+    segment(path, tmp_path / "out", model=str(tiny_discovery))
+    (page,) = make_reports(str(path), parts=tmp_path / "out")
+    text = page.read_text()
+    assert {"dicom": "mL", "mrc": "nm³", "zarr": "µm³"}[kind] in text
+    assert ("centre R, A, S" in text) == (kind == "dicom")
+    assert "checked>" in text and text.count('type="checkbox"') == text.count(" checked>") + 1  # but the convention
+    (features,) = extract_features(path, tmp_path / "features", stages=(3,))
+    found = read_volume(features, volume=0, allow_constant=True)
+    scan = read_volume(path)
+    # the features lie over the same part of space
+    extent = [np.array(v.shape) * v.spacing_mm for v in (found, scan)]
+    assert np.all(extent[0] >= extent[1] * 0.9) and np.all(extent[0] <= extent[1] * 2.2)
