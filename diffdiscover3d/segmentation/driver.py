@@ -159,7 +159,7 @@ def segment(
     mine = shard(cases)
     for folder in {case.folder for case in cases}:
         recover_folder(folder)
-    check_cases(cases, mine, overwrite or resume)
+    check_cases(cases, mine, overwrite or resume, resume)
     reading = {"volume": volume, "nan_to_zero": nan_to_zero, "ignore_affine": ignore_affine}
     arguments = {"device": str(place), **reading, "fast": fast, "order": order, "statistics": statistics}
     unusual = {"series": series, "resolution": resolution, "missing_chunks": missing_chunks}

@@ -133,12 +133,13 @@ def label_map(
         yield write
 
 
-def check_cases(cases: Sequence[CaseFiles], mine: Sequence[CaseFiles], overwrite: bool) -> None:
+def check_cases(cases: Sequence[CaseFiles], mine: Sequence[CaseFiles], overwrite: bool, resume: bool = False) -> None:
     """Check that all files can be written, before the work starts.
 
     Args:
         cases: all scans; no two may write the same file, and none may overwrite a scan.
         mine: those of this process, whose files must not exist unless `overwrite`.
+        resume: accept results with a damaged or missing sidecar, which are made again.
 
     Raises:
         OutputError: if one cannot be written.
@@ -158,7 +159,7 @@ def check_cases(cases: Sequence[CaseFiles], mine: Sequence[CaseFiles], overwrite
             if target.resolve() in inputs:
                 raise OutputError(f"{target}: is one of the inputs; choose another --output folder.")
     check_targets((target for case in mine for target in case), overwrite)
-    for case in mine:
+    for case in () if resume else mine:
         for files in case.levels.values():
             if files.labels.exists() and not _is_own(files.sidecar):
                 raise OutputError(

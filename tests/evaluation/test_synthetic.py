@@ -56,9 +56,13 @@ def test_embedded_models_beat_kmeans_on_fresh_volumes():
 def test_embedded_models_are_whole_and_small():
     models = embedded_models()
     assert set(models) == {"synthetic-regular", "synthetic-irregular", "brain-flair"}
-    assert all(model.levels == (1, 2, 3) for model in models.values())
+    assert {name: model.levels for name, model in models.items()} == {
+        "synthetic-regular": (1, 2, 3),
+        "synthetic-irregular": (1, 2, 3),
+        "brain-flair": (1, 2),
+    }
     weights = [p for m in models.values() for p in m.folder.rglob("*.safetensors")]
-    assert sum(p.stat().st_size for p in weights) < 12e6
+    assert sum(p.stat().st_size for p in weights) < 20e6
     teacher = load_teacher("synthetic-regular")
     assert teacher(torch.rand(20, 30, 25), stages=(1,)).features[0].shape[:2] == (1, 64)
     with pytest.raises(ModelError, match=r"levels \[1, 2, 3\], not 4"):

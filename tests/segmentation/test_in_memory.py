@@ -73,7 +73,11 @@ def test_result_lies_on_the_input(scan, tiny_discovery):
     sidecar = json.loads(result.sidecar.read_text())
     assert sidecar["diffdiscover3d"] == __version__
     digest = hashlib.sha256(before).hexdigest()
-    assert sidecar["input"] == {"name": "scan.nii.gz", "sha256": digest, "shape": list(SHAPE)}
+    expected = {"name": "scan.nii.gz", "sha256": digest, "shape": list(SHAPE), "unit": "mm"}
+    assert {k: v for k, v in sidecar["input"].items() if k != "voxel_size"} == expected
+    np.testing.assert_allclose(
+        sidecar["input"]["voxel_size"], nib.affines.voxel_sizes(nib.load(scan).affine), rtol=1e-5
+    )
     (weights,) = tiny_discovery.glob("*.safetensors")
     assert sidecar["model"]["sha256"] == {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()}
     assert sidecar["model"]["id"] == tiny_discovery.name  # no local path

@@ -84,7 +84,9 @@ def timeless(path: Path):
     """The contents of a file without time and memory."""
     if path.suffix == ".json":
         return {
-            k: v for k, v in json.loads(path.read_text()).items() if k not in ("seconds", "peak_memory_mib", "windows")
+            k: v
+            for k, v in json.loads(path.read_text()).items()
+            if k not in ("seconds", "peak_memory_mib", "windows", "outputs")
         }
     if path.suffix == ".html":
         return re.sub(r"[\d.]+ s, at most [\d.]+ MiB", "", path.read_text(encoding="utf-8"))

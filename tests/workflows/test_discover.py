@@ -86,7 +86,7 @@ def test_folder_without_a_readable_scan(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.nii.gz").write_bytes(b"<html>")
     errors = []
-    with pytest.raises(InputError, match="none of its scans"):
+    with pytest.raises(InputError, match="none of the scans"):
         discover(tmp_path / "in", tmp_path / "out", on_error=errors.append)
     assert len(errors) == 1 and not (tmp_path / "out").exists()
 
