@@ -62,15 +62,12 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         children: number of parts into which each part of the parent is divided; 1 leaves it undivided. Sums to K.
         scaling: intensity scaling, "min_max" over the whole volume or "robust" by percentiles of the foreground (see
             [`robust_scale`]).
-        frame: grid to which [`segment`] resamples the box around the foreground, so that the network processes every
-            subject at the same position and size regardless of the scan's resolution; voxels outside of the box get
-            part 0. `None` processes volumes on their own grid. Requires robust scaling.
-        bright_part: the brighter one of the two parts into which a part of the parent is divided. In [`segment`] its
-            logit and the evidence of the intensities ([`add_brightness`]) are added. Requires a frame.
+        frame: grid to which [`segment`] resamples the box around the foreground; voxels outside of the box get part 0.
+            `None` processes volumes on their own grid. Requires robust scaling.
+        bright_part: the brighter of the two parts of a divided part; [`segment`] adds [`add_brightness`] to its logit.
 
     Raises:
-        ValueError: if `num_parts` is below 2, the lengths of `strides` and `channels` or the `children` and
-            `parent` do not match, or `scaling` and `frame` are invalid or differ from the parent's.
+        ValueError: if an option is out of range, or `strides`, `children`, `scaling` or `frame` do not fit the others.
 
     Example:
         >>> coarse = StructureDiscoveryModel(num_parts=2)
@@ -105,7 +102,6 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         from monai.networks.nets import UNet  # slow import
 
         self.stride = int(torch.tensor(list(strides)).prod())
-        # one output channel for every part of a divided parent part
         outputs = num_parts if parent is None else sum(c for c in children if c > 1)
         network = UNet(3, 1, outputs, tuple(channels), tuple(strides), dropout=dropout, norm=norm)
         self.network = Conv3d.adopt(network)

@@ -235,7 +235,7 @@ def test_analyze_pairs(tmp_path, kind, half):
 def test_several_frames_need_a_choice(tmp_path):
     array, affine = files.stored(files.CANONICAL)
     nib.save(nib.MGHImage(np.stack([array, array + 5], axis=-1), affine), tmp_path / "two.mgz")
-    with pytest.raises(ValueError, match="contains 2 volumes|holds 2 volumes"):
+    with pytest.raises(ValueError, match=r"(contains|holds) 2 volumes"):
         read_volume(tmp_path / "two.mgz")
     assert np.array_equal(read_volume(tmp_path / "two.mgz", volume=1).data, files.phantom() + 5)
     image = sitk.JoinSeries([sitk.GetImageFromArray(array.T + n) for n in range(3)])
@@ -243,7 +243,7 @@ def test_several_frames_need_a_choice(tmp_path):
     assert read_volume(tmp_path / "four.nrrd", volume=2).data.max() == 1002
     vector = sitk.Compose([sitk.GetImageFromArray(array.T + n) for n in range(2)])
     sitk.WriteImage(vector, str(tmp_path / "vector.mha"))
-    with pytest.raises(ValueError, match="contains 2 volumes|holds 2 volumes"):
+    with pytest.raises(ValueError, match=r"(contains|holds) 2 volumes"):
         read_volume(tmp_path / "vector.mha")
     assert read_volume(tmp_path / "vector.mha", volume=1).data.max() == 1001
 
