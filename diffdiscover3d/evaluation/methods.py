@@ -144,7 +144,12 @@ METHODS: dict[str, Method] = {
     "no-visual": Method("consistencies alone, λv = 0", options={"lambda_visual": 0.0}, recipe="consistency"),
     "no-feature": Method("consistencies alone, λf = 0", options={"lambda_feature": 0.0}, recipe="consistency"),
     "no-invariance": Method("consistencies alone, λinv = 0", options={"lambda_invariance": 0.0}, recipe="consistency"),
-    **{f"stage-{s}": Method(f"ours, stage {s}", options={"stages": (s,)}, published=f"stage {s}") for s in (1, 2, 3)},
+    **{
+        f"stage-{s}": Method(
+            f"consistencies alone, stage {s}", options={"stages": (s,)}, recipe="consistency", published=f"stage {s}"
+        )
+        for s in (1, 2, 3)
+    },
 }
 
 

@@ -55,7 +55,7 @@ def test_embedded_models_beat_kmeans_on_fresh_volumes():
 
 def test_embedded_models_are_whole_and_small():
     models = embedded_models()
-    assert set(models) == {"synthetic-regular", "synthetic-irregular"}
+    assert set(models) == {"synthetic-regular", "synthetic-irregular", "brain-flair"}
     assert all(model.levels == (1, 2, 3) for model in models.values())
     weights = [p for m in models.values() for p in m.folder.rglob("*.safetensors")]
     assert sum(p.stat().st_size for p in weights) < 12e6

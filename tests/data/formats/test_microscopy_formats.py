@@ -147,7 +147,7 @@ def test_ome_tiff(tmp_path, axes, compression):
     size = {"PhysicalSizeX": 200.0, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 0.25, "PhysicalSizeZ": 0.5}
     tifffile.imwrite(path, full, compression=compression, photometric="minisblack", metadata={"axes": axes, **size})
     if axes != "ZYX":
-        with pytest.raises(ValueError, match=f"holds {full.size // data.size} volumes"):
+        with pytest.raises(ValueError, match=f"contains {full.size // data.size} volumes"):
             read_volume(path)
     volume = read_volume(path, volume=None if axes == "ZYX" else 1)
     assert np.array_equal(volume.data, (data if axes == "ZYX" else data + 5).T[:, ::-1, ::-1])
