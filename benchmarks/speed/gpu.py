@@ -336,7 +336,7 @@ def discovery_step(run: Run, case: dict, name: str, target=None, profiled=False,
     time_training(run, f"discovery step, {name}, {side}^3, bf16: {shown}", make_task, config, volumes, target, profiled)
 
 
-def rivals(run: Run) -> None:
+def baselines(run: Run) -> None:
     """Plain steps: MONAI's network of the same widths, and the direct form of ours in float32."""
     for preset in ("small", "paper"):
         side = 16 if run.quick else UNET_PRESETS[preset]["sample_size"]
@@ -375,10 +375,10 @@ def features(run: Run) -> None:
         torch.manual_seed(0)
         unet = UNet3DModel(**{**UNET_PRESETS[preset], "sample_size": side}).eval().to(run.device)
         pipe = DiffusionFeaturePipeline(unet, make_scheduler(250))
-        rival = UNet3DModel(**unet.config).eval().to(run.device)
-        rival.load_state_dict(unet.state_dict())
-        Conv3d.release(rival)
-        for module in rival.modules():
+        baseline = UNet3DModel(**unet.config).eval().to(run.device)
+        baseline.load_state_dict(unet.state_dict())
+        Conv3d.release(baseline)
+        for module in baseline.modules():
             if hasattr(module, "forward_chunks"):
                 module.forward = module.forward_chunks
         volume = torch.rand(1, 1, side, side, side, device=run.device)
@@ -389,9 +389,9 @@ def features(run: Run) -> None:
                 with torch.autocast(volume.device.type, torch.bfloat16, enabled=bf16):
                     return pipe.extract(volume, noise, FEATURE_TIMESTEP, (stage,)).features[0]
 
-            def hooked(pipe=pipe, rival=rival, volume=volume, noise=noise, stage=stage):
-                noisy, steps = add_noise(pipe.scheduler, rival, volume, noise[0], FEATURE_TIMESTEP)
-                return hooked_features(rival, noisy, steps, (stage,))[0][0]
+            def hooked(pipe=pipe, baseline=baseline, volume=volume, noise=noise, stage=stage):
+                noisy, steps = add_noise(pipe.scheduler, baseline, volume, noise[0], FEATURE_TIMESTEP)
+                return hooked_features(baseline, noisy, steps, (stage,))[0][0]
 
             def direct(hooked=hooked, side=side):
                 return upsample(hooked(), (side,) * 3)
@@ -532,7 +532,7 @@ def main() -> None:
     run.section("numbers, fused", check_numbers, True)
     last = {"compile": True, "memory_format": "channels_last"}
     run.section("paper channels-last", lambda r: diffusion_step(r, "paper", 45.0, **graphs, **last))
-    run.section("rivals", rivals)
+    run.section("baselines", baselines)
     if options.train_seconds:
         run.section("learning", lambda r: learning(r, "paper", options.train_seconds, **graphs))
     run.write()

@@ -1,14 +1,14 @@
 """Describe what the embedded models were trained on, and measure how far other volumes are from it.
 
-    python -m benchmarks.domain [SCAN ...]
+    python -m benchmarks.explorations.domain [SCAN ...]
 
 Writes `domain.json` beside each embedded network, from the synthetic training cells, and the distances of all
 synthetic test cells and of the scans given to `benchmarks/results/domain.json`. Scans are named by their file names.
 """
 
 import sys
-from pathlib import Path
 
+from benchmarks import RESULTS
 from diffdiscover3d.data.datasets.synthetic import SPLITS, VARIANTS, synthesize
 from diffdiscover3d.data.domain import DOMAIN_FILE, FAR, describe_block, distance, signature, summarise
 from diffdiscover3d.data.formats.reading import read_volume
@@ -17,7 +17,7 @@ from diffdiscover3d.hub.registry import embedded_models
 from diffdiscover3d.utils.files import write_json
 from diffdiscover3d.utils.provenance import describe_environment
 
-RESULTS = Path(__file__).parent / "results" / "domain.json"
+RESULT = RESULTS / "domain.json"
 
 
 def cells(variant: str, split: str) -> list[list[float]]:
@@ -45,7 +45,7 @@ def main(scans: list[str]) -> None:
             "scans": {scan: round(distance(numbers, domain)[0], 3) for scan, numbers in others.items()},
         }
         print(name, results[name])
-    write_json(RESULTS, {"threshold": FAR, "models": results, "environment": describe_environment()})
+    write_json(RESULT, {"threshold": FAR, "models": results, "environment": describe_environment()})
 
 
 if __name__ == "__main__":
