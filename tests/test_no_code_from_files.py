@@ -17,6 +17,7 @@ ROOT = Path(diffdiscover3d.__file__).parent
 # the two readers of third-party pickles and their permitted calls; the unpickler allows only numeric arrays
 GUARDED = {
     ("models/authors_checkpoint.py", "torch.load(weights_only=True)"),
+    ("baselines/med3d.py", "torch.load(weights_only=True)"),
     ("data/datasets/authors_archive.py", "pickle.Unpickler"),
 }
 

@@ -373,12 +373,12 @@ def test_two_processes_share_the_reading(scans, tmp_path, monkeypatch):
     """Each process reads its share of the files, and both report the invalid one."""
     script = (
         "import os, sys; from diffdiscover3d.data.datasets import folder; from diffdiscover3d.train import main\n"
-        "read = folder.read_nifti\n"
+        "read = folder.read_volume\n"
         "def counted(path, **options):\n"
         "    with open('read-' + os.environ['RANK'], 'a') as file:\n"
         "        file.write(path.name + ' ')\n"
         "    return read(path, **options)\n"
-        "folder.read_nifti = counted\n"
+        "folder.read_volume = counted\n"
         "sys.exit(main())\n"
     )
     monkeypatch.chdir(tmp_path)

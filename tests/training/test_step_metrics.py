@@ -11,6 +11,7 @@ from diffdiscover3d.data.loading import load_volumes
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.hub.registry import load_teacher
 from diffdiscover3d.train import main
+from diffdiscover3d.training.backward import EagerPass
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
 from diffdiscover3d.training.diffusion import DiffusionTraining
 from diffdiscover3d.training.discovery import DiscoveryTraining
@@ -93,6 +94,10 @@ def tasks(tmp_path):
         yield config, DiscoveryTraining(config, teacher, volumes, volumes, accelerator, parent=parent), volumes
 
 
+def make_backward(task, model, accelerator) -> EagerPass:
+    return EagerPass(lambda batch: task.losses(model, batch), accelerator.backward)
+
+
 def test_a_step_reads_nothing_from_the_device(tmp_path):
     """On a GPU, each of these would synchronise with all queued work."""
     for config, task, volumes in tasks(tmp_path):
@@ -102,9 +107,31 @@ def test_a_step_reads_nothing_from_the_device(tmp_path):
         batches = [dict(b) for b, _ in zip(_make_loader(task, config, volumes, accelerator, 0), range(2), strict=False)]
         asked = SimpleNamespace(requested=False)
         # the first step may compute cached constants and fixed teacher outputs
-        _take_step(task, model, optimizer, iter([dict(batches[0])]), config, accelerator, 0, [], asked)
+        _take_step(
+            task,
+            model,
+            optimizer,
+            make_backward(task, model, accelerator),
+            iter([dict(batches[0])]),
+            config,
+            accelerator,
+            0,
+            [],
+            asked,
+        )
         with Reads() as reads:
-            _take_step(task, model, optimizer, iter([dict(batches[0])]), config, accelerator, 1, [], asked)
+            _take_step(
+                task,
+                model,
+                optimizer,
+                make_backward(task, model, accelerator),
+                iter([dict(batches[0])]),
+                config,
+                accelerator,
+                1,
+                [],
+                asked,
+            )
         assert reads.found == [], task.name
 
 
@@ -156,6 +183,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing(fused, tmp_path, monkeypa
     for step, scale in enumerate((NAN, 1.0)):
         task = SimpleNamespace(losses=lambda m, batch, scale=scale: {"loss": scale * m(batch["volume"]).sum()})
         batch = {"volume": torch.ones(1, 2), "slot": torch.zeros(1, dtype=torch.long)}
-        _, values = _take_step(task, model, optimizer, iter([batch]), config, accelerator, step, [], asked)
+        _, values = _take_step(
+            task,
+            model,
+            optimizer,
+            make_backward(task, model, accelerator),
+            iter([batch]),
+            config,
+            accelerator,
+            step,
+            [],
+            asked,
+        )
         assert values[-2] == (0 if step == 0 else 1)
         assert torch.isfinite(model.weight).all() and torch.equal(model.weight, before) == (step == 0)
