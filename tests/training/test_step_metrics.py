@@ -94,8 +94,9 @@ def tasks(tmp_path):
         yield config, DiscoveryTraining(config, teacher, volumes, volumes, accelerator, parent=parent), volumes
 
 
-def make_backward(task, model, accelerator) -> EagerPass:
-    return EagerPass(lambda batch: task.losses(model, batch), accelerator.backward)
+def take_step(task, model, optimizer, accelerator, batches, config, step, asked):
+    backward = EagerPass(lambda batch: task.losses(model, batch), accelerator.backward)
+    return _take_step(task, model, optimizer, backward, batches, config, accelerator, step, [], asked)
 
 
 def test_a_step_reads_nothing_from_the_device(tmp_path):
