@@ -62,7 +62,7 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         children: number of parts into which each part of the parent is divided; 1 leaves it undivided. Sums to K.
         scaling: intensity scaling, "min_max" over the whole volume or "robust" by percentiles of the foreground (see
             [`robust_scale`]).
-        frame: grid to which [`segment`] resamples the box around the foreground; outside voxels get part 0. Needs robust scaling.
+        frame: grid to which [`segment`] resamples the foreground box; outside it is part 0. Needs robust scaling.
         bright_part: the brighter of the two parts of a divided part; [`segment`] adds [`add_brightness`] to its logit.
 
     Raises:

@@ -94,11 +94,6 @@ def tasks(tmp_path):
         yield config, DiscoveryTraining(config, teacher, volumes, volumes, accelerator, parent=parent), volumes
 
 
-def take_step(task, model, optimizer, accelerator, batches, config, step, asked):
-    backward = EagerPass(lambda batch: task.losses(model, batch), accelerator.backward)
-    return _take_step(task, model, optimizer, backward, batches, config, accelerator, step, [], asked)
-
-
 def test_a_step_reads_nothing_from_the_device(tmp_path):
     """On a GPU, each of these would synchronise with all queued work."""
     for config, task, volumes in tasks(tmp_path):
@@ -112,7 +107,7 @@ def test_a_step_reads_nothing_from_the_device(tmp_path):
             task,
             model,
             optimizer,
-            make_backward(task, model, accelerator),
+            EagerPass(lambda batch, t=task, m=model: t.losses(m, batch), accelerator.backward),
             iter([dict(batches[0])]),
             config,
             accelerator,
@@ -125,7 +120,7 @@ def test_a_step_reads_nothing_from_the_device(tmp_path):
                 task,
                 model,
                 optimizer,
-                make_backward(task, model, accelerator),
+                EagerPass(lambda batch, t=task, m=model: t.losses(m, batch), accelerator.backward),
                 iter([dict(batches[0])]),
                 config,
                 accelerator,
@@ -188,7 +183,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(fused, tmp_path, monkeypa
             task,
             model,
             optimizer,
-            make_backward(task, model, accelerator),
+            EagerPass(lambda batch, t=task, m=model: t.losses(m, batch), accelerator.backward),
             iter([batch]),
             config,
             accelerator,
