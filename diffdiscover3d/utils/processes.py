@@ -1,5 +1,6 @@
 """Rank and number of the processes that a launcher started together."""
 
+import functools
 import os
 from datetime import timedelta
 
@@ -18,10 +19,6 @@ def rank_and_world_size(timeout_seconds: float = 120) -> tuple[int, int]:
     Raises:
         ValueError: if the variables are not numbers, or the other processes do not join.
     """
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
     values = [os.environ.get(name, "") for name in _NAMES]
     if not all(values):
         return 0, 1
@@ -31,12 +28,22 @@ def rank_and_world_size(timeout_seconds: float = 120) -> tuple[int, int]:
         )
     if int(values[1]) == 1:
         return 0, 1
+    return _join(values[1], timeout_seconds)
+
+
+@functools.cache
+def _join(world_size: str, timeout_seconds: float) -> tuple[int, int]:
+    """Form the process group once; it cannot be formed again when other processes have moved on."""
+    import torch.distributed as dist  # slow, and not needed by a process that is alone
+
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
     try:
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
         dist.barrier()
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"`WORLD_SIZE` is {values[1]}, but the other processes did not join within {timeout_seconds:g} s; start "
+            f"`WORLD_SIZE` is {world_size}, but the other processes did not join within {timeout_seconds:g} s; start "
             f"all of them with accelerate launch or torchrun, or unset {', '.join(_NAMES)}."
         ) from error
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -172,8 +172,8 @@ def folder_of(path: str | Path) -> Path:
     return split(path)[0].parent
 
 
-def files_of(path: str | Path) -> list[Path]:
-    """The files that a volume is stored in, sorted."""
+def files_of(path: str | Path, series: str | None = None) -> list[Path]:
+    """The files that a volume is stored in, sorted; `series` chooses one of several DICOM series of a folder."""
     place, inner = split(path)
     if not place.is_dir():
         name = place.name.lower()
@@ -188,13 +188,17 @@ def files_of(path: str | Path) -> list[Path]:
         return sorted({place, *pair})
     if ome_zarr.is_store(place):
         return sorted(p for p in place.rglob("*") if p.is_file())
-    series = dicom.choose_series(series_in(place), inner, str(place))
-    return sorted({s.path for s in series.slices})
+    chosen = dicom.choose_series(series_in(place), inner or series, str(place))
+    return sorted({s.path for s in chosen.slices})
 
 
-def volume_sha256(path: str | Path) -> str:
-    """The sha256 of a volume's file; of several files, that over their sha256 in the order of their names."""
-    files = files_of(path)
+def volume_sha256(path: str | Path, series: str | None = None) -> str:
+    """The sha256 of a volume's file; of several files, that over their sha256 in the order of their names.
+
+    Args:
+        path, series: as for [`files_of`].
+    """
+    files = files_of(path, series)
     if files == [split(path)[0]]:
         return sha256(files[0])
     digest = hashlib.sha256()

@@ -6,7 +6,6 @@ import pytest
 
 from diffdiscover3d.data.formats.reading import open_scan, read_volume
 from diffdiscover3d.data.formats.registry import open_volume
-from diffdiscover3d.errors import InputError
 from tests.helpers import volume_files as files
 
 sitk = pytest.importorskip("SimpleITK")
@@ -104,11 +103,11 @@ def test_several_series_are_listed_and_chosen(tmp_path):
     array, affine = files.stored(files.CANONICAL)
     files.write_dicom(tmp_path / "ct", array, affine)
     files.write_dicom(tmp_path / "ct", array + 1, affine, uid="1.2.826.0.1.3680043.8.498.8", number=4)
-    with pytest.raises((InputError, ValueError), match=r"2 DICOM series: 3 CT series 3 \(13 images\); 4 CT.*--series"):
+    with pytest.raises(ValueError, match=r"2 DICOM series: 3 CT series 3 \(13 images\); 4 CT.*--series"):
         read_volume(tmp_path / "ct")
     assert np.array_equal(read_volume(tmp_path / "ct", series="4").data, files.phantom() + 1)
     assert np.array_equal(read_volume(f"{tmp_path / 'ct'}::1.2.826.0.1.3680043.8.498.7").data, files.phantom())
-    with pytest.raises((InputError, ValueError), match="no series 9; it holds 3, 4"):
+    with pytest.raises(ValueError, match="no series 9; it holds 3, 4"):
         read_volume(tmp_path / "ct", series="9")
 
 
@@ -235,7 +234,7 @@ def test_analyze_pairs(tmp_path, kind, half):
 def test_several_frames_need_a_choice(tmp_path):
     array, affine = files.stored(files.CANONICAL)
     nib.save(nib.MGHImage(np.stack([array, array + 5], axis=-1), affine), tmp_path / "two.mgz")
-    with pytest.raises(ValueError, match=r"(contains|holds) 2 volumes"):
+    with pytest.raises(ValueError, match="contains 2 volumes"):
         read_volume(tmp_path / "two.mgz")
     assert np.array_equal(read_volume(tmp_path / "two.mgz", volume=1).data, files.phantom() + 5)
     image = sitk.JoinSeries([sitk.GetImageFromArray(array.T + n) for n in range(3)])
@@ -243,7 +242,7 @@ def test_several_frames_need_a_choice(tmp_path):
     assert read_volume(tmp_path / "four.nrrd", volume=2).data.max() == 1002
     vector = sitk.Compose([sitk.GetImageFromArray(array.T + n) for n in range(2)])
     sitk.WriteImage(vector, str(tmp_path / "vector.mha"))
-    with pytest.raises(ValueError, match=r"(contains|holds) 2 volumes"):
+    with pytest.raises(ValueError, match="contains 2 volumes"):
         read_volume(tmp_path / "vector.mha")
     assert read_volume(tmp_path / "vector.mha", volume=1).data.max() == 1001
 

@@ -405,10 +405,10 @@ HEADER_DAMAGE = {
     "unknown type": ((70, "<h", 999), "damaged"),
     "magic": ((344, "<4s", b"XXXX"), "magic|damaged"),
     "pair magic": ((344, "<4s", b"ni1\0"), "convert it to .nii"),
-    "offset far off": ((108, "<f", 1e9), "data offset"),
+    "offset far off": ((108, "<f", 1e9), "invalid data offset"),
     "offset beyond the file": ((108, "<f", 1e8), "truncated"),
     "offset in the header": ((108, "<f", 100.0), "data at byte|damaged"),
-    "offset NaN": ((108, "<f", float("nan")), "data offset|damaged"),
+    "offset NaN": ((108, "<f", float("nan")), "invalid data offset"),
     "size field": ((0, "<i", 1234), "no NIfTI header"),
 }
 
