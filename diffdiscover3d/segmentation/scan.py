@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from diffdiscover3d.data.domain import domain_note
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
 from diffdiscover3d.data.formats.nifti.slabs import SlabScan
@@ -177,7 +179,9 @@ def _write_sidecars(
     """
     scan = results.scan
     source = {"name": display_name(job.case.input), "sha256": scan.sha256, "shape": list(scan.header.get_data_shape())}
-    source["voxel_size"] = [round(float(s * results.frame.unit.per_mm), 6) for s in scan.spacing_mm]
+    orientation = scan.orientation if isinstance(scan, NiftiVolume) else scan.grid.orientation
+    spacing = np.array(scan.spacing_mm)[orientation[:, 0].astype(int)]  # along the axes of the file, as the shape
+    source["voxel_size"] = [round(float(s * results.frame.unit.per_mm), 6) for s in spacing]
     source["unit"] = results.frame.unit.length
     sidecars = {}
     for level, files in job.case.levels.items():
