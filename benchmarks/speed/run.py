@@ -45,7 +45,7 @@ def commands(device: str, quick: bool) -> list[tuple[str, Path, list[str]]]:
 
 
 def main() -> int:
-    """Measure whatever has no current result."""
+    """Run the benchmarks that have no current result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--again", action="store_true", help="also measure again what has a current result")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -85,7 +85,7 @@ class HyperbolicVAE(nn.Module):
 
 
 class Hsu(TrainedBaseline):
-    """Patches are embedded on the Poincaré ball so that a patch lies near the patches it contains.
+    """Embedding of patches on the Poincaré ball, in which a patch is near the patches it contains.
 
     The loss is the negative evidence lower bound of a variational autoencoder with a wrapped normal prior and
     posterior, plus a triplet loss: the mean of a parent patch is nearer to that of a child patch inside it than to that
@@ -173,7 +173,7 @@ def draw_families(
         children = parents + (torch.rand(share, 3) - 0.5) * (sides - half)
         others = half / 2 + torch.rand(share, 3) * (extent - half)
         inside = ((others - parents).abs() < sides / 2).all(dim=1, keepdim=True)
-        # the point on the other side of the volume, which lies outside of the parent or at its rim
+        # shifted by half of the volume, the point is outside of the parent or at its boundary
         others = torch.where(inside, (others + extent / 2) % extent, others)
         others = torch.minimum(torch.maximum(others, half / 2), extent - half / 2)
         for patches, centres, side in zip(found, (parents, children, others), (sides, half, half), strict=True):

@@ -90,7 +90,7 @@ class SliceNetwork(nn.Module):
 
 
 class IIC(TrainedBaseline):
-    """Slices are segmented so that the parts of a pixel tell as much as possible about those of pixels around it.
+    """Segmentation of slices that maximises the mutual information between the parts of neighbouring pixels.
 
     A batch holds slices orthogonal to the last axis and copies of them with other brightness and contrast and,
     half of them, mirrored; the copies' segmentations are mirrored back. The two heads are trained in turn.

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 HIDDEN = -1  # the label of a voxel whose label is not given
 AMOUNTS = ("none", "slice", "volume", "all")
-# pairs of parts that only their numbers tell apart: two proteins of the same kind in the synthetic cells
+# pairs of parts that differ in nothing but their numbers: two proteins of the same kind in the synthetic cells
 EXCHANGEABLE: dict[int, tuple[tuple[int, int], ...]] = {8: ((4, 5), (6, 7))}
 
 
@@ -129,8 +129,8 @@ def best_numbering_loss(
 ) -> torch.Tensor:
     """The mean over volumes of a loss under the numbering of exchangeable parts that fits each volume best.
 
-    The scores match parts in the same way. Without it a network that cannot know which of two like proteins is called
-    the first learns to predict neither.
+    The scores match parts in the same way. Under a fixed numbering, which of two like proteins comes first is random,
+    and the network predicts neither.
 
     Args:
         loss: maps (B, H, W, D) labels to the loss of each volume, (B,).

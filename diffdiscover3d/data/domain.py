@@ -12,7 +12,9 @@ from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
 from diffdiscover3d.data.formats.nifti.slabs import SlabScan
 
 DOMAIN_FILE = "domain.json"
-FAR = 1.7  # synthetic test cells are within 1.5, real scans beyond 1.8 (benchmarks/results/domain.json)
+# distance from which a scan is reported as unlike the training scans; synthetic test cells are below 1.5, real scans
+# above 1.8 (benchmarks/results/domain.json)
+FAR = 1.7
 _EDGE = 96  # voxels: the side of the block in the middle that is looked at
 _LAGS = (1, 2, 4)  # voxels
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -22,7 +24,8 @@ NAMES = (
     *(f"correlation of voxels {lag} apart" for lag in _LAGS),
     *(f"evenness of differences {lag} apart" for lag in _LAGS),
 )
-_FEW, _MANY = 0.05, 0.01  # spreads added to those of few or many training scans: all numbers lie between -1 and 1
+# standard deviations added to the diagonal of the covariance, for few and for many training scans
+_FEW, _MANY = 0.05, 0.01
 
 
 def signature(scan: NiftiVolume | SlabScan) -> list[float]:
@@ -62,7 +65,7 @@ def summarise(signatures: Sequence[Sequence[float]]) -> dict:
     """
     table = np.asarray(signatures, dtype=float)
     count = len(table)
-    if count < 3 * len(NAMES):  # too few to tell how numbers vary together
+    if count < 3 * len(NAMES):  # too few for an estimate of the covariances
         covariance = np.diag(table.var(axis=0) * (1 + 4 / count) + _FEW**2)
     else:
         covariance = np.cov(table.T) + np.diag(np.full(len(NAMES), _MANY**2))
@@ -75,7 +78,7 @@ def summarise(signatures: Sequence[Sequence[float]]) -> dict:
 
 
 def distance(numbers: Sequence[float], domain: Mapping) -> tuple[float, str]:
-    """How far a scan lies from the training scans: the Mahalanobis distance over the square root of how many numbers.
+    """Mahalanobis distance of a scan from the training scans, divided by the square root of the number of statistics.
 
     About 1 for a scan like them.
 

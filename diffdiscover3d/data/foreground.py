@@ -89,8 +89,8 @@ def robust_scale(volume: torch.Tensor, foreground: torch.Tensor | None = None, c
 def looks_like_head(scaled: torch.Tensor, foreground: torch.Tensor) -> bool:
     """Whether a framed scan shows a whole head, and not a brain-extracted one.
 
-    Below the skin of a head lies the dark skull: the median between 5 % and 10 % of the frame's shortest side below the
-    surface is less than 0.6 of the median deeper than 14 %. In six brain-extracted FLAIR scans the ratio is 0.95 to
+    In a head, the skull below the skin is dark: the median intensity at a depth of 5 % to 10 % of the frame's shortest
+    side is less than 0.6 of the median at depths over 14 %. In six brain-extracted FLAIR scans the ratio is 0.95 to
     1.05, in a whole head 0.3.
 
     Args:

@@ -234,7 +234,7 @@ def segment(
                     )
                     result = segment_scan(job, scan)
             except DiffDiscoverError as error:
-                # no other input can be segmented without the model either
+                # a model that cannot be loaded fails for every input
                 if on_error is None or isinstance(error, ModelError | NetworkError):
                     raise
                 on_error(error)

@@ -1,4 +1,4 @@
-"""The training loop both stages share: processes, steps, checkpoints, logs and pictures."""
+"""The training loop of both phases: processes, steps, checkpoints, logs and pictures."""
 
 import functools
 import json
@@ -111,7 +111,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
-        # accelerate would train as many separate models, all of them into one folder
+        # otherwise each process would train its own model, all of them in the same folder
         raise ValueError(
             f"{started} processes were started but {accelerator.num_processes} work together; on a machine without "
             "GPUs set ACCELERATE_USE_CPU=true."

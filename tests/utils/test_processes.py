@@ -7,7 +7,7 @@ import pytest
 
 from diffdiscover3d.utils.processes import rank_and_world_size
 
-CODE = "from diffdiscover3d.utils.processes import rank_and_world_size as f; import os; os.write(1, b'%d %d\n' % f())"
+CODE = "from diffdiscover3d.utils.processes import rank_and_world_size as f; import os; os.write(1, b'%d %d\\n' % f())"
 
 
 @pytest.mark.parametrize("left_over", [{"WORLD_SIZE": "4"}, {"WORLD_SIZE": "4", "RANK": "1"}, {"LOCAL_RANK": "2"}])

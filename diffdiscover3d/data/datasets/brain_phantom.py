@@ -105,7 +105,7 @@ def _tissue(rng: np.random.Generator, points: np.ndarray) -> np.ndarray:
 
 
 def _lesion(rng: np.random.Generator, points: np.ndarray, tissue: np.ndarray, radius: float) -> np.ndarray:
-    """An irregular lesion whose centre lies in white matter and which spares fluid."""
+    """An irregular lesion with its centre in white matter; voxels of fluid are excluded."""
     candidates = np.flatnonzero((tissue == 2).ravel())
     centre = points.reshape(3, -1)[:, rng.choice(candidates)].reshape(3, 1, 1, 1)
     stretch = rng.uniform(0.75, 1.35, size=3).reshape(3, 1, 1, 1)

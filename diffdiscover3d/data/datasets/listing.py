@@ -69,7 +69,7 @@ def list_volumes(source: str | Path, include: Sequence[str] = (), series: str | 
 
 
 def expand(source: str | Path, include: Sequence[str] = (), series: str | None = None) -> list[Path]:
-    """The volumes that a command is given by one argument; a single file is passed on as it is, whatever it holds.
+    """The volumes that one argument of a command names; a single file is returned unchecked.
 
     Args:
         source, include, series: as for [`list_volumes`].
@@ -121,7 +121,7 @@ def describe_left_out(contents: Contents) -> list[str]:
 
 
 def describe_volume(path: Path) -> dict:
-    """What a volume's header tells, as JSON values.
+    """The contents of a volume's header as JSON values.
 
     Returns:
         `path`, and `format`, `shape`, `voxel_size` (along the axes of the file, in `unit`) and `dtype`; or `fault`, the

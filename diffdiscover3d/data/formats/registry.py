@@ -49,7 +49,6 @@ FORMATS: tuple[ModuleType, ...] = (
 )
 LABEL_SUFFIXES = tuple(f.LABEL_SUFFIX for f in FORMATS if hasattr(f, "LABEL_SUFFIX"))
 _START = 352  # bytes of a file in which every format shows
-_HALVES = (".hdr", ".hdr.gz")  # of a pair, the file that stands for both
 NAMES = "NIfTI, DICOM, NRRD, MetaImage, MGH, MINC, Analyze, MRC, TIFF, OME-Zarr, HDF5 or NumPy"
 
 

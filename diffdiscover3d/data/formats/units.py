@@ -69,7 +69,7 @@ class DisplayUnit:
 
 
 MILLILITRES = DisplayUnit("mm", 1.0, "mL", "ml", 1e-3)
-_BY_EDGE = (  # the longest edge of a voxel, in mm, from which on a unit is used
+_BY_EDGE = (  # the smallest value of the longest voxel edge, in mm, for each unit, in decreasing order
     (0.2, MILLILITRES),
     (5e-3, DisplayUnit("mm", 1.0, "mm³", "mm3", 1.0)),
     (5e-5, DisplayUnit("µm", 1e3, "µm³", "um3", 1e9)),

@@ -12,7 +12,7 @@ import numpy as np
 
 from diffdiscover3d.errors import InputError
 
-_CHUNK = 2**24  # multiple of all voxel sizes
+_CHUNK = 2**24  # bytes read at a time; a multiple of the bytes per voxel of every accepted data type
 _BEYOND = 2**24  # maximum number of bytes read after the voxels to reach the gzip checksum
 
 
