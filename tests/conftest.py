@@ -1,6 +1,7 @@
 """Shared fixtures."""
 
 import os
+import signal
 import sys
 
 if "DIFFDISCOVER3D_TEST_CUDA" not in os.environ:
@@ -20,6 +21,14 @@ def fresh_accelerator():
     if state is not None:
         state.AcceleratorState._reset_state()
         state.PartialState._reset_state()
+
+
+@pytest.fixture
+def default_hangup():
+    """Restore the default action of SIGHUP, which is ignored if the tests were started by `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")

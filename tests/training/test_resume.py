@@ -296,6 +296,7 @@ class _Stopped(DiffusionTraining):
         return super().after_step(step)
 
 
+@pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_lets_the_step_be_saved(scans, tmp_path, number):
     volumes = load_volumes(str(scans))

@@ -177,7 +177,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(fused, tmp_path, monkeypa
     model, optimizer = accelerator.prepare(model, optimizer)
     before, asked = model.weight.detach().clone(), SimpleNamespace(requested=False)
     for step, scale in enumerate((NAN, 1.0)):
-        task = SimpleNamespace(losses=lambda m, batch, scale=scale: {"loss": scale * m(batch["volume"]).sum()})
+        task = SimpleNamespace(
+            prepare=lambda batch: batch,
+            losses=lambda m, batch, scale=scale: {"loss": scale * m(batch["volume"]).sum()},
+        )
         batch = {"volume": torch.ones(1, 2), "slot": torch.zeros(1, dtype=torch.long)}
         _, values = _take_step(
             task,

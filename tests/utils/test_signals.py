@@ -10,6 +10,7 @@ import pytest
 from diffdiscover3d.utils.signals import interrupt_on_termination
 
 
+@pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_interrupts_within_the_context_only(number):
     before = signal.getsignal(number)
