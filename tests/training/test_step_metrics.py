@@ -94,6 +94,13 @@ def tasks(tmp_path):
         yield config, DiscoveryTraining(config, teacher, volumes, volumes, accelerator, parent=parent), volumes
 
 
+def take_step(task, model, optimizer, batches, config, accelerator, step):
+    """One step of a training that is not asked to stop."""
+    backward = EagerPass(lambda batch: task.losses(model, batch), accelerator.backward)
+    stop = SimpleNamespace(requested=False)
+    return _take_step(task, model, optimizer, backward, batches, config, accelerator, step, [], stop)
+
+
 def test_a_step_reads_nothing_from_the_device(tmp_path):
     """On a GPU, each of these would synchronise with all queued work."""
     for config, task, volumes in tasks(tmp_path):
@@ -101,33 +108,10 @@ def test_a_step_reads_nothing_from_the_device(tmp_path):
         optimizer = torch.optim.Adam([p for p in task.model.parameters() if p.requires_grad], fused=True)
         model, optimizer = accelerator.prepare(task.model.train(), optimizer)
         batches = [dict(b) for b, _ in zip(_make_loader(task, config, volumes, accelerator, 0), range(2), strict=False)]
-        asked = SimpleNamespace(requested=False)
         # the first step may compute cached constants and fixed teacher outputs
-        _take_step(
-            task,
-            model,
-            optimizer,
-            EagerPass(lambda batch, t=task, m=model: t.losses(m, batch), accelerator.backward),
-            iter([dict(batches[0])]),
-            config,
-            accelerator,
-            0,
-            [],
-            asked,
-        )
+        take_step(task, model, optimizer, iter([dict(batches[0])]), config, accelerator, 0)
         with Reads() as reads:
-            _take_step(
-                task,
-                model,
-                optimizer,
-                EagerPass(lambda batch, t=task, m=model: t.losses(m, batch), accelerator.backward),
-                iter([dict(batches[0])]),
-                config,
-                accelerator,
-                1,
-                [],
-                asked,
-            )
+            take_step(task, model, optimizer, iter([dict(batches[0])]), config, accelerator, 1)
         assert reads.found == [], task.name
 
 
@@ -175,24 +159,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(fused, tmp_path, monkeypa
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.Adam(model.parameters(), fused=fused)
     model, optimizer = accelerator.prepare(model, optimizer)
-    before, asked = model.weight.detach().clone(), SimpleNamespace(requested=False)
+    before = model.weight.detach().clone()
     for step, scale in enumerate((NAN, 1.0)):
         task = SimpleNamespace(
             prepare=lambda batch: batch,
             losses=lambda m, batch, scale=scale: {"loss": scale * m(batch["volume"]).sum()},
         )
         batch = {"volume": torch.ones(1, 2), "slot": torch.zeros(1, dtype=torch.long)}
-        _, values = _take_step(
-            task,
-            model,
-            optimizer,
-            EagerPass(lambda batch, t=task, m=model: t.losses(m, batch), accelerator.backward),
-            iter([batch]),
-            config,
-            accelerator,
-            step,
-            [],
-            asked,
-        )
+        _, values = take_step(task, model, optimizer, iter([batch]), config, accelerator, step)
         assert values[-2] == (0 if step == 0 else 1)
         assert torch.isfinite(model.weight).all() and torch.equal(model.weight, before) == (step == 0)

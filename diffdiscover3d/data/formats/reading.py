@@ -15,6 +15,7 @@ from diffdiscover3d.data.formats.nifti.source import NiftiFile, open_nifti
 from diffdiscover3d.data.formats.nifti.voxels import (
     check_contrast,
     check_finite,
+    checked_values,
     may_lose_precision,
     stored_range,
     to_float32,
@@ -114,12 +115,7 @@ def read_source(
     planes = np.empty(shape[::-1], np.float32)
     for start, stop in _slabs(shape):
         planes[start:stop] = to_float32(source.read_planes(start, stop), scaling)
-    finite = np.isfinite(planes)
-    bad = planes.size - int(np.count_nonzero(finite))
-    check_finite(path, bad, planes.size, nan_to_zero, notes)
-    if bad:
-        planes = np.where(finite, planes, np.float32(0))
-    check_contrast(path, float(planes.min()), float(planes.max()), allow_constant)
+    planes = checked_values(path, planes, nan_to_zero, allow_constant, notes)
     return NiftiVolume(
         np.ascontiguousarray(apply_orientation(planes.T, source.orientation)),
         source.affine @ inv_ornt_aff(source.orientation, shape),

@@ -13,8 +13,7 @@ from diffdiscover3d.data.formats.nifti.header import check_fits, length_unit, re
 from diffdiscover3d.data.formats.nifti.output import nifti_stream, output_header
 from diffdiscover3d.data.formats.nifti.source import NiftiFile, open_nifti
 from diffdiscover3d.data.formats.nifti.voxels import (
-    check_contrast,
-    check_finite,
+    checked_values,
     may_lose_precision,
     pick_volume,
     read_scaling,
@@ -130,13 +129,7 @@ def read_voxels(
     stored = stored[..., pick_volume(path, shape, volume, notes)]
     if may_lose_precision(dtype) and not (allow_constant or nan_to_zero):
         scaling = without_offset(scaling, stored_range(stored), dtype, notes)
-    data = to_float32(stored, scaling)
-    finite = np.isfinite(data)
-    bad = data.size - int(np.count_nonzero(finite))
-    check_finite(path, bad, data.size, nan_to_zero, notes)
-    if bad:
-        data = np.where(finite, data, np.float32(0))
-    check_contrast(path, float(data.min()), float(data.max()), allow_constant)
+    data = checked_values(path, to_float32(stored, scaling), nan_to_zero, allow_constant, notes)
 
     orientation = io_orientation(affine)
     canonical_affine = affine @ inv_ornt_aff(orientation, data.shape)

@@ -96,3 +96,26 @@ def check_contrast(path: Path, low: float, high: float, allow_constant: bool = F
         raise InputError(f"{path}: its value range, {low:g} to {high:g}, is too large; rescale the scan.")
     if low == high and not allow_constant:
         raise InputError(f"{path}: no contrast, all voxels are {low:g}; give a scan with contrast.")
+
+
+def checked_values(
+    path: Path, values: np.ndarray, nan_to_zero: bool, allow_constant: bool, notes: list[str]
+) -> np.ndarray:
+    """Check the values of a whole volume and return them with NaN and Inf replaced by 0, if that is allowed.
+
+    Args:
+        path: named in errors.
+        values: float32, any shape.
+        nan_to_zero, allow_constant: as for [`read_nifti`].
+        notes: extended by what was replaced.
+
+    Raises:
+        InputError: as [`check_finite`] and [`check_contrast`].
+    """
+    finite = np.isfinite(values)
+    bad = values.size - int(np.count_nonzero(finite))
+    check_finite(path, bad, values.size, nan_to_zero, notes)
+    if bad:
+        values = np.where(finite, values, np.float32(0))
+    check_contrast(path, float(values.min()), float(values.max()), allow_constant)
+    return values
