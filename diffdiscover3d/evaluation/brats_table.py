@@ -197,7 +197,7 @@ class BraTSTable:
             train.require_masks()
         volumes = LimitedLabels(train, lambda i: _parts_of(train, i), method.labels, self.seed)
         baseline.fit(volumes, self.output / "models" / name)
-        return method.title, baseline.predict, NUM_PARTS, None, round(baseline.training_seconds, 1)
+        return method.title, baseline.predict, NUM_PARTS, None, round(baseline.training_seconds, 3)
 
     def _learns(self, name: str) -> bool:
         """Whether the folder's training cases are used for more than scores."""

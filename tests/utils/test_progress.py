@@ -2,6 +2,8 @@
 
 import re
 
+from rich.console import Console, ConsoleDimensions
+
 from diffdiscover3d.utils.progress import ProgressBar
 
 
@@ -22,7 +24,8 @@ def test_silent_when_piped(capsys):
 
 
 def test_drawn_on_a_terminal(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(Console, "size", ConsoleDimensions(140, 25))
     work(force=True)
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -47,7 +50,8 @@ def test_a_share_of_a_long_step(capfd):
 
 
 def test_numbers_stay_readable_on_80_columns(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(Console, "size", ConsoleDimensions(80, 25))
     with ProgressBar(total=120, force=True) as bar:
         bar.begin_case("scan 113 of 116", 5)
         bar.show("finding the parts of level 2, which takes long", "loss 0.5")
