@@ -19,6 +19,7 @@ from diffdiscover3d.training.config import (
 from diffdiscover3d.utils.files import check_folder
 from diffdiscover3d.utils.locks import locked_folder
 from diffdiscover3d.utils.signals import end_children, interrupt_on_termination
+from diffdiscover3d.utils.terminal import prepare_streams, say
 
 _PHASES = {"diffusion": DiffusionConfig, "discovery": DiscoveryConfig, "brain": BrainConfig}
 
@@ -109,32 +110,39 @@ def _brats_options(config: TrainingConfig):
     return BraTSOptions(**{name: value for name, value in given.items() if value is not None})
 
 
+def _describe(error: BaseException) -> str:
+    """The message of an error; of one raised in a data-loading worker, which includes its traceback, the last line."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1]
+    return text or type(error).__name__
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse the arguments, train and print the output folder; return the exit code."""
     options = vars(make_parser().parse_args(arguments))
     phase, file, debug = options.pop("phase"), options.pop("config", None), options.pop("debug")
     quiet = options.pop("quiet")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    prepare_streams()
     logging.getLogger("diffdiscover3d").setLevel(logging.WARNING if quiet else logging.INFO)
     try:
         config = make_config(_PHASES[phase], file=file, **options)
         folder = run(config)
         if os.environ.get("RANK", "0") == "0":
-            print(folder)
+            say(folder)
     except expected_errors() as error:
         if debug:
             raise
-        # an error raised in a data-loading worker includes its traceback: print only the last line
-        print(f"error: {str(error).strip().splitlines()[-1] if str(error) else type(error).__name__}", file=sys.stderr)
+        say(f"error: {_describe(error)}", error=True)
         return exit_code(error)
     except RuntimeError as error:
         if debug or not is_out_of_memory(error):
             raise
-        print("error: out of memory; lower --batch-size or --volume-size, or use a larger machine.", file=sys.stderr)
+        say("error: out of memory; lower --batch-size or --volume-size, or use a larger machine.", error=True)
         return MemoryLimitError.exit_code
     except KeyboardInterrupt as stop:
         if os.environ.get("RANK", "0") == "0":
-            print(str(stop) or "interrupted; checkpoints are complete, continue with --resume latest.", file=sys.stderr)
+            say(str(stop) or "interrupted; checkpoints are complete, continue with --resume latest.", error=True)
         return 130
     return 0
 

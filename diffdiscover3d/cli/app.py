@@ -41,6 +41,7 @@ from diffdiscover3d.errors import (
     is_out_of_memory,
 )
 from diffdiscover3d.utils.signals import interrupt_on_termination
+from diffdiscover3d.utils.terminal import prepare_streams, say
 
 app = typer.Typer(
     name="diffdiscover3d",
@@ -68,7 +69,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from diffdiscover3d import __version__
 
-        print(f"diffdiscover3d {__version__}")
+        say(f"diffdiscover3d {__version__}")
         raise typer.Exit
 
 
@@ -171,16 +172,16 @@ def segment(
     def done(result) -> None:
         if not quiet:
             for note in result.notes:
-                print(f"{result.input}: note: {note}", file=sys.stderr)
+                say(f"{result.input}: note: {note}", error=True)
             shares = ", ".join(f"{100 * f:.1f} %" for f in result.fractions)
             shares = f"levels {', '.join(map(str, result.levels))}" if len(result.levels) > 1 else f"parts: {shares}"
-            print(f"{result.labels}  {shares}  ({result.seconds:.1f} s)")
+            say(f"{result.labels}  {shares}  ({result.seconds:.1f} s)")
             if result.report:
-                print(result.report)
+                say(result.report)
 
     def skipped(path: Path) -> None:
         if not quiet:
-            print(f"{path}: finished already, skipped", file=sys.stderr)
+            say(f"{path}: finished already, skipped", error=True)
 
     run(
         inputs,
@@ -210,7 +211,7 @@ def segment(
         on_done=done,
         on_error=failed,
         on_skip=skipped,
-        on_estimate=None if quiet else lambda line: print(line, file=sys.stderr),
+        on_estimate=None if quiet else lambda line: say(line, error=True),
     )
     if errors:
         raise typer.Exit(errors[0].exit_code)
@@ -244,11 +245,12 @@ _register()
 
 
 def _print_error(error: BaseException | str) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    say(f"error: {error}", error=True)
 
 
 def main() -> None:
     """Run a command; an error is printed as one line on stderr and sets the exit code, see `errors`."""
+    prepare_streams()
     try:
         with interrupt_on_termination():
             app()
@@ -263,5 +265,5 @@ def main() -> None:
         _print_error(OUT_OF_MEMORY)
         sys.exit(MemoryLimitError.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", error=True)
         sys.exit(130)

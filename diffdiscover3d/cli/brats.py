@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from diffdiscover3d.cli.options import Device, Overwrite
+from diffdiscover3d.utils.terminal import say, say_lines
 
 
 def evaluate_brats(
@@ -48,9 +49,9 @@ def evaluate_brats(
         teacher,
         seed,
         choose_device(device),
-        progress_callback=lambda row: print(format_brats_rows([row]).splitlines()[-1], flush=True),
+        progress_callback=lambda row: say(format_brats_rows([row]).splitlines()[-1]),
     )
-    print("\n" + format_brats_rows(result["rows"]))
+    say_lines("\n" + format_brats_rows(result["rows"]))
     if output is not None:
         write_json(output, result)
 
@@ -79,4 +80,4 @@ def import_authors_archive(
     from diffdiscover3d.data.datasets.authors_archive import import_archive
 
     for path in import_archive(archive, output, overwrite=overwrite):
-        print(path)
+        say(path)

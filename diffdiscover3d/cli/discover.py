@@ -1,12 +1,12 @@
 """The command `discover`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from diffdiscover3d.cli.options import Device, Include, Quiet, Series, VolumeNumber
+from diffdiscover3d.utils.terminal import say
 
 
 def discover(
@@ -38,14 +38,14 @@ def discover(
     contents = look_into(folder, include or (), series)
     if not quiet:
         for line in describe_left_out(contents):
-            print(line, file=sys.stderr)
+            say(line, error=True)
     from diffdiscover3d.workflows.discover import discover as run
 
     errors: list[DiffDiscoverError] = []
 
     def failed(error: DiffDiscoverError) -> None:
         errors.append(error)
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
 
     run(
         folder,
@@ -61,9 +61,9 @@ def discover(
         resume=resume,
         progress=not quiet,
         verbose=verbose,
-        tell=lambda line: None if quiet else print(line, flush=True),
+        tell=lambda line: None if quiet else say(line),
         on_error=failed,
     )
-    print(output / "index.html")
+    say(output / "index.html")
     if errors:
         raise typer.Exit(errors[0].exit_code)

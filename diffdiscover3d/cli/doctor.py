@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from diffdiscover3d.cli.options import Device
+from diffdiscover3d.utils.terminal import say_lines
 
 
 def doctor(
@@ -20,4 +21,4 @@ def doctor(
     from diffdiscover3d.workflows.doctor import describe, examine
 
     found = examine(device, model)
-    print(json.dumps(found, indent=2) if as_json else describe(found))
+    say_lines(json.dumps(found, indent=2) if as_json else describe(found))

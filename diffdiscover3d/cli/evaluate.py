@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from diffdiscover3d.cli.options import Device, Model, OutputFolder, Overwrite
+from diffdiscover3d.utils.terminal import say, say_lines
 
 
 def synthesize(
@@ -21,7 +22,7 @@ def synthesize(
     from diffdiscover3d.workflows.synthesize import write_synthetic
 
     for path in write_synthetic(output, variant=variant, split=split, count=count, overwrite=overwrite):
-        print(path)
+        say(path)
 
 
 def evaluate(
@@ -44,9 +45,9 @@ def evaluate(
     from diffdiscover3d.evaluation.synthetic import format_rows
 
     result = run(
-        model, dataset, split, level, seed, progress_callback=lambda row: print(format_rows([row]).splitlines()[-1])
+        model, dataset, split, level, seed, progress_callback=lambda row: say(format_rows([row]).splitlines()[-1])
     )
-    print("\n" + format_rows(result["rows"]))
+    say_lines("\n" + format_rows(result["rows"]))
     if output is not None:
         from diffdiscover3d.reporting.plots import save_dice_bars
 
@@ -109,10 +110,9 @@ def benchmark(
     from diffdiscover3d.segmentation.driver import choose_device
 
     def show(row: dict, number: int, count: int) -> None:
-        print(
+        say(
             f"[{number}/{count}] {row['variant']} level {row['level']} {row['title']} seed {row['seed']}: "
-            f"{row['dice']:.3f} (one matching {row['dice_one_matching']:.3f})",
-            flush=True,
+            f"{row['dice']:.3f} (one matching {row['dice_one_matching']:.3f})"
         )
 
     result = run(
@@ -128,9 +128,9 @@ def benchmark(
         med3d=med3d,
         device=str(choose_device(device)),
     )
-    print("\n" + format_table(result["summary"]))
+    say_lines("\n" + format_table(result["summary"]))
     if result["missing"]:
-        print(f"Missing, for want of MedicalNet's weights (--med3d): {', '.join(result['missing'])}.")
+        say(f"Missing, for want of MedicalNet's weights (--med3d): {', '.join(result['missing'])}.")
 
 
 def _benchmark_brats(
@@ -161,7 +161,7 @@ def _benchmark_brats(
         dataset,
         output,
         method,
-        on_row=lambda row: print("\n".join(format_brats_rows(row["rows"]).splitlines()[2:]), flush=True),
+        on_row=lambda row: say_lines("\n".join(format_brats_rows(row["rows"]).splitlines()[2:])),
         options=BraTSOptions(*prepared),
         split=split,
         recipe=recipe or "paper",
@@ -172,4 +172,4 @@ def _benchmark_brats(
         diffusion_options=diffusion_options and read_options(DiffusionConfig, diffusion_options),
         discovery_options=discovery_options and read_options(DiscoveryConfig, discovery_options),
     )
-    print("\n" + format_table3(result["rows"]))
+    say_lines("\n" + format_table3(result["rows"]))

@@ -20,6 +20,7 @@ from diffdiscover3d.cli.options import (
     VolumeNumber,
     VoxelSize,
 )
+from diffdiscover3d.utils.terminal import say
 
 
 def features(
@@ -76,7 +77,7 @@ def features(
         **reading,
     )
     for path in paths:
-        print(path)
+        say(path)
 
 
 def generate(
@@ -109,4 +110,4 @@ def generate(
         overwrite=overwrite,
         progress=sys.stderr.isatty(),
     ):
-        print(path)
+        say(path)

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from diffdiscover3d.utils.terminal import say
+
 RepoId = Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name on the Hub.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the result.")]
@@ -26,7 +28,7 @@ def push(
     from diffdiscover3d.hub.registry import push as run
 
     _show_progress(not quiet)
-    print(
+    say(
         run(
             folder,
             repo_id,
@@ -53,7 +55,7 @@ def pull(
     from diffdiscover3d.hub.registry import pull as run
 
     _show_progress(not quiet)
-    print(run(repo_id, folder, revision=revision, local_files_only=local_files_only, overwrite=overwrite))
+    say(run(repo_id, folder, revision=revision, local_files_only=local_files_only, overwrite=overwrite))
 
 
 def _show_progress(wanted: bool) -> None:

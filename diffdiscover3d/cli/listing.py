@@ -1,11 +1,11 @@
 """The command `list`."""
 
-import sys
 from typing import Annotated
 
 import typer
 
 from diffdiscover3d.cli.options import Include
+from diffdiscover3d.utils.terminal import say, say_lines
 
 
 def list_contents(
@@ -28,13 +28,13 @@ def list_contents(
             found.append({"source": path, "volumes": volumes, "left_out": left_out, "other_files": contents.others})
             continue
         for volume in volumes:
-            print(f"{volume['path']}  {volume['fault'] if 'fault' in volume else _grid(volume)}")
+            say(f"{volume['path']}  {volume['fault'] if 'fault' in volume else _grid(volume)}")
         for line in describe_left_out(contents):
-            print(line, file=sys.stderr)
+            say(line, error=True)
         if contents.others:
-            print(f"{contents.others} other file(s)", file=sys.stderr)
+            say(f"{contents.others} other file(s)", error=True)
     if as_json:
-        print(json.dumps(found, indent=2))
+        say_lines(json.dumps(found, indent=2))
     if not usable:
         raise typer.Exit(3)
 

@@ -7,6 +7,7 @@ import typer
 
 from diffdiscover3d.cli.options import Overwrite
 from diffdiscover3d.errors import OutputError
+from diffdiscover3d.utils.terminal import say
 
 
 def list_models() -> None:
@@ -16,7 +17,7 @@ def list_models() -> None:
     for name, model in embedded_models().items():
         size = sum(p.stat().st_size for p in model.folder.rglob("*.safetensors")) / 2**20
         levels = ", ".join(map(str, model.levels))
-        print(f"{name}  diffusion model and levels {levels}  {size:.1f} MiB  {model.folder}")
+        say(f"{name}  diffusion model and levels {levels}  {size:.1f} MiB  {model.folder}")
 
 
 def convert_authors_checkpoint(
@@ -38,4 +39,4 @@ def convert_authors_checkpoint(
     unet = load_authors_checkpoint(checkpoint)
     with staged_folder(output) as folder:
         DiffusionFeaturePipeline(unet, make_scheduler(num_train_timesteps)).save_pretrained(folder)
-    print(output)
+    say(output)

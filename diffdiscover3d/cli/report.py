@@ -16,6 +16,7 @@ from diffdiscover3d.cli.options import (
     VolumeNumber,
     VoxelSize,
 )
+from diffdiscover3d.utils.terminal import say
 
 
 def report(
@@ -41,7 +42,6 @@ def report(
     neurological: Neurological = False,
 ) -> None:
     """Write an HTML report per scan with a 3D viewer of its parts, and an index of several; they need no network."""
-    from diffdiscover3d.utils.terminal import say
     from diffdiscover3d.workflows.reports import make_reports
 
     reading = {

@@ -16,7 +16,7 @@ from diffdiscover3d.hub.upload import push_folder
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
-from diffdiscover3d.utils.files import check_folder, read_json, replaced_folder
+from diffdiscover3d.utils.files import check_folder, read_model_json, replaced_folder
 
 ASSETS = Path(__file__).parent.parent / "assets"
 DEFAULT_MODEL = "synthetic-regular"
@@ -64,7 +64,7 @@ def model_levels(name: str) -> tuple[int, ...]:
 
 
 def _nested_levels(file: Path) -> tuple[int, ...]:
-    config, depth = read_json(file), 1
+    config, depth = read_model_json(file), 1
     while config := config.get("parent"):
         depth += 1
     return tuple(range(1, depth + 1))

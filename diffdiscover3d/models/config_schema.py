@@ -153,10 +153,9 @@ def read_config(path: str | Path, kind: str | None = None) -> dict:
             raise ModelError(
                 f"{path}: a configuration has at most {_MAX_BYTES} bytes, this file {path.stat().st_size}."
             )
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise ModelError(f"{path}: cannot be read as a configuration ({reason}); fetch the model again.") from error
+        config = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as a configuration ({error}); fetch the model again.") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path}: must hold a JSON object, got {type(config).__name__}.")
     kind = kind or config.get("_class_name")

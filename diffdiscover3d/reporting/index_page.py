@@ -2,7 +2,6 @@
 
 import glob
 import html
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from urllib.parse import quote
 
 from diffdiscover3d.reporting.label_maps import is_result_of
 from diffdiscover3d.reporting.page import csp_hash
-from diffdiscover3d.utils.files import atomic_file
+from diffdiscover3d.utils.files import atomic_file, read_json
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -68,9 +67,9 @@ def _sizes(report: Path, stem: str) -> str:
         if not is_result_of(sidecar, stem):  # of a scan whose name begins with that of this one
             continue
         try:
-            parts = json.loads(sidecar.read_text(encoding="utf-8"))["parts"]
+            parts = read_json(sidecar)["parts"]
             shares = ", ".join(f"{100 * part['fraction']:.0f} %" for part in parts)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue
         found.append(html.escape(f"{len(parts)} parts: {shares}"))
     return "<br>".join(found)

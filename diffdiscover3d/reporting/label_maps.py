@@ -1,6 +1,5 @@
 """Read label maps from disk and compare them with their scan."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
 from diffdiscover3d.data.formats.reading import read_volume
 from diffdiscover3d.data.formats.registry import stem
 from diffdiscover3d.errors import InputError
+from diffdiscover3d.utils.files import read_json
 
 _LARGEST = np.iinfo(np.uint16).max
 _RECORDED = ("input", "outputs")
@@ -46,8 +46,8 @@ def is_result_of(path: Path, scan_stem: str) -> bool:
 def read_sidecar(label_map: Path) -> dict:
     """The contents of a label map's sidecar; empty if there is none, or it is damaged."""
     try:
-        found = json.loads(label_map.with_name(f"{stem(label_map)}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_json(label_map.with_name(f"{stem(label_map)}.json"))
+    except (OSError, ValueError):
         return {}
     usable = isinstance(found, dict) and all(
         isinstance(found.get(key, {}), dict) for key in ("model", "arguments", *_RECORDED)

@@ -21,7 +21,7 @@ from diffdiscover3d.data.formats.registry import (
 from diffdiscover3d.data.formats.volume_file import NiftiGrid
 from diffdiscover3d.errors import ModelError, OutputError
 from diffdiscover3d.reporting.colours import part_rgb
-from diffdiscover3d.utils.files import check_targets
+from diffdiscover3d.utils.files import check_targets, read_json
 from diffdiscover3d.utils.processes import rank_and_world_size
 
 
@@ -171,7 +171,7 @@ def check_cases(cases: Sequence[CaseFiles], mine: Sequence[CaseFiles], overwrite
 def _is_own(sidecar: Path) -> bool:
     """Whether a sidecar was written by this program."""
     try:
-        written = json.loads(sidecar.read_text(encoding="utf-8"))
+        written = read_json(sidecar)
     except (OSError, ValueError):
         return False
     return isinstance(written, dict) and "diffdiscover3d" in written
@@ -194,8 +194,8 @@ def is_finished(case: CaseFiles, provenance: dict[int | None, dict], sha256: str
         return False
     for level, files in case.levels.items():
         try:
-            written = json.loads(files.sidecar.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            written = read_json(files.sidecar)
+        except (OSError, ValueError):
             return False
         if not isinstance(written, dict):
             return False

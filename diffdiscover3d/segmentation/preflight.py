@@ -1,6 +1,5 @@
 """Checks of an input before it is read whole, and before the seconds that importing torch takes."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -85,7 +84,7 @@ def _count_levels(model: str) -> int | None:
     folders = (Path(__file__).parent.parent / "assets" / model / "discovery", Path(model) / "discovery", Path(model))
     for folder in folders:
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = read_json(folder / "config.json")
         except (OSError, ValueError):
             continue
         count = 1

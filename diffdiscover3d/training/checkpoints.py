@@ -1,6 +1,5 @@
 """Training checkpoints as atomically written folders of safetensors and JSON, without pickle."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffdiscover3d.errors import ModelError
-from diffdiscover3d.utils.files import atomic_folder, sha256, write_json
+from diffdiscover3d.utils.files import atomic_folder, read_json, sha256, write_json
 
 STATE_FILE = "state.json"
 _NAME = re.compile(r"checkpoint-(\d{8})")
@@ -53,7 +52,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
         ModelError: if a file is missing or damaged, or its sha256 does not match.
     """
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        state = read_json(path / STATE_FILE)
         _check_state(path, state)
         tensors = {}
         for name, expected in state["files"].items():

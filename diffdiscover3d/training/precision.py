@@ -135,7 +135,7 @@ def _wait_for(device: torch.device) -> None:
 def _options_in(file: Path) -> dict:
     """The options saved by a training; unreadable files are reported where options are compared."""
     try:
-        options = json.loads(file.read_text(encoding="utf-8"))
+        options = read_json(file)
         options = options["config"] if file.name == STATE_FILE else options
         return {k: options[k] for k in ("mixed_precision", "memory_format") if options.get(k) not in (None, "auto")}
     except (OSError, ValueError, AttributeError, KeyError, TypeError):

@@ -1,6 +1,5 @@
 """Saving and resuming the complete state of a training, with checks that the continuation is the same training."""
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -147,7 +146,7 @@ def _written_options(path: Path) -> dict:
     if not path.exists():
         return {}
     try:
-        options = json.loads(path.read_text(encoding="utf-8"))
+        options = read_json(path)
         if not isinstance(options, dict):
             raise ValueError("not a mapping of options")
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from diffdiscover3d.errors import DiffDiscoverError, ModelError, OutputError
 
+_LARGEST_JSON = 2**28  # bytes
 _DISK_MARGIN = 2**20  # bytes to leave free for small files next to a large one
 MODEL_MARKERS = ("model_index.json", "config.json")  # files that identify a model folder
 
@@ -181,12 +182,27 @@ def check_targets(targets: Iterable[Path], overwrite: bool) -> None:
 def write_json(target: str | Path, value) -> None:
     """Write a value as indented JSON, atomically."""
     with atomic_file(target) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        # bytes of names that are not UTF-8 become JSON escapes, which are read back as these bytes
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: str | Path):
-    """Read a JSON file written by this package."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read a JSON file.
+
+    Raises:
+        OSError: if it is missing, or not a regular file.
+        ValueError: if it is damaged, nested too deeply or larger than 256 MiB.
+    """
+    path = Path(path)
+    if not path.is_file():  # opening a named pipe would wait for a writer
+        raise OSError(f"not a file: {path}" if path.exists() else f"no such file: {path}")
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"larger than {_LARGEST_JSON} bytes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def read_model_json(path: Path) -> dict:
@@ -196,7 +212,7 @@ def read_model_json(path: Path) -> dict:
         ModelError: if the file is missing or is not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as JSON ({error}).") from error
     if not isinstance(value, dict):

@@ -1,6 +1,7 @@
 """Printing of text that may hold control characters, on any terminal or pipe."""
 
 import contextlib
+import logging
 import os
 import sys
 import unicodedata
@@ -29,11 +30,40 @@ def say(text: object, error: bool = False) -> None:
         _silence(stream)
 
 
+def say_lines(text: object, error: bool = False) -> None:
+    """Print a text of several lines, such as a table, line by line as [`say`]."""
+    for line in str(text).split("\n"):
+        say(line, error)
+
+
 def prepare_streams() -> None:
-    """Let standard output and error escape what their encoding lacks, instead of raising an error."""
+    """Let standard output and error escape what their encoding lacks, and log warnings in escaped form.
+
+    Called once, when a program starts.
+    """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):  # replaced by an object without an encoding
             stream.reconfigure(errors="backslashreplace")
+    handler = _QuietHandler()
+    handler.setFormatter(PrintableFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formatter of log messages as [`printable`] text; a traceback keeps its lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+
+class _QuietHandler(logging.StreamHandler):
+    """Handler on standard error that ignores a closed pipe, as [`say`] does."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            _silence(self.stream)
+        else:
+            super().handleError(record)
 
 
 def _silence(stream) -> None:
