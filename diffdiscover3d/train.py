@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from diffdiscover3d.errors import MemoryLimitError, exit_code, expected_errors, is_out_of_memory
+from diffdiscover3d.errors import MemoryLimitError, NothingToDivideError, exit_code, expected_errors, is_out_of_memory
 from diffdiscover3d.training.brain_config import BrainConfig
 from diffdiscover3d.training.config import (
     DiffusionConfig,
@@ -133,7 +133,8 @@ def main(arguments: list[str] | None = None) -> int:
     except expected_errors() as error:
         if debug:
             raise
-        say(f"error: {_describe(error)}", error=True)
+        kind = "note" if isinstance(error, NothingToDivideError) else "error"
+        say(f"{kind}: {_describe(error)}", error=True)
         return exit_code(error)
     except RuntimeError as error:
         if debug or not is_out_of_memory(error):

@@ -4,13 +4,13 @@ A configuration may come from the Hub: wrong types, absurd sizes and deep nestin
 of allocation. The module imports no torch, since commands check a configuration before they load a model.
 """
 
-import json
 import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from diffdiscover3d.errors import ModelError
+from diffdiscover3d.utils.files import read_json
 
 SCALINGS = ("min_max", "robust")
 _MAX_BYTES = 2**20  # of a configuration file

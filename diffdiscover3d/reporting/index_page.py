@@ -10,6 +10,7 @@ from urllib.parse import quote
 from diffdiscover3d.reporting.label_maps import is_result_of
 from diffdiscover3d.reporting.page import csp_hash
 from diffdiscover3d.utils.files import atomic_file, read_json
+from diffdiscover3d.utils.terminal import printable
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -47,7 +48,7 @@ def write_index(path: str | Path, reports: Sequence[str | Path], *, title: str =
         image = f'<img src="{_link(picture, path)}" alt="" loading="lazy">' if picture.exists() else ""
         sizes = _sizes(report, stem)
         items.append(
-            f'<li><a href="{_link(report, path)}">{image}{html.escape(stem)}</a><div class="soft">{sizes}</div></li>'
+            f'<li><a href="{_link(report, path)}">{image}{html.escape(printable(stem))}</a><div class="soft">{sizes}</div></li>'
         )
     page = _PAGE.format(
         title=html.escape(title), count=len(items), items="\n".join(items), style=_STYLE, style_hash=csp_hash(_STYLE)
@@ -57,7 +58,7 @@ def write_index(path: str | Path, reports: Sequence[str | Path], *, title: str =
 
 
 def _link(target: Path, page: Path) -> str:
-    return quote(Path(os.path.relpath(target, page.parent)).as_posix())
+    return quote(os.fsencode(Path(os.path.relpath(target, page.parent)).as_posix()))
 
 
 def _sizes(report: Path, stem: str) -> str:

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from diffdiscover3d.data.formats.nifti.header import check_there
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
 from diffdiscover3d.data.formats.reading import read_volume
-from diffdiscover3d.data.formats.registry import volume_sha256
+from diffdiscover3d.data.formats.registry import split, volume_sha256
 from diffdiscover3d.errors import InputError
 
 OUTSIDE = "outside the mask"
@@ -41,6 +42,7 @@ class Finish:
         if self.background is not None:
             found["background"] = self.background
         if self.mask is not None:
+            check_there(split(self.mask)[0])
             found["mask"] = volume_sha256(self.mask)
         return found
 

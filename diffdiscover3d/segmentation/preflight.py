@@ -12,6 +12,7 @@ from diffdiscover3d.data.formats.registry import files_of, format_by_name, is_ni
 from diffdiscover3d.models.window_layout import choose_window, needs_sliding_window, streaming_bytes
 from diffdiscover3d.segmentation.memory import resampling_bytes, segmentation_bytes
 from diffdiscover3d.segmentation.outputs import Extras, check_cases, plan_case, shard
+from diffdiscover3d.utils.files import read_json
 from diffdiscover3d.utils.memory import LARGE, check_memory, free_memory
 
 _READ_WHOLE = 2**25  # bytes on disk: smaller files are read twice

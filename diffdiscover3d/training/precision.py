@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import json
 import logging
 import os
 import time
@@ -19,6 +18,7 @@ from diffdiscover3d.models.blocks import ResidualBlock
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.training.checkpoints import STATE_FILE
 from diffdiscover3d.training.config import MEMORY_FORMATS, DiffusionConfig, TrainingConfig
+from diffdiscover3d.utils.files import read_json
 
 logger = logging.getLogger("diffdiscover3d")
 FORMATS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}

@@ -10,6 +10,7 @@ from diffdiscover3d.errors import ModelError, OutputError
 from diffdiscover3d.training import checkpoints
 from diffdiscover3d.training.config import TrainingConfig, as_dict
 from diffdiscover3d.training.dropout import sees_its_own_batch_only
+from diffdiscover3d.utils.files import read_json
 
 logger = logging.getLogger("diffdiscover3d")
 CONFIG_FILE = "train_config.json"

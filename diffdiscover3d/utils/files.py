@@ -233,20 +233,24 @@ def _umask() -> int:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to disk. Some network drives refuse this for folders, which is not an error."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file or folder to disk. Some network drives refuse this, which is not an error."""
+    refusals = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+    if path.is_dir():
+        refusals |= {errno.EPERM, errno.EACCES}
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EPERM, errno.EACCES):
+        if error.errno not in refusals:
             raise
-    finally:
-        os.close(descriptor)
 
 
 def _set_permissions(path: Path, mode: int) -> None:
     """Set the default permissions of a new file or folder where the file system has permissions."""
-    with contextlib.suppress(PermissionError, NotImplementedError):
+    with contextlib.suppress(OSError, NotImplementedError):
         path.chmod(mode & ~_umask())
 
 

@@ -137,8 +137,7 @@ def _record(path: Path, value: list) -> None:
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
+    sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
 

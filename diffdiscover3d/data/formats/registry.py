@@ -27,11 +27,12 @@ from diffdiscover3d.data.formats import (
     tiff,
 )
 from diffdiscover3d.data.formats.nifti.header import SUFFIXES as NIFTI_SUFFIXES
-from diffdiscover3d.data.formats.nifti.header import check_reachable
+from diffdiscover3d.data.formats.nifti.header import check_there
 from diffdiscover3d.data.formats.units import parse_voxel_size
 from diffdiscover3d.data.formats.volume_file import ReadOptions, VolumeFile
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.utils.files import sha256
+from diffdiscover3d.utils.terminal import printable
 
 SEPARATOR = "::"
 # all but NIfTI, which has a reader of its own
@@ -92,8 +93,8 @@ def with_options(path: str | Path, **options: int | None) -> Path:
 
 
 def is_nifti(path: str | Path) -> bool:
-    """Whether a name is that of a NIfTI file, `.nii` or `.nii.gz`."""
-    return Path(path).name.endswith(NIFTI_SUFFIXES)
+    """Whether a name is that of a NIfTI file, `.nii` or `.nii.gz` in letters of any case."""
+    return Path(path).name.lower().endswith(NIFTI_SUFFIXES)
 
 
 def path_is_nifti(path: str | Path) -> bool:
@@ -149,7 +150,7 @@ def display_name(path: str | Path) -> str:
     place, inner = split(path)
     name = place.name or place.resolve().name
     shown = name if inner is None else f"{name}{SEPARATOR}{_inner_name(place, inner)}"
-    return str(with_options(shown, **options_in(path)))
+    return printable(with_options(shown, **options_in(path)))
 
 
 def _inner_name(place: Path, inner: str) -> str:
@@ -220,9 +221,7 @@ def open_volume(path: str | Path, options: ReadOptions | None = None) -> Iterato
     options = replace(options or ReadOptions(), **options_in(path))
     place, inner = split(path)
     name = str(path)
-    check_reachable(place)
-    if not place.exists():
-        raise InputError(f"{place}: no such file.")
+    check_there(place)
     found = recognise(place)
     if place.is_file():
         _check_start(place, found)

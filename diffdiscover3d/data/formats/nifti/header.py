@@ -3,6 +3,7 @@
 import errno
 import logging
 import math
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,13 @@ from diffdiscover3d.errors import InputError
 from diffdiscover3d.utils.memory import check_memory
 
 SUFFIXES = (".nii.gz", ".nii")
+DANGLING = "a link to a file that is not there"
+_SPECIAL = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 _DEFLATE_LIMIT = 1032  # maximum compression ratio of deflate; headers that imply more are invalid
 _MOST_EXTENSIONS = 2**27  # bytes between header and data; limits the time to skip them in a crafted .gz
 
@@ -48,18 +56,48 @@ def parse_header(path: Path, block: bytes) -> nib.Nifti1Header:
 
 
 def check_reachable(path: Path) -> None:
-    """Check that a path can be looked up; missing files are not an error here.
+    """Check that a path can be looked up, and is no named pipe, socket or device, which would be waited for.
+
+    Missing files are not an error here.
 
     Raises:
-        InputError: if a path component is too long, a folder is not searchable, or the disk cannot be read.
+        InputError: if a path component is too long, a folder is not searchable, the disk cannot be read, or it is
+            neither a file nor a folder.
     """
     try:
-        path.stat()
+        if kind := special_kind(path):
+            raise InputError(f"{path}: is {kind}, not a file; copy its content to a file.")
+    except InputError:
+        raise
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: NUL character in a name
         pass
     except OSError as error:
         remedy = "shorten it" if error.errno == errno.ENAMETOOLONG else "check its folders' permissions and the disk"
         raise InputError(f"{str(path)[:200]}: cannot be reached ({error.strerror}); {remedy}.") from error
+
+
+def special_kind(path: Path) -> str | None:
+    """What a path is that is neither a file nor a folder, `None` for these.
+
+    Raises:
+        OSError: if it cannot be looked up.
+    """
+    mode = path.stat().st_mode
+    return next((name for test, name in _SPECIAL if test(mode)), None)
+
+
+def check_there(path: Path) -> None:
+    """As [`check_reachable`]; a missing file is an error.
+
+    Raises:
+        InputError: also if there is nothing, or a link without its target.
+    """
+    check_reachable(path)
+    if path.exists():
+        return
+    if path.is_symlink():
+        raise InputError(f"{path}: {DANGLING}; fetch the content (`git annex get`, `hf download`) or mend the link.")
+    raise InputError(f"{path}: no such file.")
 
 
 def check_shape(path: Path, header) -> tuple[int, ...]:
@@ -84,7 +122,7 @@ def check_size(path: Path, header, shape: tuple[int, ...]) -> None:
         raise InputError(f"{path}: its header has the invalid data offset {offset:g}; convert or copy the scan again.")
     needed = int(np.prod([float(n) for n in shape])) * header.get_data_dtype().itemsize + int(offset)
     on_disk = path.stat().st_size
-    can_hold = on_disk * _DEFLATE_LIMIT if path.name.endswith(".gz") else on_disk
+    can_hold = on_disk * _DEFLATE_LIMIT if path.name.lower().endswith(".gz") else on_disk
     if needed > can_hold:
         raise InputError(
             f"{path}: truncated, its header requires {needed:,} bytes for shape {shape} and the file contains "

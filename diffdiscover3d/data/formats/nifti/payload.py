@@ -29,7 +29,7 @@ class Payload:
     def __init__(self, path: Path, file: io.BufferedReader):
         self.path, self.raw = path, file.raw
         self._disk = _HashedFile(file)
-        self._bytes = gzip.GzipFile(fileobj=self._disk, mode="rb") if path.name.endswith(".gz") else self._disk
+        self._bytes = gzip.GzipFile(fileobj=self._disk, mode="rb") if path.name.lower().endswith(".gz") else self._disk
         self._peeked = b""
 
     def peek(self, count: int) -> bytes:
@@ -129,10 +129,10 @@ def open_payload(path: Path) -> Iterator[Payload]:
         if start.startswith(b"version https://git-lfs"):
             raise InputError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull`.")
         zipped = start.startswith(b"\x1f\x8b")
-        if path.name.endswith(".gz") and not zipped:
+        if path.name.lower().endswith(".gz") and not zipped:
             web_page = start.lstrip()[:1] == b"<"
             hint = "it looks like a web page: download it again" if web_page else "rename it to .nii if it is one"
             raise InputError(f"{path}: named .gz but not gzip-compressed; {hint}.")
-        if zipped and not path.name.endswith(".gz"):
+        if zipped and not path.name.lower().endswith(".gz"):
             raise InputError(f"{path}: gzip-compressed but not named .gz; rename it to {path.name}.gz.")
         yield Payload(path, file)

@@ -139,7 +139,11 @@ def stream_volume(
     volume_bytes = int(np.prod(shape[:3])) * dtype.itemsize
     selection = range(number * volume_bytes, (number + 1) * volume_bytes)
     with ExitStack() as stack:
-        unpacked = stack.enter_context(scratch_file(Path(scratch), volume_bytes)) if path.name.endswith(".gz") else None
+        unpacked = (
+            stack.enter_context(scratch_file(Path(scratch), volume_bytes))
+            if path.name.lower().endswith(".gz")
+            else None
+        )
         values, at = ValueRange(dtype, scaling), 0
         for piece in file.payload.pieces(offset, int(np.prod(shape)) * dtype.itemsize, notes):
             first, last = max(selection.start - at, 0), min(selection.stop - at, len(piece))

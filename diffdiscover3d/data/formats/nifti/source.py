@@ -10,9 +10,9 @@ import nibabel as nib
 
 from diffdiscover3d.data.formats.nifti.header import (
     SUFFIXES,
-    check_reachable,
     check_shape,
     check_size,
+    check_there,
     parse_header,
     reading_bytes,
 )
@@ -53,12 +53,10 @@ def open_nifti(path: str | Path) -> Iterator[NiftiFile]:
             declared by its header.
     """
     path = Path(path)
-    check_reachable(path)
-    if not path.exists():
-        raise InputError(f"{path}: no such file.")
+    check_there(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give a .nii or .nii.gz file.")
-    if not path.name.endswith(SUFFIXES):
+    if not path.name.lower().endswith(SUFFIXES):
         raise InputError(f"{path}: not a NIfTI file name; it must end in .nii or .nii.gz.")
     with ExitStack() as stack:
         try:
