@@ -16,6 +16,7 @@ from diffdiscover3d.training.config import (
     add_options,
     make_config,
 )
+from diffdiscover3d.utils.environment import prepare_environment
 from diffdiscover3d.utils.files import check_folder
 from diffdiscover3d.utils.locks import locked_folder
 from diffdiscover3d.utils.signals import end_children, interrupt_on_termination
@@ -123,6 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(make_parser().parse_args(arguments))
     phase, file, debug = options.pop("phase"), options.pop("config", None), options.pop("debug")
     quiet = options.pop("quiet")
+    prepare_environment()
     prepare_streams()
     logging.getLogger("diffdiscover3d").setLevel(logging.WARNING if quiet else logging.INFO)
     try:

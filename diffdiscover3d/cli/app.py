@@ -1,12 +1,15 @@
 """The command line: parse, call one function, print. Heavy imports are inside the commands."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from diffdiscover3d.cli import evaluate as scores
 from diffdiscover3d.cli.brats import evaluate_brats, import_authors_archive
@@ -40,11 +43,37 @@ from diffdiscover3d.errors import (
     expected_errors,
     is_out_of_memory,
 )
+from diffdiscover3d.utils.environment import prepare_environment
 from diffdiscover3d.utils.signals import interrupt_on_termination
-from diffdiscover3d.utils.terminal import prepare_streams, say
+from diffdiscover3d.utils.terminal import prepare_streams, printable, say
+
+_UsageError = typer.BadParameter.__base__  # of typer's own copy of click, or of click itself
+
+
+class _Commands(TyperGroup):
+    """The commands; their usage errors show what was typed in escaped form."""
+
+    def make_context(self, *arguments, **options):
+        with _escaped_usage_errors():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx):
+        with _escaped_usage_errors():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _escaped_usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except _UsageError as error:
+        error.message = printable(error.message)
+        raise
+
 
 app = typer.Typer(
     name="diffdiscover3d",
+    cls=_Commands,
     help="Find the nested parts of 3D volumes without any labels.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -250,6 +279,7 @@ def _print_error(error: BaseException | str) -> None:
 
 def main() -> None:
     """Run a command; an error is printed as one line on stderr and sets the exit code, see `errors`."""
+    prepare_environment()
     prepare_streams()
     try:
         with interrupt_on_termination():

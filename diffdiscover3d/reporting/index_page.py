@@ -47,9 +47,8 @@ def write_index(path: str | Path, reports: Sequence[str | Path], *, title: str =
         picture = report.with_name(f"{stem}_dseg.png")
         image = f'<img src="{_link(picture, path)}" alt="" loading="lazy">' if picture.exists() else ""
         sizes = _sizes(report, stem)
-        items.append(
-            f'<li><a href="{_link(report, path)}">{image}{html.escape(printable(stem))}</a><div class="soft">{sizes}</div></li>'
-        )
+        name = html.escape(printable(stem))
+        items.append(f'<li><a href="{_link(report, path)}">{image}{name}</a><div class="soft">{sizes}</div></li>')
     page = _PAGE.format(
         title=html.escape(title), count=len(items), items="\n".join(items), style=_STYLE, style_hash=csp_hash(_STYLE)
     )

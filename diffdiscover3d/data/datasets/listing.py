@@ -1,5 +1,6 @@
 """What a folder, glob or text list holds: its volumes, and what was left out and why."""
 
+import codecs
 import glob
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from diffdiscover3d.data.formats import dicom, ome_zarr
-from diffdiscover3d.data.formats.nifti.header import check_reachable, read_affine
+from diffdiscover3d.data.formats.nifti.header import DANGLING, check_reachable, read_affine, special_kind
 from diffdiscover3d.data.formats.nifti.source import NiftiFile
 from diffdiscover3d.data.formats.reading import open_source
 from diffdiscover3d.data.formats.registry import (
@@ -151,8 +152,8 @@ def _and(count: int) -> str:
 
 
 def _search(folder: Path, include: Sequence[str], series: str | None) -> Contents:
-    files, suspects, others = [], [], 0
-    for path in _walk(folder):
+    files, suspects, others, barred = [], [], 0, []
+    for path in _walk(folder, barred):
         if path.is_dir() or is_nifti(path) or format_by_name(path) not in (None, dicom):
             files.append(path)
         elif path.suffix.lower() in dicom.SUFFIXES or _starts_as_dicom(path):
@@ -160,6 +161,7 @@ def _search(folder: Path, include: Sequence[str], series: str | None) -> Content
         else:
             others += 1
     found = _choose(files, include)
+    found = Contents(found.volumes, (*found.left_out, *barred))
     if not suspects:
         return Contents(found.volumes, found.left_out, others)
     try:
@@ -186,13 +188,52 @@ def _reference(series: dicom.Series, usable: Iterable[dicom.Series]) -> Path:
     return folder if alone else Path(f"{folder}{SEPARATOR}{series.uid}")
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Files, and folders that are Zarr stores; hidden ones hold what is being written, or was when it was killed."""
-    for root, folders, names in os.walk(folder):
-        place = Path(root)
-        stores = [n for n in folders if not n.startswith(".") and ome_zarr.is_store(place / n)]
-        folders[:] = sorted(n for n in folders if not n.startswith(".") and n not in stores)
-        yield from (place / n for n in sorted([*stores, *names]) if not n.startswith("."))
+def _walk(folder: Path, barred: list[tuple[Path, str]]) -> Iterator[Path]:
+    """Files, and folders that are Zarr stores; hidden ones hold what is being written, or was when it was killed.
+
+    Links to folders are followed after all others, so that a folder that is reached in two ways keeps its own name.
+
+    Args:
+        folder: where to begin.
+        barred: extended by what cannot be looked into, and links and special files that are no volumes, with reasons.
+    """
+
+    def note(error: OSError) -> None:
+        barred.append((Path(error.filename), f"a folder that cannot be searched ({error.strerror})"))
+
+    seen: set[tuple[int, int]] = set()
+    waiting = [folder]
+    while waiting:
+        for root, folders, names in os.walk(waiting.pop(0), onerror=note):
+            place = Path(root)
+            identity = (place.stat().st_dev, place.stat().st_ino)
+            if identity in seen:
+                folders.clear()
+                continue
+            seen.add(identity)
+            if not os.access(place, os.X_OK):
+                barred.append((place, "a folder that cannot be searched (Permission denied)"))
+                folders.clear()
+                continue
+            shown = [n for n in folders if not n.startswith(".")]
+            stores = [n for n in shown if ome_zarr.is_store(place / n)]
+            folders[:] = sorted(n for n in shown if n not in stores)
+            waiting += [place / n for n in folders if (place / n).is_symlink()]
+            for path in (place / n for n in sorted([*stores, *names]) if not n.startswith(".")):
+                if (reason := _fault_of_entry(path)) is None:
+                    yield path
+                else:
+                    barred.append((path, reason))
+
+
+def _fault_of_entry(path: Path) -> str | None:
+    """Why something in a folder is not even looked at; a dangling link named like a volume is left to its reader."""
+    try:
+        kind = special_kind(path)
+    except OSError:
+        named = is_nifti(path) or format_by_name(path) is not None
+        return None if named else DANGLING if path.is_symlink() else "cannot be looked up"
+    return kind
 
 
 def _starts_as_dicom(path: Path) -> bool:
@@ -235,17 +276,48 @@ def _first_half(path: Path) -> Path:
 
 
 def _read_list(path: Path) -> list[Path]:
+    """The paths in a text list; a line may also hold a comment behind #, unless it names a file as a whole."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = re.split(r"\r\n|\r|\n", _decode(path.read_bytes()))
+    except (OSError, UnicodeError) as error:
         raise InputError(f"{path}: neither a volume nor a text list of them ({error}); give a {NAMES} file.") from error
-    names = [line.split("#")[0].strip() for line in lines]
-    found = [path.parent / name for name in names if name]
+    found = [place for line in lines if (place := _listed(path.parent, line)) is not None]
     # unlike Path.exists, os.path answers for names too long to be one: the file may be no list at all
-    missing = [p for p in found if not os.path.exists(split(p)[0])]
+    missing = [p for p in found if not os.path.lexists(split(p)[0])]
     if missing:
         raise InputError(
             f"{path}: lists {len(missing)} file(s) that do not exist, first {str(missing[0])[:200]}; "
             "mend the list, or give a volume."
         )
     return found
+
+
+def _decode(content: bytes) -> str:
+    """A list as text: UTF-8 or UTF-16 with or without a byte order mark; other bytes are kept, as in file names.
+
+    Raises:
+        UnicodeError: if it is no text.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+    if "\0" in text:
+        raise UnicodeError("it holds binary data")
+    return text
+
+
+def _listed(folder: Path, line: str) -> Path | None:
+    """The file that a line of a list names, `None` for an empty line or a comment.
+
+    A name with # or blanks at its ends is taken as it is if there is such a file. Bytes that are not UTF-8 are those of
+    the name, or else Latin-1.
+    """
+    plain = line.split("#")[0].strip()
+    for name in (line, line.strip(), plain):
+        if not name.strip():
+            continue
+        latin = "".join(chr(ord(c) - 0xDC00) if "\udc80" <= c <= "\udcff" else c for c in name)
+        for spelled in (name, latin):
+            if os.path.lexists(split(folder / spelled)[0]):
+                return folder / spelled
+    return folder / plain if plain else None
