@@ -19,6 +19,7 @@ from diffdiscover3d.training.config import (
 from diffdiscover3d.utils.environment import prepare_environment
 from diffdiscover3d.utils.files import check_folder
 from diffdiscover3d.utils.locks import locked_folder
+from diffdiscover3d.utils.processes import forget_other_launches
 from diffdiscover3d.utils.signals import end_children, interrupt_on_termination
 from diffdiscover3d.utils.terminal import prepare_streams, say
 
@@ -127,6 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
     prepare_environment()
     prepare_streams()
     logging.getLogger("diffdiscover3d").setLevel(logging.WARNING if quiet else logging.INFO)
+    if line := forget_other_launches():
+        say(line, error=True)
     try:
         config = make_config(_PHASES[phase], file=file, **options)
         folder = run(config)

@@ -1,7 +1,6 @@
 """Segment files: label maps, tables and reports on each input's own grid."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -11,7 +10,7 @@ import torch
 
 from diffdiscover3d import __version__
 from diffdiscover3d.data.datasets.listing import expand
-from diffdiscover3d.data.domain import domain_note
+from diffdiscover3d.data.domain import domain_note, voxel_note
 from diffdiscover3d.data.formats.reading import open_source, read_source, stream_source
 from diffdiscover3d.data.formats.registry import (
     options_in,
@@ -39,6 +38,7 @@ from diffdiscover3d.segmentation.outputs import (
 from diffdiscover3d.segmentation.preflight import MemoryPlan, plan_memory
 from diffdiscover3d.segmentation.scan import segment_scan
 from diffdiscover3d.utils.files import check_folder
+from diffdiscover3d.utils.processes import local_rank
 from diffdiscover3d.utils.progress import ProgressBar
 from diffdiscover3d.utils.staging import recover_folder
 
@@ -260,7 +260,10 @@ def _segment_in_memory(volume, chosen: dict, device: str, fast: bool, order: str
         job = ScanJob(case, networks, {}, Extras(), order, fast, found.working_grid, 0.0, stages, finish=finish)
         finder = InMemoryFinder(job, scan)
         labels = {level: back(finder.find(level).labels) for level in levels}
-    for note in [*finder.notes, domain_note(scan, found.domain, found.name)]:
+    about = [domain_note(scan, found.domain, found.name)]
+    if found.working_grid is None:
+        about.append(voxel_note(scan, found.domain, found.name))
+    for note in [*finder.notes, *about]:
         if note:
             logger.warning("%s: %s", NAME, note)
     return labels if chosen["level"] == "all" else next(iter(labels.values()))
@@ -276,7 +279,7 @@ def choose_device(name: str) -> torch.device:
         if not torch.cuda.is_available():
             return torch.device("cpu")
         # the processes of one launch share the devices of the machine
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
     try:
         device = torch.device(name)
     except RuntimeError as error:

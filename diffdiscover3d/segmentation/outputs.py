@@ -1,6 +1,7 @@
 """The names of a scan's result files, and checks before they are written."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ def check_cases(cases: Sequence[CaseFiles], mine: Sequence[CaseFiles], overwrite
             if target in seen:
                 raise OutputError(f"{case.input} and {seen[target]} would both write {target}; use two output folders.")
             seen[target] = case.input
-            if len(target.name.encode()) > 255:
+            if len(os.fsencode(target.name)) > 255:
                 raise OutputError(f"{target}: the name is too long for a file; rename the input.")
             if target.exists() and place.exists() and target.samefile(place):
                 raise OutputError(f"{target}: is the input itself; choose another --output folder.")

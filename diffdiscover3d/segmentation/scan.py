@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffdiscover3d.data.domain import domain_note
+from diffdiscover3d.data.domain import domain_note, voxel_note
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume
 from diffdiscover3d.data.formats.nifti.slabs import SlabScan
 from diffdiscover3d.data.formats.registry import display_name
@@ -79,6 +79,8 @@ def segment_scan(job: ScanJob, scan: NiftiVolume | SlabScan) -> SegmentedFile:
         else:
             finder = OutOfCoreFinder(job, scan, folder, scratch)
         if note := domain_note(scan, job.domain, job.model):
+            finder.notes.append(note)
+        if job.working_grid is None and (note := voxel_note(scan, job.domain, job.model)):
             finder.notes.append(note)
         found: dict[int | None, FoundParts] = {}
         parts: dict[int | None, list[PartStatistics]] = {}

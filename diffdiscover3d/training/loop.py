@@ -92,8 +92,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The accelerator of a config; it follows `accelerate launch` where that started the process.
 
     Raises:
-        ValueError: if the launcher started several processes that do not work together, or the tracker is not
-            installed.
+        ValueError: if the launcher started several processes that do not work together, the tracker is not
+            installed, or fp16 is wanted on a CPU.
     """
     try:
         accelerator = Accelerator(
@@ -109,6 +109,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         raise ValueError(
             f"`report_to` is {config.report_to!r}, which is not installed; pip install {config.report_to}."
         )
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("`mixed_precision` fp16 needs a GPU; on a CPU give --mixed-precision bf16 or no.")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         # otherwise each process would train its own model, all of them in the same folder

@@ -4,7 +4,32 @@ import functools
 import os
 from datetime import timedelta
 
+_LEFT_BEHIND = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_OTHER_LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # of MPI, which accelerate also follows
 _NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def is_launched() -> bool:
+    """Whether all four variables are set that `accelerate launch` and torchrun set."""
+    return all(os.environ.get(name) for name in _NAMES)
+
+
+def local_rank() -> int:
+    """The number of this process among those of one launch on this machine; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK") or 0) if is_launched() else 0
+
+
+def forget_other_launches() -> str | None:
+    """Unset what an earlier launch or a batch system left behind, so that libraries do not wait for other processes.
+
+    Returns:
+        A line for the user, `None` if nothing was left behind.
+    """
+    left_over = [name for name in _LEFT_BEHIND if name in os.environ]
+    if is_launched() or any(name in os.environ for name in _OTHER_LAUNCHERS) or not left_over:
+        return None
+    values = ", ".join(f"{name}={os.environ.pop(name)}" for name in left_over)
+    return f"{values} without a launcher: this process works alone"
 
 
 def rank_and_world_size(timeout_seconds: float = 120) -> tuple[int, int]:
@@ -19,9 +44,9 @@ def rank_and_world_size(timeout_seconds: float = 120) -> tuple[int, int]:
     Raises:
         ValueError: if the variables are not numbers, or the other processes do not join.
     """
-    values = [os.environ.get(name, "") for name in _NAMES]
-    if not all(values):
+    if not is_launched():
         return 0, 1
+    values = [os.environ[name] for name in _NAMES]
     if not (values[0].isdigit() and values[1].isdigit() and int(values[0]) < int(values[1])):
         raise ValueError(
             f"`RANK` must be in 0..WORLD_SIZE-1, got RANK={values[0]} and WORLD_SIZE={values[1]}; unset both."

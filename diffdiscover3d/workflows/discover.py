@@ -136,7 +136,7 @@ def _read_all(paths: Sequence[Path], on_error) -> tuple[list[str], list, list, d
         signatures.append(signature(volume))
     if not scans:
         raise InputError("none of the scans can be read.")
-    return scans, shapes, spacings, summarise(signatures)
+    return scans, shapes, spacings, summarise(signatures, spacings)
 
 
 def _keep_volumes(volumes: Sequence, folder: Path) -> list[Path]:

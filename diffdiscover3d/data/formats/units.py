@@ -93,5 +93,5 @@ def display_unit(spacing_mm: Sequence[float], unit: str = "mm") -> DisplayUnit:
     """
     if unit == UNKNOWN:
         return VOXELS
-    edge = max(spacing_mm)
+    edge = max(spacing_mm) * (1 + 1e-6)  # headers hold 32-bit numbers
     return next(found for least, found in _BY_EDGE if edge >= least)
