@@ -58,7 +58,7 @@ class CachedVolumes(Sequence):
         if path.is_file():
             try:
                 return _read(path)
-            except (SafetensorError, OSError, ValueError) as error:
+            except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
                 logger.warning("%s: recomputing a damaged cache file (%s)", path, error)
         item = self.make(index)
         if self._writable:

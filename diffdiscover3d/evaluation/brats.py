@@ -181,7 +181,7 @@ def _check_split(folder: Path, split: str, ids: Sequence[str]) -> None:
     if not path.is_file():
         return
     recorded = read_model_json(path).get(split)
-    if not isinstance(recorded, list):
+    if not isinstance(recorded, list) or not all(isinstance(name, str) for name in recorded):
         raise InputError(f"{path}: has no {split} split; copy it again from the training folder.")
     more, fewer = sorted(set(ids) - set(recorded)), sorted(set(recorded) - set(ids))
     if more or fewer:

@@ -23,7 +23,7 @@ from diffdiscover3d.hub.resolve import resolve_model
 from diffdiscover3d.reporting.markdown import markdown_table
 from diffdiscover3d.reporting.score_tables import LABEL_AMOUNTS
 from diffdiscover3d.training.recipes import Training
-from diffdiscover3d.utils.files import read_json, write_json
+from diffdiscover3d.utils.files import read_record, write_json
 from diffdiscover3d.utils.provenance import describe_environment, weights_sha256
 
 logger = logging.getLogger("diffdiscover3d")
@@ -132,7 +132,7 @@ class BraTSTable:
             raise InputError(f"{name}: is trained on the folder's training cases; score it on test or validation.")
         path, settings = self.output / "rows" / f"{name}.json", self.settings_of(name)
         if path.exists():
-            row = read_json(path)
+            row = read_record(path, "settings", "rows")
             if row["settings"] != settings:
                 raise ModelError(f"{path}: made with other settings ({row['settings']}); choose another --output.")
             return row

@@ -21,7 +21,7 @@ from diffdiscover3d.evaluation.synthetic import score
 from diffdiscover3d.reporting.score_tables import plot_table, write_table
 from diffdiscover3d.training.fingerprints import weights_fingerprint
 from diffdiscover3d.training.recipes import RECIPES, Recipe, Training, diffusion_training, train_level
-from diffdiscover3d.utils.files import read_json, write_json
+from diffdiscover3d.utils.files import read_record, write_json
 from diffdiscover3d.utils.provenance import describe_environment, weights_sha256
 
 TABLES: dict[int, tuple[str, ...]] = {
@@ -95,7 +95,7 @@ class PaperTable:
         path, method = self.output / "cells" / f"{cell.name}.json", METHODS[cell.method]
         settings = self.settings_of(method)
         if path.exists():
-            row = read_json(path)
+            row = read_record(path, "settings", "variant", "level", "dice")
             if row["settings"] != settings:
                 raise ModelError(
                     f"{path}: created with different settings ({row['settings']}); choose another --output."
@@ -207,7 +207,7 @@ class PaperTable:
         arguments = training.arguments()
         command = self._strip_output_folder(arguments)
         if record.exists():
-            done = read_json(record)
+            done = read_record(record, "command", "seconds")
             if done["command"] != command:
                 raise ModelError(
                     f"{record}: trained with different options ({done['command']}); choose another --output."

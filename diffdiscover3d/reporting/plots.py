@@ -1,6 +1,5 @@
 """Loss curves, Dice bars and principal components of features."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from diffdiscover3d.reporting.colours import part_rgb
-from diffdiscover3d.utils.files import atomic_file
+from diffdiscover3d.utils.files import atomic_file, read_log
 
 _NOT_LOSSES = ("step", "lr", "confidence")
 
@@ -21,7 +20,7 @@ def save_loss_curves(path: str | Path, log: str | Path) -> None:
         path: the PNG to write; nothing is written if the log has no line.
         log: JSON lines with "step" and metrics; an incomplete last line is skipped.
     """
-    rows = _read_log(Path(log))
+    rows = [{k: v for k, v in row.items() if isinstance(v, int | float)} for row in read_log(Path(log))]
     if not rows:
         return
     names = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in _NOT_LOSSES]
@@ -105,16 +104,6 @@ def components_as_rgb(features: np.ndarray) -> np.ndarray:
         if high > low:
             rgb[place] = np.clip((values - low) / (high - low), 0, 1)
     return rgb.reshape(3, *features.shape[1:])
-
-
-def _read_log(log: Path) -> list[dict]:
-    rows = []
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # incomplete after an interruption
-            continue
-    return rows
 
 
 def _save(figure: Figure, path: str | Path) -> None:

@@ -24,7 +24,7 @@ from diffdiscover3d.training.dropout import sees_its_own_batch_only, set_slots, 
 from diffdiscover3d.training.precision import FORMATS
 from diffdiscover3d.training.resume import CONFIG_FILE, resume_training, save_training
 from diffdiscover3d.training.step_metrics import StepMetrics
-from diffdiscover3d.utils.files import atomic_file, write_json
+from diffdiscover3d.utils.files import atomic_file, output_errors, read_log, write_json
 from diffdiscover3d.utils.progress import ProgressBar
 from diffdiscover3d.utils.signals import StopRequest, TrainingInterrupted, ignore_signals
 from diffdiscover3d.utils.staging import staged_folder
@@ -301,17 +301,10 @@ def _begin_log(output: Path, config: TrainingConfig, start: int) -> None:
     write_json(output / CONFIG_FILE, _public_config(config))
     log = output / "log.jsonl"
     if log.exists():
-        lines = [line for line in log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= start]
+        with output_errors(log):
+            rows = [row for row in read_log(log) if row["step"] <= start]
         with atomic_file(log) as temporary:
-            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-
-def _step_of(line: str) -> float:
-    """The step of a log line; a line torn by an interruption is of no step."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _public_config(config: TrainingConfig) -> dict:

@@ -163,7 +163,7 @@ def final_loss(folder: Path) -> float:
         lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         last = [float(line["loss"]) for line in lines if line["step"] > 0.75 * lines[-1]["step"]]
         mean = statistics.fmean(last)
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise ModelError(
             f"{log}: must contain the losses of a finished training ({error}); remove {folder} to train it again."
         ) from error

@@ -220,6 +220,35 @@ def read_model_json(path: Path) -> dict:
     return value
 
 
+def read_record(path: Path, *keys: str) -> dict:
+    """Read a JSON object that an earlier run of this program left, with these keys.
+
+    Raises:
+        ModelError: if it is missing, damaged, or lacks a key.
+    """
+    record = read_model_json(path)
+    if lacking := [key for key in keys if key not in record]:
+        raise ModelError(f"{path}: damaged, lacks `{lacking[0]}`; remove it to compute it again.")
+    return record
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a log of JSON lines, with a numeric "step"; torn or damaged lines are left out.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int | float):
+                rows.append(row)
+    return rows
+
+
 def sha256(path: str | Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     with open(path, "rb") as file:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffdiscover3d.errors import OutputError
-from diffdiscover3d.utils.files import MODEL_MARKERS, output_error, output_errors, remove_empty, sync
+from diffdiscover3d.utils.files import MODEL_MARKERS, output_error, output_errors, read_json, remove_empty, sync
 
 try:
     import fcntl
@@ -199,7 +199,7 @@ def _recover(staging: Path, target: Path) -> None:
     """Finish what a killed process had begun: restore the old files if it did so, otherwise move the new ones."""
     undo = _read(staging / _UNDO)
     if undo is not None:
-        _restore(staging, target, [entry for entry in undo if _is_inside(entry[0])])
+        _restore(staging, target, [entry for entry in undo if _is_entry(entry)])
         return
     for name in filter(_is_inside, _read(staging / _JOURNAL) or []):
         source, place = staging / _NEW / name, target / name
@@ -212,10 +212,20 @@ def _recover(staging: Path, target: Path) -> None:
 
 def _read(path: Path) -> list | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError):
         return None  # the step it records had not begun
     return value if isinstance(value, list) else None
+
+
+def _is_entry(entry) -> bool:
+    """Whether an entry of the journal of an undone commit has its form: a place, and a backup's name or none."""
+    return (
+        isinstance(entry, list)
+        and len(entry) == 2
+        and _is_inside(entry[0])
+        and (entry[1] is None or (_is_inside(entry[1]) and "/" not in entry[1]))
+    )
 
 
 def _is_inside(name) -> bool:

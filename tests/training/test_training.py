@@ -312,8 +312,9 @@ def test_two_processes_train_as_one(scans, tmp_path):
 
 
 def test_processes_that_do_not_work_together_are_refused(scans, tmp_path):
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29578"}
     done = launch(
-        ["diffusion", "--dataset", scans, "--output-dir", tmp_path], 1, WORLD_SIZE="2", ACCELERATE_USE_CPU="false"
+        ["diffusion", "--dataset", scans, "--output-dir", tmp_path], 1, **launched, ACCELERATE_USE_CPU="false"
     )
     assert done.returncode == 2 and "ACCELERATE_USE_CPU" in done.stderr and list(tmp_path.iterdir()) == []
 
