@@ -13,9 +13,9 @@ from diffdiscover3d.training.config import (
     DiffusionConfig,
     DiscoveryConfig,
     TrainingConfig,
-    add_options,
     make_config,
 )
+from diffdiscover3d.training.options import add_options, check_unknown, with_dashes
 from diffdiscover3d.utils.files import check_folder
 from diffdiscover3d.utils.locks import locked_folder
 from diffdiscover3d.utils.signals import end_children, interrupt_on_termination
@@ -111,12 +111,14 @@ def _brats_options(config: TrainingConfig):
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the arguments, train and print the output folder; return the exit code."""
-    options = vars(make_parser().parse_args(arguments))
+    parsed, unknown = make_parser().parse_known_args(with_dashes(sys.argv[1:] if arguments is None else arguments))
+    options = vars(parsed)
     phase, file, debug = options.pop("phase"), options.pop("config", None), options.pop("debug")
     quiet = options.pop("quiet")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("diffdiscover3d").setLevel(logging.WARNING if quiet else logging.INFO)
     try:
+        check_unknown(unknown, _PHASES[phase], _PHASES)
         config = make_config(_PHASES[phase], file=file, **options)
         folder = run(config)
         if os.environ.get("RANK", "0") == "0":

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffdiscover3d.errors import InputError
+from diffdiscover3d.training.aliases import as_fields
+from diffdiscover3d.training.options import read_options
 
 SCHEDULES = ("constant", "one_cycle")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
@@ -17,9 +16,18 @@ INCLUSIONS = ("compact", "alike", "auto")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
-def option(default, help: str, choices: tuple | None = None):
-    """A dataclass field that is also a command-line option."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help: str, choices: tuple | None = None, record_default: bool = True):
+    """A dataclass field that is also a command-line option.
+
+    Args:
+        record_default: whether `as_dict` contains the option at its default. Off for options that were added later, so
+            that records of trainings without them are unchanged.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "record_default": record_default})
+
+
+def _added(default, help: str, choices: tuple | None = None):
+    return option(default, help, choices, record_default=False)
 
 
 @dataclass(frozen=True)
@@ -261,88 +269,26 @@ def make_config(kind: type, *, file: str | Path | None = None, **options):
         InputError: if the file is missing, is not a mapping, or contains an unknown option.
         ValueError: if the value of an option is invalid.
     """
-    from_file = read_options(kind, file) if file else {}
-    chosen = {**from_file, **options}
+    chosen = read_options(kind, file, options) if file else {}
+    given = as_fields(kind, options, {**chosen, **options})
+    if "max_steps" in given:
+        chosen.pop("num_train_epochs", None)
+    chosen |= given
     preset = chosen.get("preset", kind.preset)
     if preset not in PRESETS[kind]:
         raise ValueError(f"`preset` must be one of {tuple(PRESETS[kind])}, got {preset!r}.")
     return kind(**{**PRESETS[kind][preset], **chosen})
 
 
-def read_options(kind: type, file: str | Path) -> dict:
-    """Read option values from a JSON or YAML file; dashes and underscores in option names are equivalent."""
-    path = Path(file)
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            values = yaml.safe_load(text)
-        else:
-            values = json.loads(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read the config file ({error}).") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); a YAML file must end in .yaml or .yml.") from error
-    except Exception as error:  # yaml is imported only for YAML files, so its error class may be undefined
-        raise InputError(f"{path}: not valid YAML ({str(error).splitlines()[0]}).") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: a config file must map option names to values, got {type(values).__name__}.")
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    known = {f.name for f in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise InputError(f"{path}: unknown options {unknown}; valid options are {sorted(known)}.")
-    hints = typing.get_type_hints(kind)
-    return {key: _as_type(path, key, value, hints[key]) for key, value in values.items()}
-
-
-def _as_type(path: Path, key: str, value, hint):
-    """Convert a value of a config file to the type of its option; YAML parses 1e-4 as a string and 1 as an integer."""
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = next(a for a in typing.get_args(hint) if a is not type(None))
-    try:
-        if typing.get_origin(hint) is tuple:
-            item = typing.get_args(hint)[0]
-            return tuple(_as_type(path, key, v, item) for v in (value if isinstance(value, list) else [value]))
-        right = (bool, int, float) if hint is float else hint
-        if hint in (int, float) and isinstance(value, str | int | float) and not isinstance(value, bool):
-            if hint(value) == float(value):
-                return hint(value)
-        elif isinstance(value, right):
-            return value
-    except ValueError:
-        pass
-    raise InputError(f"{path}: `{key}` must be of type {hint.__name__}, got {value!r}.")
-
-
-def add_options(parser, kind: type) -> None:
-    """Add one option per field of `kind` to an `argparse` parser; options not given are absent from the namespace."""
-    import argparse
-
-    hints = typing.get_type_hints(kind)
-    for f in dataclasses.fields(kind):
-        flag, hint, help_text = "--" + f.name.replace("_", "-"), hints[f.name], f.metadata["help"]
-        arguments = {"dest": f.name, "default": argparse.SUPPRESS}
-        inner = [a for a in typing.get_args(hint) if a is not type(None)]
-        if isinstance(hint, types.UnionType):
-            hint = inner[0]
-        shown = "none" if f.default in (None, "") else f.default
-        arguments["help"] = f"{help_text} (default: {shown})"
-        if hint is bool:
-            arguments["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(hint) is tuple:
-            arguments |= {"type": typing.get_args(hint)[0], "nargs": "+"}
-        else:
-            arguments |= {"type": hint, "choices": f.metadata["choices"]}
-        parser.add_argument(flag, **arguments)
-
-
 def as_dict(config: TrainingConfig) -> dict:
-    """The options as JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """The options as JSON values, without those added later that have their default."""
+    left_out = {
+        f.name
+        for f in dataclasses.fields(config)
+        if not f.metadata["record_default"] and getattr(config, f.name) == f.default
+    }
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
+    return json.loads(json.dumps(values))
 
 
 def _require(holds: bool, name: str, rule: str, value) -> None:

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from diffdiscover3d.errors import InputError
-from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, add_options, as_dict, make_config
+from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, as_dict, make_config
+from diffdiscover3d.training.options import add_options
 
 
 def test_defaults_are_the_papers():
