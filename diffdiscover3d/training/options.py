@@ -1,4 +1,4 @@
-"""Read training options from config files and command lines; the options are the fields of the config dataclasses."""
+"""Training options: the fields of the config dataclasses, read from config files and command lines."""
 
 import dataclasses
 import json
@@ -9,6 +9,29 @@ from pathlib import Path
 
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.training.aliases import aliases_of, as_fields, explain_unknown
+
+
+def option(default, help: str, choices: tuple | None = None, record_default: bool = True):
+    """A dataclass field that is also a command-line option.
+
+    Args:
+        record_default: whether `as_dict` contains the option at its default. Off for options that were added later, so
+            that records of trainings without them are unchanged.
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": choices, "record_default": record_default}
+    )
+
+
+def added(default, help: str, choices: tuple | None = None):
+    """An option that records of earlier trainings do not have: its default is not recorded."""
+    return option(default, help, choices, record_default=False)
+
+
+def require(holds: bool, name: str, rule: str, value) -> None:
+    """Raise ValueError, naming an option, its rule and its value, unless the rule holds."""
+    if not holds:
+        raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
 
 
 def read_options(kind: type, file: str | Path, given: Mapping | None = None) -> dict:
@@ -88,7 +111,7 @@ def add_options(parser, kind: type) -> None:
         if isinstance(hint, types.UnionType):
             hint = inner[0]
         shown = "none" if f.default in (None, "") else f.default
-        arguments["help"] = f"{help_text} (default: {shown})"
+        arguments["help"] = f"{help_text} (default: {shown})".replace("%", "%%")
         if hint is bool:
             arguments["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(hint) is tuple:
