@@ -47,6 +47,8 @@ def read_options(kind: type, file: str | Path, given: Mapping | None = None) -> 
     """
     path = Path(file)
     try:
+        if path.exists() and not path.is_file():  # opening a named pipe would wait for a writer
+            raise OSError("not a file")
         text = path.read_text(encoding="utf-8")
         if path.suffix in (".yaml", ".yml"):
             import yaml

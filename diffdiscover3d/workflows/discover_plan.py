@@ -1,7 +1,6 @@
 """The plan of `discover`: grids, batch size and steps that fit the scans and the machine."""
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
 from diffdiscover3d.data.formats.units import display_unit
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.training.recipes import RECIPES, Recipe
+from diffdiscover3d.utils.files import read_json
 
 _STRIDE = 8  # the diffusion models' grid must be a multiple of it
 _BYTES_PER_VOXEL = 6_000  # of a training step of the small networks: a conservative guess, not measured
@@ -163,7 +163,7 @@ def read_plan(path: Path) -> Plan:
         ModelError: if the file is damaged, or was written by a version with another recipe.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         plan = Plan(**{k: _as_tuple(v) for k, v in values.items() if k != "recipe"}, recipe=values.get("recipe", ""))
         digest = _digest(plan.preset)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:

@@ -1,6 +1,7 @@
 """What a folder, glob or text list holds: its volumes, and what was left out and why."""
 
 import codecs
+import contextlib
 import glob
 import os
 import re
@@ -216,7 +217,7 @@ def _walk(folder: Path, barred: list[tuple[Path, str]]) -> Iterator[Path]:
                 folders.clear()
                 continue
             shown = [n for n in folders if not n.startswith(".")]
-            stores = [n for n in shown if ome_zarr.is_store(place / n)]
+            stores = [n for n in shown if _is_store(place / n)]
             folders[:] = sorted(n for n in shown if n not in stores)
             waiting += [place / n for n in folders if (place / n).is_symlink()]
             for path in (place / n for n in sorted([*stores, *names]) if not n.startswith(".")):
@@ -224,6 +225,12 @@ def _walk(folder: Path, barred: list[tuple[Path, str]]) -> Iterator[Path]:
                     yield path
                 else:
                     barred.append((path, reason))
+
+
+def _is_store(folder: Path) -> bool:
+    with contextlib.suppress(PermissionError):
+        return ome_zarr.is_store(folder)
+    return False
 
 
 def _fault_of_entry(path: Path) -> str | None:
