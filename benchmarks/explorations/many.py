@@ -40,13 +40,14 @@ def make_cell(index: int) -> tuple[np.ndarray, np.ndarray]:
     kinds = [2] * int(rng.integers(3, 6)) + [3] * int(rng.integers(2, 4))
     placed: list[tuple[np.ndarray, float]] = []
     for kind in kinds:
-        radius = float(rng.normal(4.5, 0.3))
+        radius = float(rng.normal(3.8, 0.3))
+        around = radius if kind == 2 else np.sqrt(3) * 0.9 * radius  # radius of the ball around a cube
         while True:
-            centre = rng.uniform(-18, 18, 3)
-            inside = np.linalg.norm(centre) + np.sqrt(3) * radius < 21
-            if inside and all(np.linalg.norm(centre - c) > np.sqrt(3) * (radius + r) for c, r in placed):
+            centre = rng.uniform(-20, 20, 3)
+            apart = all(np.linalg.norm(centre - c) > around + r + 1 for c, r in placed)
+            if np.linalg.norm(centre) + around < 21 and apart:
                 break
-        placed.append((centre, radius))
+        placed.append((centre, around))
         offset = points - centre.reshape(3, 1, 1, 1)
         distance = np.linalg.norm(offset, axis=0) if kind == 2 else np.abs(offset).max(axis=0) / 0.9
         labels[distance <= radius] = kind
