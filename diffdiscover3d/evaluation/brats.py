@@ -178,7 +178,7 @@ def format_brats_rows(rows: Sequence[dict]) -> str:
 def _check_split(folder: Path, split: str, ids: Sequence[str]) -> None:
     """Check that the cases equal those of the split recorded by the training, so that no training case is evaluated."""
     path = folder / "split.json"
-    if not path.is_file():
+    if not path.exists():
         return
     recorded = read_model_json(path).get(split)
     if not isinstance(recorded, list) or not all(isinstance(name, str) for name in recorded):

@@ -15,6 +15,7 @@ from pathlib import Path
 from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.training.config import DiscoveryConfig, make_config
+from diffdiscover3d.utils.files import check_regular
 
 _NEXT_START = 1_000  # seed offset between starts, larger than the range of typical user seeds
 
@@ -160,6 +161,7 @@ def final_loss(folder: Path) -> float:
     """
     log = folder / "log.jsonl"
     try:
+        check_regular(log)
         lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         last = [float(line["loss"]) for line in lines if line["step"] > 0.75 * lines[-1]["step"]]
         mean = statistics.fmean(last)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -187,6 +188,16 @@ def write_json(target: str | Path, value) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def check_regular(path: str | Path) -> None:
+    """Refuse a named pipe, socket, device or folder where a file is read: opening a pipe would wait for a writer.
+
+    Raises:
+        OSError: if it is none, or missing.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "Not a file", str(path))
+
+
 def read_json(path: str | Path):
     """Read a JSON file.
 
@@ -195,8 +206,7 @@ def read_json(path: str | Path):
         ValueError: if it is damaged, nested too deeply or larger than 256 MiB.
     """
     path = Path(path)
-    if not path.is_file():  # opening a named pipe would wait for a writer
-        raise OSError(f"not a file: {path}" if path.exists() else f"no such file: {path}")
+    check_regular(path)
     if path.stat().st_size > _LARGEST_JSON:
         raise ValueError(f"larger than {_LARGEST_JSON} bytes")
     try:
@@ -238,8 +248,7 @@ def read_log(path: Path) -> list[dict]:
     Raises:
         OSError: if it cannot be read.
     """
-    if not path.is_file():
-        raise OSError(errno.EINVAL, "not a file", str(path))
+    check_regular(path)
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
@@ -250,7 +259,12 @@ def read_log(path: Path) -> list[dict]:
 
 
 def sha256(path: str | Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
+    """The sha256 of a file, in hexadecimal.
+
+    Raises:
+        OSError: if it cannot be read, or is not a regular file.
+    """
+    check_regular(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
