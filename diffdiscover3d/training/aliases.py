@@ -92,7 +92,7 @@ ABSENT = {
     "center_crop": "volumes are resampled as a whole; --crop crops those of BraTS",
     "scale_lr": "the learning rate is not scaled; set --learning-rate",
     "ddpm_beta_schedule": "the noise schedule is the cosine schedule of the paper",
-    "enable_xformers_memory_efficient_attention": "PyTorch's memory-efficient attention is always used",
+    "enable_xformers_memory_efficient_attention": "the attention limits its memory by itself",
     "logging_dir": "logs are written into --output-dir",
     "cache_dir": "set HF_HOME or HF_HUB_CACHE",
     "revision": "download the model with `diffdiscover3d pull --revision`, and give its folder",

@@ -61,9 +61,9 @@ with LoopbackHub() as hub:
     token = os.environ.pop("HF_TOKEN")
     answer["none"] = call(main, [*first, root + "/none"])
     os.environ["HF_TOKEN"] = "hf_of_somebody_else"
-    answer["refused"] = call(main, [*first, root + "/refused"])
+    answer["refused"] = call(main, [*first[:-1], "--hub_model_id", "user/other", "--output_dir", root + "/refused"])
     os.environ["HF_TOKEN"] = token
-    answer["bad"] = call(main, [*first[:-2], "--hub_model_id", "../etc", "--output_dir", root + "/bad"])
+    answer["bad"] = call(main, [*first[:-1], "--hub_model_id", "../etc", "--output_dir", root + "/bad"])
     answer["repos"] = {}
     for (_, name), repo in hub.repos.items():
         commits = [repo.commits[oid] for oid in repo.commits]
