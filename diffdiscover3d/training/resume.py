@@ -162,7 +162,7 @@ def _written_options(path: Path) -> dict:
 def _check_options(config: TrainingConfig, saved: dict, source) -> None:
     now, changed = as_dict(config), {}
     for f in dataclasses.fields(config):
-        if f.name in _FREE_OPTIONS or not saved or (f.name not in saved and f.metadata["record_default"]):
+        if f.name in _FREE_OPTIONS or not saved or (f.name not in saved and f.metadata.get("record_default", True)):
             continue
         old, new = saved.get(f.name, f.default), now.get(f.name, f.default)
         if old != new:
