@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import tracking
 from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 from safetensors.torch import load_file
 
 from diffdiscover3d.errors import ModelError
@@ -343,7 +344,7 @@ def test_trackers(scans, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Recorder)
-        patched.setattr(tracking, "get_available_trackers", lambda: ["tensorboard", "wandb"])
+        patched.setattr(tracking, "get_available_trackers", lambda: [LoggerType.TENSORBOARD, LoggerType.WANDB])
         both = diffusion(scans, tmp_path / "both", max_steps=2, preview_every=0, report_to="tensorboard,wandb")
         run(both)
     assert list((tmp_path / "both").rglob("events.out.tfevents*"))
