@@ -41,7 +41,7 @@ STAGES = ("stage-1", "stage-2", "stage-3")
 # table: (methods, variants, seeds), the quick ones first
 GROUPS = (
     (1, BASELINES, BOTH, (0,)),
-    (1, LABEL_FREE + LABELLED, BOTH, (0,)),
+    (1, (*LABEL_FREE, *LABELLED, "supervised"), BOTH, (0,)),
     (1, ("ours", "consistency"), BOTH, (0, 1, 2)),
     (1, ABLATIONS, ("regular",), (0,)),
     (2, STAGES, ("regular",), (0,)),
@@ -159,9 +159,9 @@ def write_page(result: dict, docs: Path) -> Path:
     parts = [
         "# Scores\n",
         "Written by `python -m benchmarks.paper.tables FOLDER` from `benchmarks/results/tables.json`. 20 test volumes "
-        "of each variant. All rows are unsupervised. ±: sample standard deviation over seeds. The scores in brackets "
-        "use one matching of parts for all volumes; they put k-means at a disadvantage, since its clusters have no "
-        "order.\n",
+        "of each variant. The columns kind and labels tell which rows are given labels, and how many. ±: sample "
+        "standard deviation over seeds. The scores in brackets use one matching of parts for all volumes; they put "
+        "k-means at a disadvantage, since its clusters have no order.\n",
         '"Ours" is the recipe `small`: level 1 begins with the consistencies, and all levels are trained on assigned '
         'parts ([Spatial consistency](concepts/spatial-consistency.md)). "Consistencies alone" is the recipe '
         '`small-consistency`, without assigned parts; λ = 0 removes one term of its loss, and "stage" rows replace its '
@@ -170,8 +170,9 @@ def write_page(result: dict, docs: Path) -> Path:
         'still used. "K-means in space" is the assignment step without any training. All these are nested: each level '
         "divides the parts of the level before.\n",
         "Ours was trained on an H100 GPU, six trainings at once, up to some point of level 2, and on busy CPU cores "
-        "from there; all other rows on CPU cores. Its training seconds are not comparable. At level 3 of the irregular "
-        "variant only seed 0 of ours was finished.\n",
+        "from there; all other rows on CPU cores. Its training seconds are not comparable. The methods of other papers "
+        "use their preset `small`, minutes of training on two CPU cores for each variant and level; their published "
+        "scores come from longer trainings on the paper's own volumes.\n",
         '"Eq. 4 as written" uses the losses and the training of the paper (flat, fresh noise at every step, dropout, '
         "the epoch of highest confidence, learning rate 3e-4) at the small size: 1,200 steps per level, one start.\n",
     ]
