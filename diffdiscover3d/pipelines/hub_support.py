@@ -125,10 +125,11 @@ def _check_scheduler(folder: Path) -> None:
     if not path.is_file():
         return  # diffusers raises an error for the missing file
     config = read_config(path)
-    classes = [DDPMScheduler, DDIMScheduler]
     found = getattr(diffusers, str(config.get("_class_name")), None)
-    if _is_scheduler(found):  # a converted scheduler keeps the options of the original
-        classes += [found, *filter(_is_scheduler, found._get_compatibles())]
+    if not _is_scheduler(found):
+        raise ModelError(f"{path}: is of class {config.get('_class_name')!r}, expected a scheduler of diffusers.")
+    # a converted scheduler keeps the options of the original
+    classes = [DDPMScheduler, DDIMScheduler, found, *filter(_is_scheduler, found._get_compatibles())]
     known = set().union(*(c._get_init_keys(c) for c in classes))
     unknown = sorted(k for k in config if not k.startswith("_") and k not in known)
     if unknown:

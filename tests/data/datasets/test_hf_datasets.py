@@ -319,9 +319,9 @@ def test_a_file_changed_with_its_size_and_time_is_read_again(mixed, tmp_path):
     path, cache = tmp_path / "stacks" / "cells.tif", str(tmp_path / "cache")
     for value in (3, 7):  # of a format that is converted, so that the cache has its voxels
         stamp = path.stat() if path.exists() else None
-        tifffile.imwrite(path, np.arange(60, dtype=np.uint16).reshape(3, 4, 5) * value)
+        tifffile.imwrite(path, np.arange(120, dtype=np.uint16).reshape(5, 4, 6) * value, photometric="minisblack")
         if stamp is not None:
             assert path.stat().st_size == stamp.st_size
             os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
         stacks = load_dataset(str(tmp_path / "stacks"), split="train", cache_dir=cache).with_format("torch")
-        assert stacks[0]["volume"].max() == 59 * value
+        assert stacks[0]["volume"].max() == 119 * value
