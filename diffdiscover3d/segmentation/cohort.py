@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from diffdiscover3d.data.formats.registry import display_name
-from diffdiscover3d.errors import DiffDiscoverError
+from diffdiscover3d.errors import DiffDiscoverError, OutputError
 from diffdiscover3d.segmentation.outputs import CaseFiles
 from diffdiscover3d.utils.files import atomic_file, write_json
 
@@ -44,6 +44,17 @@ class Cohort:
         self._next = 0.0
 
     def __enter__(self) -> "Cohort":
+        """Write both files for the first time.
+
+        Raises:
+            OutputError: if a file of one of the names is no table of this program, or cannot be written.
+        """
+        for name, columns in ((MANIFEST, MANIFEST_COLUMNS), (PARTS, PARTS_COLUMNS)):
+            path = self.folder / name
+            if path.exists() and _read_text(path).split("\n")[0].split("\t") != list(columns):
+                raise OutputError(
+                    f"{path}: was not written by this version of diffdiscover3d; rename it, or choose another --output."
+                )
         self.write()
         return self
 
@@ -94,8 +105,8 @@ class Cohort:
             rows[scan] = self._row(scan, case, sidecars)
             parts[scan] = _part_rows(scan, case, sidecars) if sidecars else []
         for row in _read_rows(self.folder / MANIFEST):  # scans of earlier commands
-            known = row.keys() >= {"scan", "labels", "status"}
-            if known and row["scan"] not in rows and (self.folder / row["labels"]).exists():
+            complete = row.get("scan") and row.get("labels") and row.get("error")
+            if complete and row["scan"] not in rows and (self.folder / row["labels"]).exists():
                 rows[row["scan"]], parts[row["scan"]] = row, []
         earlier = parts.keys() - {self._scan(case) for case in self.cases}
         for row in _read_rows(self.folder / PARTS):

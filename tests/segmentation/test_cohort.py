@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from diffdiscover3d.errors import InputError
+from diffdiscover3d.errors import InputError, OutputError
 from diffdiscover3d.segmentation.driver import segment
 from diffdiscover3d.segmentation.outputs import parse_share, shard
 
@@ -133,6 +133,25 @@ def test_tables_need_a_folder(scans, tiny_discovery, tmp_path):
     for output in (None, tmp_path / "one.nii.gz"):
         with pytest.raises(ValueError, match="`summary` needs an `output` folder"):
             segment(scans / "s0.nii.gz", output, model=str(tiny_discovery), summary=True)
+
+
+@pytest.mark.parametrize("name", ["manifest.tsv", "parts.tsv"])
+def test_tables_of_others_are_not_overwritten(scans, tiny_discovery, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("subject\tage\n01\t40\n")
+    with pytest.raises(OutputError, match=f"{name}: was not written by this version"):
+        segment(scans, tmp_path / "out", model=str(tiny_discovery), summary=True)
+    assert (tmp_path / "out" / name).read_text() == "subject\tage\n01\t40\n"
+
+
+def test_a_damaged_manifest_is_written_again(scans, tiny_discovery, tmp_path):
+    options = {"model": str(tiny_discovery), "summary": True}
+    segment(scans, tmp_path / "out", **options)
+    manifest = tmp_path / "out" / "manifest.tsv"
+    expected = manifest.read_text()
+    manifest.write_text(expected[: len(expected) // 2])
+    segment(scans, tmp_path / "out", resume=True, **options)
+    assert manifest.read_text() == expected
 
 
 def test_two_ranks_of_one_share(scans, tiny_discovery, tmp_path):
