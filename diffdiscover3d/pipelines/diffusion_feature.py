@@ -55,9 +55,9 @@ class DiffusionFeaturePipeline(HubPipelineMixin, DiffusionPipeline):
 
     Example:
         >>> import torch
-        >>> from diffusers import DDPMScheduler
+        >>> from diffdiscover3d.pipelines.diffusion_feature import make_scheduler
         >>> unet = UNet3DModel(width=8, channel_multipliers=(1, 2), attention=(None, None), norm_groups=4)
-        >>> pipe = DiffusionFeaturePipeline(unet, DDPMScheduler(250, prediction_type="sample"))
+        >>> pipe = DiffusionFeaturePipeline(unet, make_scheduler(250))
         >>> out = pipe(torch.rand(16, 12, 8), timestep=25, stages=(1,), generator=torch.Generator().manual_seed(0))
         >>> out.features[0].shape
         torch.Size([1, 8, 8, 6, 4])

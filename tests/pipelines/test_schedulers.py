@@ -236,7 +236,7 @@ def test_half_precision_gives_no_warning(dtype, caplog):
     try:
         pipe = make_pipeline(kind=DiffusionFeaturePipeline).to(dtype)
         found = pipe(torch.rand(GRID), timestep=5, stages=(1,), generator=seeded()).features[0]
-        expected = pipe.to(torch.float32, "cpu").unet.dtype
+        expected = pipe.to("cpu", torch.float32).unet.dtype
     finally:
         diffusers_logger.removeHandler(caplog.handler)
     assert not caplog.records and found.dtype == expected == torch.float32
