@@ -4,6 +4,7 @@ Public names are imported on first access, so `import diffdiscover3d` is fast. I
 diffusers, once that is imported: then `diffusers.DiffusionPipeline.from_pretrained` loads them.
 """
 
+import contextlib
 import importlib
 from typing import TYPE_CHECKING
 
@@ -62,9 +63,10 @@ def __dir__() -> list[str]:
 
 
 def _register_pipelines() -> None:
-    """Import the pipelines, which register themselves with diffusers."""
+    """Import the pipelines, which register themselves with diffusers; an error must not be one of `import diffusers`."""
     for name in ("diffusion_feature", "generation"):
-        importlib.import_module(f"{__name__}.pipelines.{name}")
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"{__name__}.pipelines.{name}")
 
 
 after_import("diffusers.pipelines.pipeline_utils", _register_pipelines)

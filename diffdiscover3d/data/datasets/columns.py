@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import datasets
+import nibabel as nib
 import numpy as np
 from datasets.features.nifti import Nifti1ImageWrapper
 
@@ -29,7 +30,8 @@ class LabelImage(VolumeImage):
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         """(H, W, D) int64 labels."""
-        return super().__array__().astype(np.int64 if dtype is None else dtype)
+        image = nib.as_closest_canonical(self.nifti_image)
+        return np.asarray(image.dataobj).reshape(image.shape[:3]).astype(np.int64 if dtype is None else dtype)
 
 
 @dataclass
