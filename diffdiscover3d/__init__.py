@@ -63,7 +63,7 @@ def __dir__() -> list[str]:
 
 
 def _register_pipelines() -> None:
-    """Import the pipelines, which register themselves with diffusers; an error must not be one of `import diffusers`."""
+    """Import the pipelines, which register themselves with diffusers; `import diffusers` must not fail for it."""
     for name in ("diffusion_feature", "generation"):
         with contextlib.suppress(ImportError):
             importlib.import_module(f"{__name__}.pipelines.{name}")
