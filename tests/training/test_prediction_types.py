@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers.training_utils import compute_snr
 
+from diffdiscover3d.hub.registry import load_teacher
 from diffdiscover3d.training.config import DiffusionConfig, make_config
 from diffdiscover3d.training.diffusion import DiffusionTraining, make_unet, min_snr_weights
 
@@ -121,3 +122,24 @@ def test_the_prediction_type_is_saved_and_sampled(prediction_type, tmp_path):
     assert (saved["prediction_type"], saved["num_train_timesteps"]) == (prediction_type, STEPS)
     task.preview(1, tmp_path / "previews")
     assert (tmp_path / "previews" / "samples-00000001.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_the_clean_prediction_of_a_trained_model(prediction_type, tmp_path):
+    """The teacher's clean prediction in structure discovery, from the formulas of the three types."""
+    make_task(prediction_type=prediction_type).save(tmp_path)
+    teacher = load_teacher(str(tmp_path))
+    generator = torch.Generator().manual_seed(0)
+    volume, noise = torch.rand(1, 1, 8, 8, 8, generator=generator), torch.randn(1, 1, 8, 8, 8, generator=generator)
+    for timestep in (3, 30):
+        a = alpha_bar([timestep])
+        noisy = a.sqrt() * (2 * volume.double() - 1) + (1 - a).sqrt() * noise.double()
+        with torch.no_grad():
+            prediction = teacher.unet(noisy.float(), torch.tensor([timestep])).sample.double()
+        clean = {
+            "sample": prediction,
+            "epsilon": (noisy - (1 - a).sqrt() * prediction) / a.sqrt(),
+            "v_prediction": a.sqrt() * noisy - (1 - a).sqrt() * prediction,
+        }[prediction_type]
+        found = teacher.extract(volume, noise[None], timestep, (1,), denoised=True).denoised
+        torch.testing.assert_close(found.double(), (clean.clamp(-1, 1) + 1) / 2, rtol=0, atol=2e-5)
