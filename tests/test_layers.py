@@ -22,6 +22,7 @@ WINGS = [
     "baselines",
     "evaluation",
     "workflows",
+    "app",
     "cli",
     "train",
 ]

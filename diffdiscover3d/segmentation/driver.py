@@ -80,6 +80,7 @@ def segment(
     min_size: int = 0,
     background: int | None = None,
     progress: bool = False,
+    on_progress: Callable[[float, str], None] | None = None,
     on_done: Callable[[SegmentedFile], None] | None = None,
     on_error: Callable[[DiffDiscoverError], None] | None = None,
     on_skip: Callable[[Path], None] | None = None,
@@ -125,6 +126,8 @@ def segment(
         min_size: voxels below which a connected piece of a part becomes part of what surrounds it.
         background: the part that becomes 0 and is called background; the others follow in their order.
         progress: show a progress bar with the current step and the time left.
+        on_progress: progress callback, called with the completed share in [0, 1] and the current operation; an
+            exception that it raises ends the work and leaves no files of the current input.
         on_done: called with the result of each input.
         on_estimate: called with a line about the memory that a large volume needs, before it is read.
         on_error: called with the error of an input that cannot be used, before the next one; default: raise it.
@@ -177,7 +180,7 @@ def segment(
     def describe() -> dict[int | None, dict]:
         return {level: _provenance(found, level, arguments) for level in levels}
 
-    with ProgressBar(total=len(mine) * (len(levels) + 2), enabled=progress) as stages:
+    with ProgressBar(total=len(mine) * (len(levels) + 2), enabled=progress, callback=on_progress) as stages:
         for number, case in enumerate(mine):
             stages.begin_case(f"scan {number + 1} of {len(mine)}", len(levels) + 2)
             try:
