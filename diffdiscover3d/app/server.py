@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from diffdiscover3d.errors import DiffDiscoverError, OutputError
+from diffdiscover3d.utils.signals import interrupt_on_termination
 
 DEFAULT_MAX_SIZE_MB = 512
 _PORTS = 100  # Gradio tries so many from 7860 on
@@ -22,12 +23,12 @@ _PAGE_POLICY = (
 
 
 def serve(**options) -> None:
-    """Run the app until it is interrupted; see [`running_app`] for the options.
+    """Run the app until it is interrupted by Ctrl-C or SIGTERM; see [`running_app`] for the options.
 
     Example:
         >>> serve(port=7860)  # doctest: +SKIP
     """
-    with running_app(**options) as url:
+    with interrupt_on_termination(), running_app(**options) as url:
         print(f"The app is running on {url} (Ctrl-C stops it).", flush=True)
         try:
             threading.Event().wait()
