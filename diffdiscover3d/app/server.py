@@ -23,11 +23,7 @@ _PAGE_POLICY = (
 
 
 def serve(**options) -> None:
-    """Run the app until it is interrupted by Ctrl-C or SIGTERM; see [`running_app`] for the options.
-
-    Example:
-        >>> serve(port=7860)  # doctest: +SKIP
-    """
+    """Run the app until it is interrupted by Ctrl-C or SIGTERM; see [`running_app`] for the options."""
     with interrupt_on_termination(), running_app(**options) as url:
         print(f"The app is running on {url} (Ctrl-C stops it).", flush=True)
         try:

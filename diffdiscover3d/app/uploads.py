@@ -18,7 +18,8 @@ UNPACKED = 8  # a volume may take so many times the limit of an upload once it i
 _MAX_MEMBERS = 100_000
 _HEADER_BYTES = 2**20  # the text headers of NRRD and MetaImage are far shorter
 _UNSAFE = re.compile(r"[^\w.+=@,() -]")
-_DETACHED = re.compile(rb"(?im)^[ \t]*(?:ElementDataFile|data ?file)[ \t]*[:=]+[ \t]*([^\r\n]*)")
+_DATA_FILE = re.compile(rb"(?:ElementDataFile|(?i:data ?file))[ \t]*[:=]+[ \t]*([^\r\n]*)")
+_HEADER_END = re.compile(rb"(?m)^[ \t]*ElementDataFile[ \t]*[:=]|\n\r?\n")  # of MetaImage, of NRRD
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -127,19 +128,20 @@ def refuse_references(folder: Path) -> None:
 
 
 def _references(path: Path) -> list[str]:
-    """The names of other files in a file."""
+    """The names of other files in a file; HDF5 with any is refused."""
     with open(path, "rb") as file:
         start = file.read(_HEADER_BYTES)
+    found = []
     if path.suffix.lower() in (".nrrd", ".nhdr", ".mha", ".mhd") or start.startswith(b"NRRD"):
-        found = [value.decode(errors="replace").strip() for value in _DETACHED.findall(start)]
+        if len(start) == _HEADER_BYTES and not _HEADER_END.search(start):
+            raise InputError(f"{path.name}: has a header of more than {_HEADER_BYTES:,} bytes; convert it again.")
+        found = [value.decode(errors="replace").strip() for value in _DATA_FILE.findall(start)]
         if any(value.upper().startswith("LIST") for value in found):
             raise InputError(f"{path.name}: lists several data files; upload a file that holds its own voxels.")
-        return [value for value in found if value.upper() != "LOCAL"]
     if start.startswith(_TIFF_STARTS):
-        return _tiff_references(path)
-    if b"\x89HDF\r\n\x1a\n" in start:
-        _refuse_hdf5_references(path)
-    return []
+        found += _tiff_references(path)
+    _refuse_hdf5_references(path)
+    return [value for value in found if value.upper() != "LOCAL"]
 
 
 def _tiff_references(path: Path) -> list[str]:
@@ -159,6 +161,8 @@ def _refuse_hdf5_references(path: Path) -> None:
     try:
         import h5py
 
+        if not h5py.is_hdf5(path):
+            return
         file = h5py.File(path, "r")
     except (ImportError, OSError):  # reading it reports the reason
         return

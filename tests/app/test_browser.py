@@ -86,7 +86,7 @@ def test_upload_view_toggle_and_download(running, browser, make_nifti, tmp_path)
     )
 
     page.get_by_role("tab", name="Parts").click()
-    page.get_by_text("mean_intensity").first.wait_for()
+    page.get_by_text("mean_intensity").locator("visible=true").first.wait_for()
     page.get_by_role("tab", name="Files").click()
     with page.expect_download() as download:
         page.locator('a[download="scan_level-2_dseg.nii.gz"]').click()

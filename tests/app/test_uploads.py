@@ -96,6 +96,12 @@ def test_headers_that_refer_to_other_files_are_refused(tmp_path, reference):
             arrange_uploads([write(tmp_path / "up", name, content)], tmp_path / name, LIMIT)
 
 
+def test_a_reference_behind_a_long_header_is_refused(tmp_path):
+    padded = metaimage("/etc/passwd").replace(b"NDims", b"Comment = x\n" * 100_000 + b"NDims")
+    with pytest.raises(InputError, match="header of more than"):
+        arrange_uploads([write(tmp_path / "up", "scan.mhd", padded)], tmp_path / "job", 2 * LIMIT)
+
+
 def test_hdf5_with_data_elsewhere_is_refused(tmp_path):
     h5py = pytest.importorskip("h5py")
     secret = tmp_path / "secret.h5"
