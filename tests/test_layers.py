@@ -23,8 +23,8 @@ WINGS = [
     "evaluation",
     "workflows",
     "app",
-    "cli",
     "train",
+    "cli",
 ]
 
 
