@@ -112,6 +112,7 @@ def make_page(sessions: Sessions, models: Mapping[str, Sequence[int]], device: s
                     file_count="multiple",
                     height=150,
                 )
+                _refuse_addresses(files)
                 gr.Markdown(FORMATS, elem_classes="hint")
                 with gr.Row():
                     demos = [gr.Button(label, size="sm", min_width=100) for label in DEMOS]
@@ -200,6 +201,18 @@ def _plain_errors(root: Path) -> Iterator[None]:
     else:
         return
     raise gr.Error(message, duration=None, print_exception=False)
+
+
+def _refuse_addresses(files: gr.File) -> None:
+    """Let a file component take uploads only: Gradio's would also fetch a file from an address."""
+    move = files.async_move_resource_to_block_cache
+
+    async def move_local(path: str | Path | None) -> str | None:
+        if str(path).lower().startswith(("http:", "https:")):
+            raise gr.Error("files are not fetched from an address; upload them.", print_exception=False)
+        return await move(path)
+
+    files.async_move_resource_to_block_cache = move_local
 
 
 def _level_choices(levels: Sequence[int]) -> list[tuple[str, str | int]]:

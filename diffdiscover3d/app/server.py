@@ -76,7 +76,13 @@ def running_app(
     choose_device(device)
     offered = {name: resolve_model(name).levels for name in models or embedded_models()}
     root = Path(tempfile.mkdtemp(prefix="diffdiscover3d-app-")).resolve()
-    with _environment(GRADIO_TEMP_DIR=str(root), GRADIO_ANALYTICS_ENABLED="False"):
+    variables = {
+        "GRADIO_TEMP_DIR": str(root),
+        "GRADIO_EXAMPLES_CACHE": str(root / "examples"),
+        "GRADIO_ALLOWED_PATHS": "",
+        "GRADIO_ANALYTICS_ENABLED": "False",
+    }
+    with _environment(variables):
         sessions = Sessions(root)
         page = make_page(sessions, offered, device, max_size_mb * 2**20)
         try:
@@ -101,7 +107,8 @@ def _import_gradio():
 
 
 @contextmanager
-def _environment(**variables: str) -> Iterator[None]:
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set environment variables within the context."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -153,12 +160,14 @@ def _launch(page, host: str | None, port: int | None, max_size_mb: int, open_bro
 
 
 class _PagePolicy:
-    """ASGI middleware: browsers load nothing from other machines for the pages of the app."""
+    """ASGI middleware: browsers load nothing from other machines for the app, nor does the app for them."""
 
     def __init__(self, app):
         self.app = app
 
     async def __call__(self, scope, receive, send):
+        from starlette.responses import PlainTextResponse
+
         async def send_with_policy(message):
             if message["type"] == "http.response.start":
                 headers = [*message.get("headers", ())]
@@ -168,4 +177,7 @@ class _PagePolicy:
                 message = {**message, "headers": headers}
             await send(message)
 
+        if "=http:" in scope.get("path", "") or "=https:" in scope.get("path", ""):  # Gradio would fetch it
+            await PlainTextResponse("Not allowed.", status_code=403)(scope, receive, send)
+            return
         await self.app(scope, receive, send_with_policy if scope["type"] == "http" else send)

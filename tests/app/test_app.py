@@ -26,6 +26,8 @@ CONNECTIONS: list[tuple] | None = None  # while the app runs, the addresses that
 def _record(event: str, arguments: tuple) -> None:
     if CONNECTIONS is not None and event == "socket.connect":
         CONNECTIONS.append(arguments[1])
+    elif CONNECTIONS is not None and event == "socket.getaddrinfo":
+        CONNECTIONS.append(arguments[:2])
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def running(tmp_path_factory):
             (root,) = Path(tempfile.tempdir).glob("diffdiscover3d-app-*")
             yield url, root
         assert not root.exists()
-        assert {address[0] for address in CONNECTIONS} == {"127.0.0.1"}
+        assert {address[0] for address in CONNECTIONS} <= {"127.0.0.1", "localhost", None} and CONNECTIONS
     finally:
         tempfile.tempdir, CONNECTIONS = before, None
 
@@ -115,7 +117,7 @@ def test_files_of_the_machine_stay_unread(client, running, make_nifti, tmp_path)
     url, root = running
     with httpx.Client(base_url=url, trust_env=False) as http:
 
-        def call(path: Path) -> str:
+        def call(path: str | Path) -> str:
             given = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
             data = [[given], "synthetic-regular", "all", False, None, "", ""]
             event = http.post("/gradio_api/call/find_parts", json={"data": data}).json()["event_id"]
@@ -127,7 +129,15 @@ def test_files_of_the_machine_stay_unread(client, running, make_nifti, tmp_path)
         for path in (secret, Path("/etc/passwd"), uploaded.parent / os.path.relpath(secret, uploaded.parent)):
             answer = call(path)
             assert "event: error" in answer and "complete" not in answer
-        for path in (secret, "/etc/passwd", root / ".." / ".." / secret.name, Path(__file__), root.parent):
+        assert "event: error" in call("https://example.org/scan.nii")
+        for path in (
+            "http://example.org",
+            secret,
+            "/etc/passwd",
+            root / ".." / ".." / secret.name,
+            Path(__file__),
+            root.parent,
+        ):
             assert http.get(f"/gradio_api/file={path}").status_code in (403, 404), path
         page = http.get("/")
         assert "default-src 'self'" in page.headers["content-security-policy"]
