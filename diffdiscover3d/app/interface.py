@@ -22,6 +22,11 @@ Upload a volume or take a demo. The parts of every level are shown in a viewer; 
 be downloaded. Uploads and results are removed when this page is closed. Not a medical device."""
 FORMATS = """NIfTI, NRRD, MetaImage, MGH, MINC, MRC, TIFF, HDF5 or NumPy; a header and its data together. All files of
 a DICOM series, or a .zip of them; a .zip of a Zarr store."""
+TRAINED_ON = {
+    "synthetic-regular": "synthetic cells",
+    "synthetic-irregular": "irregular synthetic cells",
+    "brain-flair": "brain-extracted FLAIR",
+}
 EMPTY_VIEW = '<div class="empty-view">The parts will be shown here.</div>'
 CSS = """
 .gradio-container { max-width: 1500px !important; }
@@ -120,7 +125,7 @@ def make_page(sessions: Sessions, models: Mapping[str, Sequence[int]], device: s
                     list(models),
                     value=first,
                     label="Model",
-                    info="synthetic-*: trained on synthetic cells; brain-flair: on brain-extracted FLAIR",
+                    info="; ".join(f"{name}: trained on {TRAINED_ON[name]}" for name in models if name in TRAINED_ON),
                 )
                 level = gr.Radio(_level_choices(models[first]), value=ALL_LEVELS, label="Level")
                 with gr.Accordion("Options for unusual files", open=False):
