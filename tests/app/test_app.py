@@ -52,7 +52,7 @@ def running(tmp_path_factory):
 def client(running, tmp_path):
     from gradio_client import Client
 
-    return Client(running[0], download_files=str(tmp_path / "downloads"), verbose=False)
+    return Client(running[0], download_files=str(tmp_path / "downloads"), verbose=False, analytics_enabled=False)
 
 
 def find_parts(client, *paths, model="synthetic-regular", level="all", fast=False, volume=None):
@@ -162,7 +162,10 @@ def test_one_job_at_a_time(running, make_nifti, tmp_path, monkeypatch):
 
     monkeypatch.setattr(jobs, "segment", timed)
     path = make_nifti(tmp_path / "scan.nii.gz", BOXES)
-    clients = [Client(running[0], download_files=str(tmp_path / str(n)), verbose=False) for n in range(2)]
+    clients = [
+        Client(running[0], download_files=str(tmp_path / str(n)), verbose=False, analytics_enabled=False)
+        for n in range(2)
+    ]
     threads = [threading.Thread(target=find_parts, args=(one, path), kwargs={"level": 1}) for one in clients]
     for thread in threads:
         thread.start()
