@@ -149,7 +149,7 @@ def make_page(sessions: Sessions, models: Mapping[str, Sequence[int]], device: s
                     with gr.Tab("View", id="view"):
                         view = gr.HTML(EMPTY_VIEW, elem_id="view", padding=False)
                     with gr.Tab("Parts"):
-                        table = gr.Dataframe(label="Parts", interactive=False, wrap=True, type="array")
+                        table = gr.Dataframe(label="Parts", elem_id="parts", interactive=False, wrap=True, type="array")
                     with gr.Tab("Files"):
                         downloads = gr.File(label="Results", file_count="multiple", interactive=False)
 

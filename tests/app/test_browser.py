@@ -1,6 +1,7 @@
 """The app in a headless browser: upload, run, view, download; its requests and its messages."""
 
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from diffdiscover3d.app import server
+from diffdiscover3d.app import jobs, server
 from diffdiscover3d.cli.app import app
 from tests.helpers.browser import changed, pixels, recorded_page, started_browser
 
@@ -44,8 +45,8 @@ def upload(page, url: str, *paths: Path) -> None:
 
 
 def find_parts(page, name: str) -> None:
-    """Run the job once the upload is listed; long names are shown shortened."""
-    page.locator(".file-preview").get_by_text(name[:6]).first.wait_for(timeout=30_000)
+    """Run the job once the upload is listed; its name is shown in two pieces, the first one shortened."""
+    page.locator(".file-preview").get_by_text(Path(name).stem[:5]).first.wait_for(timeout=30_000)
     page.get_by_role("button", name="Find the parts").click()
 
 
@@ -86,7 +87,7 @@ def test_upload_view_toggle_and_download(running, browser, make_nifti, tmp_path)
     )
 
     page.get_by_role("tab", name="Parts").click()
-    page.get_by_text("mean_intensity").locator("visible=true").first.wait_for()
+    page.wait_for_function("document.querySelector('#parts').innerText.includes('mean_intensity')", timeout=30_000)
     page.get_by_role("tab", name="Files").click()
     with page.expect_download() as download:
         page.locator('a[download="scan_level-2_dseg.nii.gz"]').click()
@@ -141,12 +142,21 @@ def test_a_tiff_and_what_cannot_be_used(running, browser, tmp_path):
     page.close()
 
 
-def test_the_demos_and_the_stop(running, browser):
+def test_the_demos_and_the_stop(running, browser, monkeypatch):
     url, root = running
+    began, segment = threading.Event(), jobs.segment
+
+    def slow(*arguments, **options):
+        began.set()
+        time.sleep(3)
+        return segment(*arguments, **options)
+
+    monkeypatch.setattr(jobs, "segment", slow)
     page = recorded_page(browser, (1300, 1000))
     page.goto(url)
     page.get_by_role("button", name="Demo: brain").click()
     find_parts(page, "brain-phantom-test-000.nii.gz")
+    assert began.wait(60)
     page.get_by_role("button", name="Stop", exact=True).click()
     page.get_by_text("Stopped.").wait_for(timeout=60_000)
     assert not list((root / "results").iterdir())
