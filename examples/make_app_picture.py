@@ -23,5 +23,5 @@ with running_app(device="cpu") as url, started_browser() as browser:
     page.mouse.move(1, 1)
     page.wait_for_timeout(1500)
     shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-# 128 colours keep the file small
-shot.quantize(128, dither=Image.Dither.NONE).save(Path(sys.argv[1]), optimize=True)
+# 64 colours keep the file small
+shot.quantize(64, dither=Image.Dither.NONE).save(Path(sys.argv[1]), optimize=True)

@@ -205,7 +205,8 @@ def _plain_errors(root: Path) -> Iterator[None]:
             message = "an unexpected error; the terminal in which the app was started shows it."
     else:
         return
-    raise gr.Error(message, duration=None, print_exception=False)
+    # the page would take it for HTML
+    raise gr.Error(html.escape(message, quote=False), duration=None, print_exception=False)
 
 
 def _refuse_addresses(files: gr.File) -> None:

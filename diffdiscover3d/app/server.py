@@ -69,12 +69,13 @@ def running_app(
     _import_gradio()
     from diffdiscover3d.app.interface import make_page
     from diffdiscover3d.app.sessions import Sessions
-    from diffdiscover3d.hub.registry import embedded_models
+    from diffdiscover3d.hub.registry import DEFAULT_MODEL, embedded_models
     from diffdiscover3d.hub.resolve import resolve_model
     from diffdiscover3d.segmentation.driver import choose_device
 
     choose_device(device)
-    offered = {name: resolve_model(name).levels for name in models or embedded_models()}
+    names = models or sorted(embedded_models(), key=lambda name: name != DEFAULT_MODEL)  # the default is preselected
+    offered = {name: resolve_model(name).levels for name in names}
     root = Path(tempfile.mkdtemp(prefix="diffdiscover3d-app-")).resolve()
     variables = {
         "GRADIO_TEMP_DIR": str(root),

@@ -87,7 +87,7 @@ def test_upload_view_toggle_and_download(running, browser, make_nifti, tmp_path)
     )
 
     page.get_by_role("tab", name="Parts").click()
-    page.wait_for_function("document.querySelector('#parts').innerText.includes('mean_intensity')", timeout=30_000)
+    page.wait_for_function("document.querySelector('#parts')?.innerText.includes('mean_intensity')", timeout=30_000)
     page.get_by_role("tab", name="Files").click()
     with page.expect_download() as download:
         page.locator('a[download="scan_level-2_dseg.nii.gz"]').click()
