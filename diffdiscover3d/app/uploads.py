@@ -67,7 +67,7 @@ def check_size(size: int, max_bytes: int) -> None:
         InputError: with both sizes.
     """
     if size > max_bytes:
-        shown = f"{size / 2**20:.0f} MB; the limit of this app is {max_bytes / 2**20:.0f} MB"
+        shown = f"{size / 2**20:.1f} MB; the limit of this app is {max_bytes / 2**20:.0f} MB"
         raise InputError(f"the upload has {shown}. `diffdiscover3d segment` has no limit.")
 
 

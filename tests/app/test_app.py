@@ -48,11 +48,21 @@ def running(tmp_path_factory):
         tempfile.tempdir, CONNECTIONS = before, None
 
 
-@pytest.fixture
-def client(running, tmp_path):
+def make_client(url: str, folder: Path):
+    """A client of the app. It calls the Hub when it is made, which is not the app's doing and not recorded."""
+    global CONNECTIONS
     from gradio_client import Client
 
-    return Client(running[0], download_files=str(tmp_path / "downloads"), verbose=False, analytics_enabled=False)
+    recorded, CONNECTIONS = CONNECTIONS, None
+    try:
+        return Client(url, download_files=str(folder), verbose=False, analytics_enabled=False)
+    finally:
+        CONNECTIONS = recorded
+
+
+@pytest.fixture
+def client(running, tmp_path):
+    return make_client(running[0], tmp_path / "downloads")
 
 
 def find_parts(client, *paths, model="synthetic-regular", level="all", fast=False, volume=None):
@@ -149,8 +159,6 @@ def test_files_of_the_machine_stay_unread(client, running, make_nifti, tmp_path)
 
 
 def test_one_job_at_a_time(running, make_nifti, tmp_path, monkeypatch):
-    from gradio_client import Client
-
     spans, segment = [], jobs.segment
 
     def timed(*arguments, **options):
@@ -162,10 +170,7 @@ def test_one_job_at_a_time(running, make_nifti, tmp_path, monkeypatch):
 
     monkeypatch.setattr(jobs, "segment", timed)
     path = make_nifti(tmp_path / "scan.nii.gz", BOXES)
-    clients = [
-        Client(running[0], download_files=str(tmp_path / str(n)), verbose=False, analytics_enabled=False)
-        for n in range(2)
-    ]
+    clients = [make_client(running[0], tmp_path / str(n)) for n in range(2)]
     threads = [threading.Thread(target=find_parts, args=(one, path), kwargs={"level": 1}) for one in clients]
     for thread in threads:
         thread.start()

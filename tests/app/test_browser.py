@@ -30,11 +30,11 @@ def browser():
 
 @pytest.fixture
 def running(tmp_path, monkeypatch):
-    """Address and folder of a running app that takes 1 MB."""
+    """Address and folder of a running app that takes 2 MB."""
     pytest.importorskip("gradio", reason='gradio is not installed: pip install "diffdiscover3d[app]"')
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    with server.running_app(max_size_mb=1, device="cpu") as url:
+    with server.running_app(max_size_mb=2, device="cpu") as url:
         (root,) = Path(tempfile.tempdir).glob("diffdiscover3d-app-*")
         yield url, root
 
@@ -86,6 +86,8 @@ def test_upload_view_toggle_and_download(running, browser, make_nifti, tmp_path)
         "SecurityError"
     )
 
+    page.evaluate("scrollTo(0, 0)")
+    page.wait_for_timeout(500)  # clicks that meet a page which still scrolls go to the frame
     page.get_by_role("tab", name="Parts").click()
     page.wait_for_function("document.querySelector('#parts')?.innerText.includes('mean_intensity')", timeout=30_000)
     page.get_by_role("tab", name="Files").click()
@@ -115,6 +117,8 @@ def test_a_tiff_and_what_cannot_be_used(running, browser, tmp_path):
     find_parts(page, "cells.tif")
     assert "cells.tif" in report_in(page).locator("h1").inner_text()
     page.get_by_text("no voxel size").first.wait_for()  # the note of the command
+    page.evaluate("scrollTo(0, 0)")
+    page.wait_for_timeout(500)
     page.get_by_role("tab", name="Files").click()
     page.locator('a[download="cells_dseg.tif"]').wait_for()
     # the same page: a name that is no array; what is written there stays text
@@ -135,10 +139,10 @@ def test_a_tiff_and_what_cannot_be_used(running, browser, tmp_path):
     assert "broken.nii.gz: " in shown and "web page" in shown and "/" not in shown and "Traceback" not in shown
     page.close()
 
-    (tmp_path / "large.nii").write_bytes(bytes(2**20 + 1))
+    (tmp_path / "large.nii").write_bytes(bytes(2**21 + 1))
     page = recorded_page(browser, (1300, 1000))
     upload(page, url, tmp_path / "large.nii")
-    assert "1048576 bytes" in message(page)
+    assert "2097152 bytes" in message(page)
     page.close()
 
 
