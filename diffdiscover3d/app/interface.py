@@ -232,4 +232,4 @@ def _session(request: gr.Request) -> str:
 
 
 def _plain_markdown(text: str) -> str:
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#" else c for c in text)
+    return "".join(f"\\{c}" if c in "\\*_{}[]<>#" else c for c in text)
