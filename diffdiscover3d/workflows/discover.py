@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -20,9 +19,11 @@ from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, Out
 from diffdiscover3d.hub.resolve import WORKING_GRID_FILE
 from diffdiscover3d.segmentation.arrays import as_scan
 from diffdiscover3d.segmentation.driver import SegmentedFile, choose_device, segment
+from diffdiscover3d.segmentation.outputs import Extras, check_cases, plan_cases
 from diffdiscover3d.training.recipes import Training, diffusion_training, train_level
 from diffdiscover3d.utils.files import atomic_folder, check_folder, write_json
 from diffdiscover3d.utils.memory import free_memory
+from diffdiscover3d.utils.signals import run_child
 from diffdiscover3d.workflows.discover_plan import Plan, describe_plan, make_plan, make_recipe, read_plan
 
 
@@ -51,7 +52,8 @@ def discover(
             takes them, which are kept in `scans/` of the output.
         output: folder for all files: `plan.json`, `training/` (checkpoints, logs, pictures), `model/` (what
             `segment --model` takes: the diffusion model and one network with all levels), `parts/` (label maps, tables
-            and reports) and `index.html`.
+            and reports; with the folders of the scans below it if scans in different folders have one name) and
+            `index.html`.
         preset: "quick" (a first look), "standard", or "paper" (the paper's diffusion model; needs a GPU).
         levels: number of levels, 1 to 3 (2, 4, 8 parts); each divides the parts of the level before.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
@@ -92,6 +94,11 @@ def discover(
         plan = make_plan(shapes, spacings, scans, preset=preset, memory_bytes=memory, levels=levels, seed=seed)
         write_json(plan_file, asdict(plan))
     tell(describe_plan(plan))
+    # fail fast, and not after the trainings
+    extras = Extras(preview=True, statistics=True, tables=True, report=True)
+    numbers = tuple(range(1, plan.levels + 1)) if plan.levels > 1 else (None,)
+    cases = plan_cases([Path(scan) for scan in plan.scans], output / "parts", numbers, extras)
+    check_cases(cases, cases, overwrite=True, resume=True)
 
     _train_all(plan, domain, output, place, verbose, tell)
     model, total = output / "model", plan.levels + 2
@@ -102,19 +109,16 @@ def discover(
         model=str(model),
         level="all",
         device=device,
-        preview=True,
-        statistics=True,
-        tables=True,
-        report=True,
+        **vars(extras),
         resume=True,
+        include=include,
         progress=progress,
         on_error=on_error,
     )
     from diffdiscover3d.reporting.index_page import write_index
 
-    write_index(
-        output / "index.html", sorted((output / "parts").glob("*_report.html")), title="Parts found in your scans"
-    )
+    pages = [case.report for case in cases if case.report.exists()]
+    write_index(output / "index.html", pages, title="Parts found in your scans")
     return results
 
 
@@ -158,8 +162,8 @@ def _train_all(
 ) -> None:
     """Run the trainings that are not finished, and copy the trained models to `model/`."""
     training, model, total = output / "training", output / "model", plan.levels + 2
-    listed = output / "scans.txt"
-    listed.write_text("".join(f"{scan}\n" for scan in plan.scans), encoding="utf-8")
+    listed = output / "scans.json"
+    write_json(listed, plan.scans)
     recipe, dataset = make_recipe(plan), str(listed.resolve())
     tell(f"Step 1 of {total}: learning what your scans look like ({plan.diffusion_steps} rounds)")
     teacher = diffusion_training(recipe, dataset, plan.seed, training / "diffusion")
@@ -203,16 +207,17 @@ def _train(training: Training, result: str, place: torch.device, verbose: bool) 
     options = {**training.options, "output_dir": folder}
     write_json(file, {k: str(v) if isinstance(v, Path) else v for k, v in options.items()})
     command = [sys.executable, "-m", "diffdiscover3d.train", training.phase, "--config", str(file)]
+    command += ["--part-of-discover", *([] if verbose else ["--quiet"])]
     environment = dict(os.environ)
     if place.type == "cpu":
         environment["ACCELERATE_USE_CPU"] = "true"
     elif place.type == "cuda" and place.index is not None:
         environment["CUDA_VISIBLE_DEVICES"] = str(place.index)
-    done = subprocess.run([*command, *([] if verbose else ["--quiet"])], env=environment, stdout=subprocess.DEVNULL)
-    if done.returncode == 130:
+    code, interrupted = run_child(command, environment)
+    if interrupted or code == 130:
         raise KeyboardInterrupt
-    if done.returncode:
+    if code:
         raise ModelError(
-            f"{folder}: the training stopped with exit code {done.returncode}, see above; --resume goes on from its "
-            "last checkpoint."
+            f"{folder}: the training stopped with exit code {code}, see above; --resume goes on from its last "
+            "checkpoint."
         )
