@@ -33,8 +33,8 @@ def files_fingerprint(files: Iterable[tuple[str, Path]]) -> str:
 class VolumeFolder:
     """Sequence of volumes in canonical orientation, min-max normalised.
 
-    Items are `{"volume": (1, H, W, D) float32 in [0, 1], "name": str}`. Volumes are kept in memory after the first
-    access, up to 4 GiB in total.
+    Items are `{"volume": (1, H, W, D) float32 in [0, 1], "name": str, "spacing_mm": (x, y, z)}`. Volumes are kept in
+    memory after the first access, up to 4 GiB in total.
 
     Attributes:
         paths: paths of the files, sorted.
@@ -57,6 +57,7 @@ class VolumeFolder:
         self._cache: dict[int, torch.Tensor] = {}
         self._cached_bytes = 0
         self._sha256: dict[int, str] = {}
+        self._spacing_mm: dict[int, tuple[float, float, float]] = {}
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -86,9 +87,10 @@ class VolumeFolder:
         if volume is None:
             scan = read_volume(self.paths[index], **self.reading)
             self._check_unchanged(index, scan.sha256)
+            self._spacing_mm[index] = tuple(scan.spacing_mm)
             self.notes[index] = [*scan.notes, *describe_volume_range(scan.data)]
             volume = min_max_normalize(torch.from_numpy(scan.data)[None])
             if self._cached_bytes + volume.nbytes <= _CACHE_BYTES:
                 self._cache[index] = volume
                 self._cached_bytes += volume.nbytes
-        return {"volume": volume, "name": self.paths[index].name}
+        return {"volume": volume, "name": self.paths[index].name, "spacing_mm": self._spacing_mm[index]}
