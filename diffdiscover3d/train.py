@@ -33,7 +33,8 @@ def make_parser() -> argparse.ArgumentParser:
         phase.add_argument("--quiet", action="store_true", help="log only warnings")
         phase.add_argument("--debug", action="store_true", help="show the traceback of an error")
         # set by `discover`, so that messages do not name options that it does not have
-        phase.add_argument("--part-of-discover", action="store_true", help=argparse.SUPPRESS)
+        hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        phase.add_argument("--part-of-discover", action="store_true", **hidden)
         add_options(phase, kind)
     return parser
 
@@ -60,7 +61,7 @@ def run(config: TrainingConfig) -> str:
     accelerator = make_accelerator(config)
     logging.getLogger("diffdiscover3d").disabled = not accelerator.is_main_process
     brats = _brats_options(config)
-    volumes = load_volumes(config.dataset, "train", brats)
+    volumes = load_volumes(config.dataset, "train", brats, **config.reading)
     read_all(volumes, accelerator)  # fail fast on unreadable files
     identity = {"dataset": dataset_fingerprint(volumes)}
     if isinstance(config, DiffusionConfig):
@@ -115,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the arguments, train and print the output folder; return the exit code."""
     options = vars(make_parser().parse_args(arguments))
     phase, file, debug = options.pop("phase"), options.pop("config", None), options.pop("debug")
-    quiet, part = options.pop("quiet"), options.pop("part_of_discover")
+    quiet, part = options.pop("quiet"), options.pop("part_of_discover", False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("diffdiscover3d").setLevel(logging.WARNING if quiet else logging.INFO)
     try:

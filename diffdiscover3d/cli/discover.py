@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from diffdiscover3d.cli.options import Device, Include, Quiet, Series, VolumeNumber
+from diffdiscover3d.cli.options import (
+    Device,
+    IgnoreAffine,
+    Include,
+    MissingChunks,
+    NanToZero,
+    Quiet,
+    Series,
+    VolumeNumber,
+    VoxelSize,
+)
 
 
 def discover(
@@ -24,6 +34,10 @@ def discover(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an earlier run.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of the trainings.")] = False,
     volume: VolumeNumber = None,
+    nan_to_zero: NanToZero = False,
+    ignore_affine: IgnoreAffine = False,
+    missing_chunks: MissingChunks = False,
+    voxel_size: VoxelSize = None,
     resolution: Annotated[int | None, typer.Option("--resolution", min=0, help="Level of a pyramid.")] = None,
     series: Series = None,
     include: Include = None,
@@ -58,6 +72,10 @@ def discover(
             device=device,
             seed=seed,
             volume=volume,
+            nan_to_zero=nan_to_zero,
+            ignore_affine=ignore_affine,
+            missing_chunks=missing_chunks,
+            voxel_size=voxel_size,
             resolution=resolution,
             series=series,
             include=include or (),

@@ -31,7 +31,7 @@ def train_brain(config: BrainConfig) -> Path:
     output = Path(config.output_dir)
     place = output / "discovery"
     config = settle_precision(dataclasses.replace(config, output_dir=str(place)), place / CONFIG_FILE)
-    scans = BrainScans(config.dataset, config.frame, config.phantoms)
+    scans = BrainScans(config.dataset, config.frame, config.phantoms, **config.reading)
     identity = {"dataset": dataset_fingerprint(scans)}
     if config.resume and (place / "config.json").is_file():
         logger.info("%s is finished", place)

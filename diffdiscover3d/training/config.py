@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffdiscover3d.errors import InputError
+from diffdiscover3d.training.reading_config import ReadingConfig
 
 SCHEDULES = ("constant", "one_cycle")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
@@ -23,7 +24,7 @@ def option(default, help: str, choices: tuple | None = None):
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(ReadingConfig):
     """Options common to both phases. Every field is an option of `python -m diffdiscover3d.train`."""
 
     dataset: str = option("synthetic-regular", "a named dataset, or a folder, glob or text list of NIfTI volumes")
@@ -137,9 +138,7 @@ class DiscoveryConfig(TrainingConfig):
     )
     denoised_timesteps: tuple[int, ...] = option((60,), "timesteps over which the clean prediction is averaged")
     teacher_noise: str = option(
-        "fresh",
-        "sample the teacher's noise at every step or once per volume (faster)",
-        ("fresh", "fixed"),
+        "fresh", "sample the teacher's noise at every step or once per volume (faster)", ("fresh", "fixed")
     )
     parent: str | None = option(
         None, "folder or Hub id of a discovery network whose parts are subdivided (not in the paper)"

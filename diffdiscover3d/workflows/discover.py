@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
 from diffdiscover3d.data.domain import DOMAIN_FILE, signature, summarise
 from diffdiscover3d.data.formats.nifti.reading import write_like
 from diffdiscover3d.data.formats.reading import read_volume
-from diffdiscover3d.data.formats.registry import SEPARATOR, with_options
+from diffdiscover3d.data.formats.registry import SEPARATOR, volume_sha256, with_options
 from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, NothingToDivideError, OutputError
 from diffdiscover3d.hub.resolve import WORKING_GRID_FILE
 from diffdiscover3d.segmentation.arrays import as_scan
@@ -37,6 +37,10 @@ def discover(
     seed: int = 0,
     volume: int | None = None,
     resolution: int | None = None,
+    nan_to_zero: bool = False,
+    ignore_affine: bool = False,
+    missing_chunks: bool = False,
+    voxel_size: str | None = None,
     series: str | None = None,
     include: Sequence[str] = (),
     resume: bool = False,
@@ -60,7 +64,7 @@ def discover(
         seed: of everything random.
         volume: of files with several channels or time points, which one.
         resolution: of files with several resolutions, which one, 0 the finest.
-        series, include: as for [`segment`].
+        nan_to_zero, ignore_affine, missing_chunks, voxel_size, series, include: as for [`segment`].
         resume: continue an earlier run with the same output; its plan is kept.
         progress: show progress bars.
         verbose: show the logs of the trainings.
@@ -68,7 +72,7 @@ def discover(
         on_error: called with the error of a scan that cannot be read, before the next one; default: raise it.
 
     Raises:
-        InputError: if no scan can be read.
+        InputError: if no scan can be read, or one has changed since the run began.
         OutputError: if `output` holds an earlier run and `resume` is not set.
         ModelError: if a training fails, or the earlier run was of other scans.
     """
@@ -82,16 +86,25 @@ def discover(
     if isinstance(source, str | Path):
         paths = list_volumes(source, include, series)
     else:
-        paths = _keep_volumes(source, output / "scans")
+        paths = _keep_volumes(source, output / "scans", nan_to_zero)
     paths = [with_options(path, volume=volume, resolution=resolution) for path in paths]
-    scans, shapes, spacings, domain = _read_all(paths, on_error)
+    reading = {"nan_to_zero": nan_to_zero, "ignore_affine": ignore_affine, "missing_chunks": missing_chunks}
+    reading = {name: value for name, value in {**reading, "voxel_size": voxel_size}.items() if value}
+    scans, shapes, spacings, sha256, domain = _read_all(paths, reading, on_error)
     if plan_file.exists():
         plan = read_plan(plan_file)
         if plan.scans != tuple(scans):
             raise ModelError(f"{plan_file}: is of other scans than {source}; choose another --output folder.")
+        if plan.reading != reading:
+            raise ModelError(
+                f"{plan_file}: its scans were read with the options {plan.reading}, now with {reading}; give the same "
+                "options, or choose another --output folder."
+            )
+        _check_unchanged(plan, sha256)
     else:
         memory = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else free_memory()
         plan = make_plan(shapes, spacings, scans, preset=preset, memory_bytes=memory, levels=levels, seed=seed)
+        plan = replace(plan, sha256=tuple(sha256), reading=reading)
         write_json(plan_file, asdict(plan))
     tell(describe_plan(plan))
     # fail fast, and not after the trainings
@@ -101,6 +114,7 @@ def discover(
     check_cases(cases, cases, overwrite=True, resume=True)
 
     _train_all(plan, domain, output, place, verbose, tell)
+    _check_unchanged(plan)
     model, total = output / "model", plan.levels + 2
     tell(f"Step {total} of {total}: drawing the parts of every scan")
     results = segment(
@@ -112,6 +126,7 @@ def discover(
         **vars(extras),
         resume=True,
         include=include,
+        **plan.reading,
         progress=progress,
         on_error=on_error,
     )
@@ -122,12 +137,26 @@ def discover(
     return results
 
 
-def _read_all(paths: Sequence[Path], on_error) -> tuple[list[str], list, list, dict]:
+def _check_unchanged(plan: Plan, sha256: Sequence[str] | None = None) -> None:
+    """Compare the scans with those of the plan, so that all trainings and results are of the same ones.
+
+    Args:
+        sha256: of the scans; default: read again.
+    """
+    now = [volume_sha256(scan) for scan in plan.scans] if sha256 is None else sha256
+    for scan, before, after in zip(plan.scans, plan.sha256 or now, now, strict=True):
+        if before != after:
+            raise InputError(
+                f"{scan}: has changed since this run began; restore it, or start anew in another --output folder."
+            )
+
+
+def _read_all(paths: Sequence[Path], reading: dict, on_error) -> tuple[list[str], list, list, list[str], dict]:
     """Read every scan once, so that a damaged one is reported before the trainings."""
-    scans, shapes, spacings, signatures = [], [], [], []
+    scans, shapes, spacings, hashes, signatures = [], [], [], [], []
     for path in paths:
         try:
-            volume = read_volume(path)
+            volume = read_volume(path, **reading)
         except DiffDiscoverError as error:
             if on_error is None:
                 raise
@@ -137,13 +166,14 @@ def _read_all(paths: Sequence[Path], on_error) -> tuple[list[str], list, list, d
         scans.append(str(Path(place).resolve()) + (f"{SEPARATOR}{inner}" if inner else ""))
         shapes.append(volume.data.shape)
         spacings.append(volume.spacing_mm)
+        hashes.append(volume.sha256)
         signatures.append(signature(volume))
     if not scans:
         raise InputError("none of the scans can be read.")
-    return scans, shapes, spacings, summarise(signatures)
+    return scans, shapes, spacings, hashes, summarise(signatures)
 
 
-def _keep_volumes(volumes: Sequence, folder: Path) -> list[Path]:
+def _keep_volumes(volumes: Sequence, folder: Path, nan_to_zero: bool) -> list[Path]:
     """Write volumes in memory as NIfTI files, so that a run can be continued; those that are there stay."""
     paths = []
     for number, one in enumerate(volumes):
@@ -151,7 +181,7 @@ def _keep_volumes(volumes: Sequence, folder: Path) -> list[Path]:
         if isinstance(one, str | Path):
             path = Path(one)
         elif not path.exists():
-            scan, _ = as_scan(one)
+            scan, _ = as_scan(one, nan_to_zero=nan_to_zero)
             write_like(path, scan.data, scan)
         paths.append(path)
     return paths
@@ -167,7 +197,7 @@ def _train_all(
     recipe, dataset = make_recipe(plan), str(listed.resolve())
     tell(f"Step 1 of {total}: learning what your scans look like ({plan.diffusion_steps} rounds)")
     teacher = diffusion_training(recipe, dataset, plan.seed, training / "diffusion")
-    _train(teacher, "model_index.json", place, verbose)
+    _train(teacher, "model_index.json", place, verbose, plan)
     parent = None
     for level, steps in enumerate(plan.discovery_steps, start=1):
         rounds = sum(steps) + steps[0] * (recipe.starts_of(level) - 1)
@@ -175,7 +205,7 @@ def _train_all(
         folder = training / f"level{level}"
 
         def run(training: Training) -> None:
-            _train(training, "selection.json", place, verbose)
+            _train(training, "selection.json", place, verbose, plan)
 
         try:
             done = train_level(recipe, level, dataset, plan.seed, str(teacher.folder), parent, folder, run)
@@ -202,11 +232,12 @@ def _take_over(trained: Path, target: Path, also: dict[str, dict] | None = None)
             write_json(folder / name, values)
 
 
-def _train(training: Training, result: str, place: torch.device, verbose: bool) -> None:
+def _train(training: Training, result: str, place: torch.device, verbose: bool, plan: Plan) -> None:
     """Run a training in its own process, from its last checkpoint, unless it is finished."""
     folder = training.folder
     if (folder / result).exists():
         return
+    _check_unchanged(plan)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "options.json"
     options = {**training.options, "output_dir": folder}

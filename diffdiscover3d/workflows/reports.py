@@ -32,6 +32,8 @@ def make_reports(
     output: str | Path | None = None,
     overwrite: bool = False,
     neurological: bool = False,
+    include: Sequence[str] = (),
+    series: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
     **reading,
 ) -> list[Path]:
@@ -44,6 +46,7 @@ def make_reports(
         output: folder for the reports (default: that of the label maps); as of `parts`, with the folders of the scans
             below it where scans have one name.
         overwrite: replace reports that exist.
+        include, series: as for [`list_volumes`].
         tell: called with a line for each note on a scan, such as label maps that were made of another one.
         reading: see [`read_volume`].
 
@@ -55,7 +58,7 @@ def make_reports(
         OutputError: if a report exists or cannot be written.
     """
     sources = [inputs] if isinstance(inputs, str | Path) else inputs
-    scans = [path for source in sources for path in list_volumes(source)]
+    scans = [path for source in sources for path in list_volumes(source, include, series)]
     if labels and len(scans) != 1:
         raise InputError(f"--labels goes with a single scan, got {len(scans)}; use --parts FOLDER.")
     jobs = []
@@ -75,7 +78,8 @@ def make_reports(
     index = [above / "index.html"] if len(pages) > 1 else []
     check_targets([*pages, *index], overwrite)
     for scan, found, page in jobs:
-        for note in write_report(page, read_volume(scan, **reading), display_name(scan), found, neurological):
+        volume = read_volume(scan, series=series, **reading)
+        for note in write_report(page, volume, display_name(scan), found, neurological):
             tell(f"{scan}: note: {note}")
     for path in index:
         write_index(path, pages)
