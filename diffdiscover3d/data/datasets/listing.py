@@ -27,7 +27,7 @@ from diffdiscover3d.data.formats.registry import (
     stem,
 )
 from diffdiscover3d.data.formats.units import display_unit
-from diffdiscover3d.errors import InputError
+from diffdiscover3d.errors import InputError, without_options
 
 # words in the names of files that mark something in a scan rather than being one
 _MASK_WORDS = (
@@ -182,7 +182,7 @@ def describe_volume(path: Path) -> dict:
                 "dtype": str(source.header.get_data_dtype() if nifti else source.dtype),
             }
     except InputError as error:
-        return {**described, "fault": str(error).removeprefix(f"{path}: ")}
+        return {**described, "fault": without_options(str(error)).removeprefix(f"{path}: ")}
 
 
 def _and(count: int) -> str:
