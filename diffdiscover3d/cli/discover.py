@@ -1,11 +1,23 @@
 """The command `discover`."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from diffdiscover3d.cli.options import Device, Include, Quiet, Series, VolumeNumber
+from diffdiscover3d.cli.options import (
+    Device,
+    IgnoreAffine,
+    Include,
+    MissingChunks,
+    NanToZero,
+    Quiet,
+    Series,
+    VolumeNumber,
+    VoxelSize,
+)
 from diffdiscover3d.utils.terminal import say
 
 
@@ -23,6 +35,10 @@ def discover(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an earlier run.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of the trainings.")] = False,
     volume: VolumeNumber = None,
+    nan_to_zero: NanToZero = False,
+    ignore_affine: IgnoreAffine = False,
+    missing_chunks: MissingChunks = False,
+    voxel_size: VoxelSize = None,
     resolution: Annotated[int | None, typer.Option("--resolution", min=0, help="Level of a pyramid.")] = None,
     series: Series = None,
     include: Include = None,
@@ -47,23 +63,32 @@ def discover(
         errors.append(error)
         say(f"error: {error}", error=True)
 
-    run(
-        folder,
-        output,
-        preset=preset,
-        levels=levels,
-        device=device,
-        seed=seed,
-        volume=volume,
-        resolution=resolution,
-        series=series,
-        include=include or (),
-        resume=resume,
-        progress=not quiet,
-        verbose=verbose,
-        tell=lambda line: None if quiet else say(line),
-        on_error=failed,
-    )
+    try:
+        run(
+            folder,
+            output,
+            preset=preset,
+            levels=levels,
+            device=device,
+            seed=seed,
+            volume=volume,
+            nan_to_zero=nan_to_zero,
+            ignore_affine=ignore_affine,
+            missing_chunks=missing_chunks,
+            voxel_size=voxel_size,
+            resolution=resolution,
+            series=series,
+            include=include or (),
+            resume=resume,
+            progress=not quiet,
+            verbose=verbose,
+            tell=lambda line: None if quiet else say(line),
+            on_error=failed,
+        )
+    except KeyboardInterrupt:
+        command = ["diffdiscover3d", *sys.argv[1:], *([] if resume else ["--resume"])]
+        say(f"interrupted; go on with: {shlex.join(command)}", error=True)
+        raise
     say(output / "index.html")
     if errors:
         raise typer.Exit(errors[0].exit_code)

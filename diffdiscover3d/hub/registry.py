@@ -1,9 +1,9 @@
 """Find models: the embedded ones by name, others by folder or Hub id; push them, pull them."""
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,44 +13,15 @@ from diffdiscover3d.errors import ModelError, NetworkError, OutputError
 from diffdiscover3d.hub.cards import folder_kind
 from diffdiscover3d.hub.download import fetch_snapshot, is_data_file, is_repo_id
 from diffdiscover3d.hub.upload import push_folder
+from diffdiscover3d.models.embedded import DEFAULT_MODEL as DEFAULT_MODEL
+from diffdiscover3d.models.embedded import embedded_models, nested_levels
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
-from diffdiscover3d.utils.files import check_folder, read_model_json, replaced_folder
+from diffdiscover3d.utils.files import check_folder
+from diffdiscover3d.utils.staging import recover_folder, replaced_folder
 
-ASSETS = Path(__file__).parent.parent / "assets"
-DEFAULT_MODEL = "synthetic-regular"
 _MODEL_CLASSES = {"diffusion": DiffusionFeaturePipeline, "discovery": StructureDiscoveryModel, "unet": UNet3DModel}
-
-
-@dataclass(frozen=True)
-class EmbeddedModel:
-    """A pretrained model of the package: a diffusion model and one nested discovery network."""
-
-    name: str
-    folder: Path
-
-    @property
-    def diffusion(self) -> Path:
-        """Folder of the diffusion pipeline; a model without its own uses the default model's."""
-        own = self.folder / "diffusion"
-        return own if own.is_dir() else ASSETS / DEFAULT_MODEL / "diffusion"
-
-    @property
-    def discovery(self) -> Path:
-        """Folder of the discovery network; it holds all levels."""
-        return self.folder / "discovery"
-
-    @property
-    def levels(self) -> tuple[int, ...]:
-        """The levels of the hierarchy, 1 the coarsest."""
-        return _nested_levels(self.discovery / "config.json")
-
-
-def embedded_models() -> dict[str, EmbeddedModel]:
-    """The pretrained models of the package, by name."""
-    folders = sorted(p for p in ASSETS.iterdir() if p.is_dir() and (p / "discovery").is_dir())
-    return {p.name: EmbeddedModel(p.name, p) for p in folders}
 
 
 def model_levels(name: str) -> tuple[int, ...]:
@@ -59,15 +30,8 @@ def model_levels(name: str) -> tuple[int, ...]:
     if name in embedded:
         return embedded[name].levels
     config = _in_folder(Path(name)) / "config.json"
-    levels = _nested_levels(config) if config.is_file() else ()
+    levels = nested_levels(config) if config.is_file() else ()
     return levels if len(levels) > 1 else ()
-
-
-def _nested_levels(file: Path) -> tuple[int, ...]:
-    config, depth = read_model_json(file), 1
-    while config := config.get("parent"):
-        depth += 1
-    return tuple(range(1, depth + 1))
 
 
 def load_teacher(name: str, revision: str | None = None) -> DiffusionFeaturePipeline:
@@ -118,6 +82,9 @@ def find_discovery(folder: Path) -> Path:
 
 def _in_folder(folder: Path, part: str = "discovery", marker: str = "config.json") -> Path:
     """The folder of one model: `discover` and the embedded models keep two in one folder."""
+    if not folder.exists():  # of a killed `pull --overwrite`, where folders cannot be exchanged in one step
+        with contextlib.suppress(OutputError):
+            recover_folder(folder.parent)
     inside = folder / part
     return inside if not (folder / marker).is_file() and (inside / marker).is_file() else folder
 
@@ -153,7 +120,8 @@ def pull(
 
     Args:
         repo_id: `user/name`.
-        folder: where to copy it, atomically. Default: it stays in the Hub's cache.
+        folder: where to copy it, in one step, so that there is always the old or the new model.
+            Default: it stays in the Hub's cache.
         revision: branch, tag or commit.
         local_files_only: use the cache, not the network.
         overwrite: replace a model folder that exists.
@@ -169,6 +137,7 @@ def pull(
     target = Path(folder) if folder is not None else None
     if target is not None:
         check_folder(target.parent)
+        recover_folder(target.parent)
         if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
             raise OutputError(f"{target}: exists already; --overwrite replaces it.")
         if target.is_dir() and any(target.iterdir()):

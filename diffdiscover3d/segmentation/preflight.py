@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffdiscover3d.data.datasets.listing import expand
+from diffdiscover3d.data.datasets.listing import expand_all
 from diffdiscover3d.data.formats.nifti.header import check_reachable
 from diffdiscover3d.data.formats.reading import Source, open_source, read_source
 from diffdiscover3d.data.formats.registry import files_of, format_by_name, is_nifti, split
 from diffdiscover3d.models.window_layout import choose_window, needs_sliding_window, streaming_bytes
 from diffdiscover3d.segmentation.memory import resampling_bytes, segmentation_bytes
-from diffdiscover3d.segmentation.outputs import Extras, check_cases, plan_case, shard
+from diffdiscover3d.segmentation.outputs import Extras, check_cases, plan_cases, shard
 from diffdiscover3d.utils.files import read_json
 from diffdiscover3d.utils.memory import LARGE, check_memory, free_memory
 
@@ -57,13 +57,14 @@ def refuse_taken(
     extras: Extras,
     include: Sequence[str] = (),
     series: str | None = None,
+    share: str | None = None,
 ) -> None:
     """Raise what finding results in the way would raise, before anything slow is imported.
 
     The levels of a Hub model are not known yet: with all of them, nothing is looked for.
 
     Args:
-        inputs, output, model, include, series: of [`segment`].
+        inputs, output, model, include, series, share: of [`segment`].
         all_levels: files of every level are written.
         extras: what else is written.
 
@@ -75,9 +76,8 @@ def refuse_taken(
     if count is None:
         return
     levels = tuple(range(1, count + 1)) if count > 1 else (None,)
-    paths = [path for source in inputs for path in expand(source, include, series)]
-    cases = [plan_case(path, output, levels, extras) for path in paths]
-    check_cases(cases, shard(cases), overwrite=False)
+    cases = plan_cases(expand_all(inputs, include, series).volumes, output, levels, extras)
+    check_cases(cases, shard(cases, share), overwrite=False)
 
 
 def _count_levels(model: str) -> int | None:

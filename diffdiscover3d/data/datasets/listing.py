@@ -1,19 +1,18 @@
 """What a folder, glob or text list holds: its volumes, and what was left out and why."""
 
-import codecs
-import contextlib
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 
+from diffdiscover3d.data.datasets.entries import read_list, walk
 from diffdiscover3d.data.formats import dicom, ome_zarr
-from diffdiscover3d.data.formats.nifti.header import DANGLING, check_reachable, read_affine, special_kind
+from diffdiscover3d.data.formats.nifti.header import check_reachable, read_affine
 from diffdiscover3d.data.formats.nifti.source import NiftiFile
 from diffdiscover3d.data.formats.reading import open_source
 from diffdiscover3d.data.formats.registry import (
@@ -28,7 +27,7 @@ from diffdiscover3d.data.formats.registry import (
     stem,
 )
 from diffdiscover3d.data.formats.units import display_unit
-from diffdiscover3d.errors import InputError
+from diffdiscover3d.errors import InputError, without_options
 
 # words in the names of files that mark something in a scan rather than being one
 _MASK_WORDS = (
@@ -37,6 +36,9 @@ _MASK_WORDS = (
 )
 _MASK = re.compile(rf"(?:^|[^a-z0-9])(?:{_MASK_WORDS})(?:$|[^a-z])|brain_?mask", re.IGNORECASE)
 _OWN = re.compile(r"_(?:dseg|probseg)$|_stage\d+$|_level-\d+_truth$")
+_OWN_REASON = "a result of this program by its name or sidecar; --include PATTERN takes it"
+_SIDECAR_KEYS = {"diffdiscover3d", "model", "input"}  # of a label map of `segment`
+_SIDECAR_BYTES = 2**20
 _SECOND_HALVES = (".img", ".img.gz")
 
 
@@ -60,7 +62,9 @@ def list_volumes(source: str | Path, include: Sequence[str] = (), series: str | 
 
     Args:
         source: a folder (searched with its subfolders), a glob pattern, a text file with one path a line (relative
-            to that file; empty lines and lines from # on are ignored), or one volume.
+            to that file; empty lines and lines from # on are ignored) or a JSON list of paths, or one volume. In
+            folders and globs, files that are or are named like results of this program are left out, and so are
+            files named like masks where there are others.
         include: patterns of file names that are taken though they are named like masks.
         series: of a folder with several DICOM series: the number or UID of the one to take.
 
@@ -89,6 +93,39 @@ def expand(source: str | Path, include: Sequence[str] = (), series: str | None =
     return list_volumes(source, include, series) if named or is_volume(path) else [path]
 
 
+def expand_all(sources: Sequence[str | Path], include: Sequence[str] = (), series: str | None = None) -> Contents:
+    """The volumes that all arguments of a command name, in their order.
+
+    Of several arguments, which a shell may have made of a glob, results of this program are left out.
+
+    Args:
+        sources: each as for [`expand`].
+        include, series: as for [`list_volumes`].
+
+    Raises:
+        InputError: as [`list_volumes`].
+    """
+    volumes, left_out = [], []
+    for source in sources:
+        path, inner = split(source)
+        check_reachable(path)
+        several = path.is_dir() or any(c in str(path) for c in "*?[")
+        if several and inner is None and not ome_zarr.is_store(path):
+            found = look_into(source, include, series)
+        else:
+            found = Contents(tuple(expand(source, include, series)))
+        for volume in found.volumes:
+            if len(sources) > 1 and not several and _is_own(volume) and not _is_included(volume, include):
+                left_out.append((volume, _OWN_REASON))
+            else:
+                volumes.append(volume)
+        left_out += found.left_out
+    if not volumes:
+        first = f"{left_out[0][0]}: {left_out[0][1]}" if left_out else "no volumes; give scans"
+        raise InputError(f"{first}.")
+    return Contents(tuple(volumes), tuple(left_out))
+
+
 def look_into(source: str | Path, include: Sequence[str] = (), series: str | None = None) -> Contents:
     """The same, with what was left out.
 
@@ -103,9 +140,9 @@ def look_into(source: str | Path, include: Sequence[str] = (), series: str | Non
         found = _search(path, include, series)
     elif path.exists():
         known = is_nifti(path) or recognise(path) is not None
-        found = Contents((path,) if known else tuple(_read_list(path)))
+        found = Contents((path,) if known else tuple(read_list(path)))
     else:
-        found = _choose((Path(p) for p in glob.glob(str(source), recursive=True)), include, asked_for=True)
+        found = _choose((Path(p) for p in glob.glob(str(source), recursive=True)), include, by_content=True)
     if not found.volumes:
         if found.left_out:
             first, reason = found.left_out[0]
@@ -145,7 +182,7 @@ def describe_volume(path: Path) -> dict:
                 "dtype": str(source.header.get_data_dtype() if nifti else source.dtype),
             }
     except InputError as error:
-        return {**described, "fault": str(error).removeprefix(f"{path}: ")}
+        return {**described, "fault": without_options(str(error)).removeprefix(f"{path}: ")}
 
 
 def _and(count: int) -> str:
@@ -154,7 +191,7 @@ def _and(count: int) -> str:
 
 def _search(folder: Path, include: Sequence[str], series: str | None) -> Contents:
     files, suspects, others, barred = [], [], 0, []
-    for path in _walk(folder, barred):
+    for path in walk(folder, barred):
         if path.is_dir() or is_nifti(path) or format_by_name(path) not in (None, dicom):
             files.append(path)
         elif path.suffix.lower() in dicom.SUFFIXES or _starts_as_dicom(path):
@@ -189,60 +226,6 @@ def _reference(series: dicom.Series, usable: Iterable[dicom.Series]) -> Path:
     return folder if alone else Path(f"{folder}{SEPARATOR}{series.uid}")
 
 
-def _walk(folder: Path, barred: list[tuple[Path, str]]) -> Iterator[Path]:
-    """Files, and folders that are Zarr stores; hidden ones hold what is being written, or was when it was killed.
-
-    Links to folders are followed after all others, so that a folder that is reached in two ways keeps its own name.
-
-    Args:
-        folder: where to begin.
-        barred: extended by what cannot be looked into, and links and special files that are no volumes, with reasons.
-    """
-
-    def note(error: OSError) -> None:
-        barred.append((Path(error.filename), f"a folder that cannot be searched ({error.strerror})"))
-
-    seen: set[tuple[int, int]] = set()
-    waiting = [folder]
-    while waiting:
-        for root, folders, names in os.walk(waiting.pop(0), onerror=note):
-            place = Path(root)
-            identity = (place.stat().st_dev, place.stat().st_ino)
-            if identity in seen:
-                folders.clear()
-                continue
-            seen.add(identity)
-            if not os.access(place, os.X_OK):
-                barred.append((place, "a folder that cannot be searched (Permission denied)"))
-                folders.clear()
-                continue
-            shown = [n for n in folders if not n.startswith(".")]
-            stores = [n for n in shown if _is_store(place / n)]
-            folders[:] = sorted(n for n in shown if n not in stores)
-            waiting += [place / n for n in folders if (place / n).is_symlink()]
-            for path in (place / n for n in sorted([*stores, *names]) if not n.startswith(".")):
-                if (reason := _fault_of_entry(path)) is None:
-                    yield path
-                else:
-                    barred.append((path, reason))
-
-
-def _is_store(folder: Path) -> bool:
-    with contextlib.suppress(PermissionError):
-        return ome_zarr.is_store(folder)
-    return False
-
-
-def _fault_of_entry(path: Path) -> str | None:
-    """Why something in a folder is not even looked at; a dangling link named like a volume is left to its reader."""
-    try:
-        kind = special_kind(path)
-    except OSError:
-        named = is_nifti(path) or format_by_name(path) is not None
-        return None if named else DANGLING if path.is_symlink() else "cannot be looked up"
-    return kind
-
-
 def _starts_as_dicom(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
@@ -251,23 +234,27 @@ def _starts_as_dicom(path: Path) -> bool:
         return False
 
 
-def _choose(paths: Iterable[Path], include: Sequence[str], asked_for: bool = False) -> Contents:
-    """Sort volumes from what is named like a mask or result; masks are taken where nothing else is there."""
+def _choose(paths: Iterable[Path], include: Sequence[str], by_content: bool = False) -> Contents:
+    """Sort volumes from masks and own results; masks are taken where nothing else is there.
+
+    Args:
+        by_content: also take folders of DICOM files, and files that are volumes by their first bytes.
+    """
     volumes, masks, left_out = [], [], []
     for path in paths:
         known = is_nifti(path) or (format_by_name(path) is not None) or ome_zarr.is_store(path)
-        if not known and asked_for and path.exists():
+        if not known and by_content and path.exists():
             known = recognise(path) is not None
-        if not known or (path.is_dir() and not ome_zarr.is_store(path) and not asked_for):
+        if not known or (path.is_dir() and not ome_zarr.is_store(path) and not by_content):
             continue
         if path.is_dir() and is_nifti(path):
             continue
         if path.name.lower().endswith(_SECOND_HALVES) and _first_half(path).is_file():
             continue
-        if asked_for or any(fnmatch(path.name, pattern) for pattern in include):
+        if _is_included(path, include):
             volumes.append(path)
-        elif _OWN.search(stem(path)):
-            left_out.append((path, "named like a result of this program"))
+        elif _is_own(path):
+            left_out.append((path, _OWN_REASON))
         elif _MASK.search(stem(path)):
             masks.append(path)
         else:
@@ -278,53 +265,24 @@ def _choose(paths: Iterable[Path], include: Sequence[str], asked_for: bool = Fal
     return Contents(tuple(volumes), tuple(left_out))
 
 
+def _is_included(path: Path, include: Sequence[str]) -> bool:
+    return any(fnmatch(path.name, pattern) for pattern in include)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file is a result of this program, by its name or, if it has a name of its own, its sidecar."""
+    if _OWN.search(stem(path)):
+        return True
+    place = split(path)[0]
+    sidecar = place.with_name(f"{stem(place)}.json")
+    try:
+        if sidecar.stat().st_size > _SIDECAR_BYTES:
+            return False
+        written = read_json(sidecar)
+    except (OSError, ValueError):
+        return False
+    return isinstance(written, dict) and written.keys() >= _SIDECAR_KEYS
+
+
 def _first_half(path: Path) -> Path:
     return path.with_name(re.sub(r"\.img(\.gz)?$", r".hdr\1", path.name, flags=re.IGNORECASE))
-
-
-def _read_list(path: Path) -> list[Path]:
-    """The paths in a text list; a line may also hold a comment behind #, unless it names a file as a whole."""
-    try:
-        lines = re.split(r"\r\n|\r|\n", _decode(path.read_bytes()))
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"{path}: neither a volume nor a text list of them ({error}); give a {NAMES} file.") from error
-    found = [place for line in lines if (place := _listed(path.parent, line)) is not None]
-    # unlike Path.exists, os.path answers for names too long to be one: the file may be no list at all
-    missing = [p for p in found if not os.path.lexists(split(p)[0])]
-    if missing:
-        raise InputError(
-            f"{path}: lists {len(missing)} file(s) that do not exist, first {str(missing[0])[:200]}; "
-            "mend the list, or give a volume."
-        )
-    return found
-
-
-def _decode(content: bytes) -> str:
-    """A list as text: UTF-8 or UTF-16 with or without a byte order mark; other bytes are kept, as in file names.
-
-    Raises:
-        UnicodeError: if it is no text.
-    """
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return content.decode("utf-16")
-    text = content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
-    if "\0" in text:
-        raise UnicodeError("it holds binary data")
-    return text
-
-
-def _listed(folder: Path, line: str) -> Path | None:
-    """The file that a line of a list names, `None` for an empty line or a comment.
-
-    A name with # or blanks at its ends is taken as it is if there is such a file. Bytes that are not UTF-8 are those of
-    the name, or else Latin-1.
-    """
-    plain = line.split("#")[0].strip()
-    for name in (line, line.strip(), plain):
-        if not name.strip():
-            continue
-        latin = "".join(chr(ord(c) - 0xDC00) if "\udc80" <= c <= "\udcff" else c for c in name)
-        for spelled in (name, latin):
-            if os.path.lexists(split(folder / spelled)[0]):
-                return folder / spelled
-    return folder / plain if plain else None
