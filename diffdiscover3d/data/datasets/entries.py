@@ -69,7 +69,7 @@ def _fault_of_entry(path: Path) -> str | None:
 
 
 def read_list(path: Path) -> list[Path]:
-    """The paths in a list, JSON or text; a line of text may end in a comment behind #, unless it names a file as a whole.
+    """The paths in a list, JSON or text. A line of text may end in a comment behind #, unless it names a file as it is.
 
     Raises:
         InputError: if it is no list, or a listed file does not exist.

@@ -28,6 +28,7 @@ from diffdiscover3d.data.formats.registry import (
 )
 from diffdiscover3d.data.formats.units import display_unit
 from diffdiscover3d.errors import InputError, without_options
+from diffdiscover3d.utils.files import read_json
 
 # words in the names of files that mark something in a scan rather than being one
 _MASK_WORDS = (

@@ -174,7 +174,7 @@ def test_lists(tmp_path, kind):
 @pytest.mark.parametrize("content", [b"\x00\x01\x02", b"a.nii\x00b.nii\n", b"\xff\xfea"])
 def test_what_is_no_list(tmp_path, content):
     (tmp_path / "list.txt").write_bytes(content)
-    with pytest.raises(InputError, match="neither a volume nor a text list"):
+    with pytest.raises(InputError, match="neither a volume nor a list"):
         list_volumes(tmp_path / "list.txt")
 
 
