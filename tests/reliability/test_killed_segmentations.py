@@ -2,9 +2,7 @@
 
 import hashlib
 import multiprocessing
-import os
 import random
-import signal
 import time
 from pathlib import Path
 
@@ -63,7 +61,7 @@ def test_sixty_kills(tmp_path, count):
         child = context.Process(target=replace_results, args=(scan, output))
         child.start()
         time.sleep(draw.uniform(0.2, 1.1) * seconds)
-        os.kill(child.pid, signal.SIGKILL)
+        child.kill()  # SIGKILL
         child.join()
         outcomes["ended"] += child.exitcode == 0
         recover_folder(output)  # as the next command that writes to or reads from the folder does

@@ -13,6 +13,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 import diffdiscover3d
 from diffdiscover3d.data.formats.nifti.reading import read_nifti, write_like
@@ -25,6 +26,12 @@ from tests.helpers.browser import changed, pixels, recorded_page, started_browse
 
 OBLIQUE = np.array([[0, -1.9, 0.3, 30.0], [0, 0.4, 2.9, -12.0], [-1.5, 0, 0, 44.0], [0, 0, 0, 1]])
 SCANS = os.environ.get("DIFFDISCOVER3D_TEST_SCANS")  # folder of real scans whose reports are opened as well
+# before the page's own scripts: a list of what its Content-Security-Policy refuses
+RECORD_VIOLATIONS = """
+window.violations = [];
+document.addEventListener("securitypolicyviolation", (e) =>
+    window.violations.push(`${e.effectiveDirective} ${e.blockedURI}`));
+"""
 
 
 @pytest.fixture
@@ -127,12 +134,18 @@ def browser():
         yield browser
 
 
-def open_page(browser, path: Path, size=(700, 620)):
+def open_page(browser, path: Path, size=(700, 620), ready="body[data-ready]"):
     """Open a report, record its requests and errors, and wait until it is drawn."""
     page = recorded_page(browser, size)
+    page.add_init_script(RECORD_VIOLATIONS)
     page.goto(path.resolve().as_uri())
-    page.wait_for_selector("body[data-ready]", timeout=120_000)
+    page.wait_for_selector(ready, timeout=120_000)
     return page
+
+
+def violations(page) -> list[str]:
+    """What the page's Content-Security-Policy has refused."""
+    return page.evaluate("window.violations")
 
 
 def check_in_browser(page, path: Path) -> None:
@@ -159,7 +172,7 @@ def check_in_browser(page, path: Path) -> None:
     assert changed(first, pixels(view)) > 0.02
     local = [url for url in page.seen["requests"] if not url.startswith(("blob:", "data:"))]
     assert local == [path.resolve().as_uri()], "the page asked for something beyond itself"
-    assert page.seen["errors"] == []
+    assert page.seen["errors"] == violations(page) == []
 
 
 @pytest.mark.slow
@@ -179,6 +192,36 @@ def test_reports_of_real_scans_in_a_browser(tmp_path, browser):
         page = open_page(browser, result.report, (1300, 1000))
         check_in_browser(page, result.report)
         page.close()
+
+
+def test_the_index_in_a_browser(scan, browser, tmp_path, make_nifti):
+    """The index follows its policy, shows the previews, and its links open the reports."""
+    other = make_nifti(tmp_path / "other.nii.gz", np.random.default_rng(1).normal(size=(9, 8, 7)).astype(np.float32))
+    make_nifti(tmp_path / "other_dseg.nii.gz", np.ones((9, 8, 7), np.uint8))
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "other_dseg.png")
+    *pages, index = make_reports([scan, other])
+    page = open_page(browser, index, ready="ul a")
+    assert page.locator("ul a").count() == len(pages) == 2
+    page.wait_for_function("document.querySelector('img').naturalWidth === 40", timeout=30_000)
+    assert page.evaluate("getComputedStyle(document.querySelector('ul')).display") == "grid"  # the style is applied
+    assert page.seen["errors"] == violations(page) == []
+    page.locator("ul a").first.click()
+    page.wait_for_url(pages[0].resolve().as_uri())
+    assert page.locator("table").first.is_visible() and violations(page) == []
+    page.close()
+
+
+def test_a_changed_page_breaks_its_policy(scan, browser, tmp_path):
+    """The browser refuses an injected script, style and picture, so an empty list of violations is a finding."""
+    (path,) = make_reports(scan)
+    injected = '<script>window.injected = 1</script><p style="color: red">x</p><img src="https://example.org/x.png">'
+    text = path.read_text(encoding="utf-8").replace("</body>", f"{injected}</body>")
+    (tmp_path / "changed.html").write_text(text, encoding="utf-8")
+    page = open_page(browser, tmp_path / "changed.html", ready="table")
+    page.wait_for_function("window.violations.length >= 3", timeout=30_000)
+    kinds = {line.split()[0] for line in violations(page)}
+    assert {"script-src-elem", "style-src-attr", "img-src"} <= kinds and page.evaluate("window.injected") is None
+    page.close()
 
 
 def test_without_webgl_the_page_says_so(scan, browser):
