@@ -81,6 +81,7 @@ def segment(
     share: str | None = None,
     summary: bool = False,
     progress: bool = False,
+    on_progress: Callable[[float, str], None] | None = None,
     on_done: Callable[[SegmentedFile], None] | None = None,
     on_error: Callable[[DiffDiscoverError], None] | None = None,
     on_skip: Callable[[Path], None] | None = None,
@@ -130,6 +131,8 @@ def segment(
         summary: also write `manifest.tsv`, a row for each scan, and `parts.tsv`, a row for each part of each scan, into
             `output`; implies `statistics`. A scan that cannot be used gets a file `<stem>_dseg_error.json`.
         progress: show a progress bar with the current step and the time left.
+        on_progress: progress callback, called with the completed share in [0, 1] and the current operation; an
+            exception that it raises ends the work and leaves no files of the current input.
         on_done: called with the result of each input.
         on_estimate: called with a line about the memory that a large volume needs, before it is read.
         on_error: called with the error of an input that cannot be used, before the next one; default: raise it.
@@ -186,7 +189,8 @@ def segment(
         return {level: _provenance(found, level, arguments) for level in levels}
 
     cohort = Cohort(Path(output), cases, describe) if summary else None
-    with ProgressBar(total=len(mine) * (len(levels) + 2), enabled=progress) as stages, cohort or nullcontext():
+    shown = ProgressBar(total=len(mine) * (len(levels) + 2), enabled=progress, callback=on_progress)
+    with shown as stages, cohort or nullcontext():
         for number, case in enumerate(mine):
             stages.begin_case(f"scan {number + 1} of {len(mine)}", len(levels) + 2)
             try:
