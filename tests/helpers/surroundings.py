@@ -238,6 +238,27 @@ def outlier_in_training(folder: Path) -> None:
     assert sum("intensity range" in line for line in notes) == 2
 
 
+def results_in_a_glob(folder: Path) -> None:
+    """A glob that also matches the label map that the first run has written: it is no scan."""
+    write(folder / "scan.nii.gz", cell(step=2))
+    check(run("segment", f"{folder}/*.nii.gz"))
+    before = (folder / "scan_dseg.nii.gz").read_bytes()
+    done = check(run("segment", f"{folder}/*.nii.gz", "--resume"))
+    assert "scan.nii.gz: finished already" in done.stderr and segmented(folder) == ["scan"]
+    assert (folder / "scan_dseg.nii.gz").read_bytes() == before
+    assert "reading 1 volumes" in check(train(f"{folder}/*.nii.gz", folder / "out")).stderr
+
+
+def nan_background(folder: Path) -> None:
+    """Scans whose background is NaN: the error names an option that the training has, and with it they are read."""
+    for index in range(2):
+        values = cell(index, step=3)
+        write(folder / "scans" / f"sub-{index}.nii.gz", np.where(values > np.median(values), values, np.nan))
+    done = check(train(folder / "scans", folder / "out"), 3)
+    assert "--nan-to-zero" in done.stderr
+    check(train(folder / "scans", folder / "out", "--nan-to-zero"))
+
+
 def changed_scan(folder: Path) -> None:
     """Scans that have changed but for their names, sizes, and first and last planes."""
     paths = [write(folder / "scans" / f"sub-{i}.nii", cell(i, "train", 3)) for i in range(2)]
@@ -278,5 +299,5 @@ def better_start(folder: Path) -> None:
 
 CASES = (
     one_hot_voxel, fill_value, thick_slices, units, lists, linked_folder, capitals, left_over_launch, unlisted_user,
-    refusing_disk, outlier_in_training, changed_scan, better_start,
+    refusing_disk, outlier_in_training, results_in_a_glob, nan_background, changed_scan, better_start,
 )  # fmt: skip
