@@ -179,9 +179,12 @@ def test_another_input_is_never_overwritten(scan, tiny_discovery):
 def test_two_inputs_of_one_stem(tmp_path, make_nifti, tiny_discovery):
     one = make_nifti(tmp_path / "a" / "scan.nii.gz", blobs().astype(np.int16))
     two = make_nifti(tmp_path / "b" / "scan.nii", blobs().astype(np.int16))
+    found = segment([one, two], tmp_path / "out", model=str(tiny_discovery))  # their folders tell them apart
+    assert [str(r.labels.relative_to(tmp_path / "out")) for r in found] == ["a/scan_dseg.nii.gz", "b/scan_dseg.nii.gz"]
+    same = make_nifti(tmp_path / "a" / "scan.nii", blobs().astype(np.int16))
     with pytest.raises(OutputError, match=r"would both write.*two output folders"):
-        segment([one, two], tmp_path / "out", model=str(tiny_discovery))
-    assert not (tmp_path / "out").exists()
+        segment([one, same], tmp_path / "new", model=str(tiny_discovery))
+    assert not (tmp_path / "new").exists()
     assert len(segment([one, two], model=str(tiny_discovery))) == 2  # beside their inputs the names do not clash
 
 
