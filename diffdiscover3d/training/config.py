@@ -220,9 +220,10 @@ class DiscoveryConfig(TrainingConfig):
     reliable_share: float = option(0.5, "share of the volumes to train on, those with the most reliable assignments")
     recolor_probability: float = option(0.75, "probability that assigned parts are given other mean intensities")
     sibling_order: str = option(
-        "size",
-        "number of an assigned inclusion: its rank by size, or free, as the network numbers it in each volume",
-        ("size", "free"),
+        "auto",
+        "number of an assigned inclusion: its rank by size, or free, as the network numbers it in each volume; auto: "
+        "free where inclusions are alike",
+        ("auto", "size", "free"),
     )
     inclusions: str = option(
         "compact", "a part is a compact inclusion, or all that are alike; auto: by the pieces found", INCLUSIONS
