@@ -12,7 +12,7 @@ import torch
 from diffdiscover3d import __version__
 from diffdiscover3d.data.datasets.listing import expand
 from diffdiscover3d.data.domain import domain_note
-from diffdiscover3d.data.formats.reading import open_source, read_source, stream_source
+from diffdiscover3d.data.formats.reading import Source, grid_of, open_source, read_source, stream_source
 from diffdiscover3d.data.formats.registry import (
     options_in,
     stem,
@@ -200,7 +200,7 @@ def segment(
                             config,
                             place.type == "cpu",
                             fast=fast,
-                            working=found.working_grid,
+                            working=_resampled(found, file),
                             whole=finish.in_memory,
                         )
                     if plan.line and on_estimate:
@@ -311,6 +311,15 @@ def _check_options(finish: Finish, paths: Sequence[Path], output, levels: Sequen
         raise ValueError("`mask` goes with one input, and without `probabilities`.")
     if finish.background is not None and len(levels) != 1:
         raise ValueError("`background` goes with one level.")
+
+
+def _resampled(model: ResolvedModel, file: Source) -> tuple[int, int, int] | None:
+    """The grid to which an open scan is resampled; `None` if it keeps its own."""
+    if model.working_grid is None:
+        return None
+    shape, spacing, unit = grid_of(file)
+    grid = model.working_grid.of(shape, spacing, unit, file.path)
+    return None if grid == shape else grid
 
 
 def _provenance(model: ResolvedModel, level: int | None, arguments: dict) -> dict:

@@ -7,6 +7,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diffdiscover3d.data.working_grid import SPACING_UNITS, WorkingGrid
 from diffdiscover3d.errors import InputError
 
 SCHEDULES = ("constant", "one_cycle")
@@ -46,6 +47,10 @@ class TrainingConfig:
     cuda_graphs: bool = option(False, "replay each step as a CUDA graph: one GPU, one micro-batch per step")
     tf32: bool = option(False, "compute float32 matrix products on a GPU in TF32, with 10 bits of mantissa")
     volume_size: tuple[int, ...] | None = option(None, "resample all volumes to this grid (one or three integers)")
+    spacing: tuple[float, ...] | None = option(
+        None, "target edge lengths of a voxel, one or three numbers; volumes of files are resampled to them"
+    )
+    spacing_unit: str = option("mm", "unit of --spacing: mm, or voxel for multiples of a file's voxels", SPACING_UNITS)
     modality: str | None = option(None, "BraTS modality: flair (default), t1, t1ce or t2")
     grade: str | None = option(None, "grade of BraTS 2017 to 2019: HGG (default), LGG or all", ("HGG", "LGG", "all"))
     crop: tuple[int, ...] | None = option(None, "central crop of BraTS volumes, three integers (default: 200 200 155)")
@@ -69,6 +74,10 @@ class TrainingConfig:
         elif self.volume_size is not None:
             size = tuple(self.volume_size)
             object.__setattr__(self, "volume_size", size * 3 if len(size) == 1 else size)
+        if self.spacing is not None:
+            spacing = tuple(float(edge) for edge in self.spacing) * (3 if len(self.spacing) == 1 else 1)
+            object.__setattr__(self, "spacing", spacing)
+            _require(len(spacing) == 3 and min(spacing) > 0, "spacing", "one or three positive numbers", spacing)
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("keep_checkpoints", "num_workers", "preview_every", "max_grad_norm", "seed"):
@@ -89,6 +98,11 @@ class TrainingConfig:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         size = self.volume_size
         _require(size is None or (len(size) == 3 and min(size) > 1), "volume_size", "one or three integers > 1", size)
+
+    @property
+    def working_grid(self) -> WorkingGrid | None:
+        """The target spacing, to which volumes of files are resampled."""
+        return None if self.spacing is None else WorkingGrid(spacing=self.spacing, unit=self.spacing_unit)
 
 
 @dataclass(frozen=True)
@@ -177,9 +191,6 @@ class DiscoveryConfig(TrainingConfig):
     potts_strength: float = option(0.6, "attraction of neighbouring voxels where clusters are assigned; 0: none")
     lambda_spatial: float = option(0.0, "weight of the spatial consistency of inclusions (not in the paper)")
     lambda_smooth: float = option(0.0, "weight of the smoothness of the parts (not in the paper)")
-    spacing: tuple[float, ...] | None = option(
-        None, "edge lengths of a voxel in mm, one or three numbers (default: the volume's own, else 1)"
-    )
     relative_consistency: bool = option(False, "divide each consistency by the total variance of its representation")
     norm: str = option("batch", "normalisation layers of the segmentation network", ("batch", "instance"))
     dropout: float = option(0.2, "dropout probability of the segmentation network")
@@ -204,11 +215,6 @@ class DiscoveryConfig(TrainingConfig):
         for name in ("invert_probability", "recolor_probability"):
             _require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
         _require(0 < self.reliable_share <= 1, "reliable_share", "in (0, 1]", self.reliable_share)
-        spacing = self.spacing
-        if spacing is not None:
-            spacing = tuple(spacing) * (3 if len(spacing) == 1 else 1)
-            object.__setattr__(self, "spacing", spacing)
-            _require(len(spacing) == 3 and min(spacing) > 0, "spacing", "one or three positive numbers", spacing)
         denoised = self.denoised_timesteps
         _require(len(denoised) >= 1 and min(denoised) >= 0, "denoised_timesteps", "one or more of 0, 1, ...", denoised)
         _require(self.children is None or self.parent, "children", "left out without --parent", self.children)
