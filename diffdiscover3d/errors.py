@@ -39,6 +39,12 @@ class MemoryLimitError(DiffDiscoverError, MemoryError):
     exit_code = 7
 
 
+class NothingToDivideError(DiffDiscoverError, ValueError):
+    """No volume has inclusions that a training on assigned parts could divide into parts."""
+
+    exit_code = 8
+
+
 OUT_OF_MEMORY = "out of memory; resample the volume or use a larger machine."
 
 

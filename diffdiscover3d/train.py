@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from diffdiscover3d.errors import MemoryLimitError, exit_code, expected_errors, is_out_of_memory
+from diffdiscover3d.errors import MemoryLimitError, NothingToDivideError, exit_code, expected_errors, is_out_of_memory
 from diffdiscover3d.training.brain_config import BrainConfig
 from diffdiscover3d.training.config import (
     DiffusionConfig,
@@ -125,7 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             raise
         # an error raised in a data-loading worker includes its traceback: print only the last line
-        print(f"error: {str(error).strip().splitlines()[-1] if str(error) else type(error).__name__}", file=sys.stderr)
+        kind = "note" if isinstance(error, NothingToDivideError) else "error"
+        print(f"{kind}: {str(error).strip().splitlines()[-1] if str(error) else type(error).__name__}", file=sys.stderr)
         return exit_code(error)
     except RuntimeError as error:
         if debug or not is_out_of_memory(error):

@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from scipy import ndimage
 
 from diffdiscover3d.data.transforms import flip, resize_volume
+from diffdiscover3d.errors import NothingToDivideError
 from diffdiscover3d.losses import assignment_loss, smoothness, spatial_consistency
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
@@ -94,9 +95,11 @@ class Assignments:
         keep = _best_share(reliability, config.reliable_share)
         self.used = [int(i) for i in np.flatnonzero(keep.any(axis=1))]
         if not self.used:
-            raise ValueError(
+            raise NothingToDivideError(
                 "`objective` is assignment and no volume has inclusions to assign; use --objective consistency."
             )
+        # a structure without inclusions anywhere is one part, which the network must be told
+        keep[np.ix_(self.used, np.flatnonzero(~keep.any(axis=0)))] = True
         self.labels = [self._masked(found[i].labels, keep[i]) for i in self.used]
         seen = [c for i in self.used for f, c in enumerate(found[i].contrast) if keep[i, f]]
         self.contrast = float(np.sqrt(np.mean(np.concatenate(seen) ** 2) / 2))
@@ -147,8 +150,11 @@ class Assignments:
         share = []
         for i in indices:
             volume = volumes[i]["volume"][None]
-            volume = (volume if grid is None else resize_volume(volume, grid)).to(self.device)
             spacing = self.config.spacing or tuple(volumes[i].get("spacing_mm", (1.0, 1.0, 1.0)))
+            if grid is not None:
+                spacing = tuple(s * n / m for s, n, m in zip(spacing, volume.shape[2:], grid, strict=True))
+                volume = resize_volume(volume, grid)
+            volume = volume.to(self.device)
             if self._labelled:
                 share.append((i, self._from_labels(model, volume, volumes[i])))
             elif start is not None:

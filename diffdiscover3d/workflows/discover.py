@@ -16,14 +16,14 @@ from diffdiscover3d.data.domain import DOMAIN_FILE, signature, summarise
 from diffdiscover3d.data.formats.nifti.reading import write_like
 from diffdiscover3d.data.formats.reading import read_volume
 from diffdiscover3d.data.formats.registry import SEPARATOR, with_options
-from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, OutputError
+from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, NothingToDivideError, OutputError
 from diffdiscover3d.hub.resolve import WORKING_GRID_FILE
 from diffdiscover3d.segmentation.arrays import as_scan
 from diffdiscover3d.segmentation.driver import SegmentedFile, choose_device, segment
 from diffdiscover3d.training.recipes import Training, diffusion_training, train_level
 from diffdiscover3d.utils.files import atomic_folder, check_folder, write_json
 from diffdiscover3d.utils.memory import free_memory
-from diffdiscover3d.workflows.discover_plan import Plan, describe_plan, make_plan, make_recipe, read_plan
+from diffdiscover3d.workflows.discover_plan import Plan, describe_plan, make_fallback, make_plan, make_recipe, read_plan
 
 
 def discover(
@@ -173,7 +173,12 @@ def _train_all(
         def run(training: Training) -> None:
             _train(training, "selection.json", place, verbose)
 
-        done = train_level(recipe, level, dataset, plan.seed, str(teacher.folder), parent, folder, run)
+        try:
+            done = train_level(recipe, level, dataset, plan.seed, str(teacher.folder), parent, folder, run)
+        except NothingToDivideError:
+            tell(f"Step {level + 1} of {total}: the parts have no inclusions; dividing them by their intensities")
+            fallback = make_fallback(plan)
+            done = train_level(fallback, level, dataset, plan.seed, str(teacher.folder), parent, folder, run)
         if recipe.starts_of(level) > 1:
             tell(f"Of {recipe.starts_of(level)} starts {Path(done[-1].options['init_from']).name} had the lowest loss")
         parent = folder
@@ -211,6 +216,8 @@ def _train(training: Training, result: str, place: torch.device, verbose: bool) 
     done = subprocess.run([*command, *([] if verbose else ["--quiet"])], env=environment, stdout=subprocess.DEVNULL)
     if done.returncode == 130:
         raise KeyboardInterrupt
+    if done.returncode == NothingToDivideError.exit_code:
+        raise NothingToDivideError(f"{folder}: no volume has inclusions to assign.")
     if done.returncode:
         raise ModelError(
             f"{folder}: the training stopped with exit code {done.returncode}, see above; --resume goes on from its "

@@ -1,5 +1,6 @@
 """The plan of `discover`: grids, batch size and steps that fit the scans and the machine."""
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -18,11 +19,22 @@ _BYTES_PER_VOXEL = 6_000  # of a training step of the small networks: a conserva
 
 # `grid` and `volume`: edges of the largest cubes of voxels. `first`: steps of the first discovery training, which all
 # others start from; one that finds an object does so within 100 (benchmarks/results/starts.json). `rounds` scales the
-# steps of the others. `quick` takes minutes on two CPU cores.
+# steps of the others. `quick` takes minutes on two CPU cores. In all recipes each level divides the parts of the one
+# before.
 PRESETS = {
-    "quick": {"network": "small", "grid": 32, "volume": 50, "batch": 2, "diffusion": 300, "first": 150, "rounds": 0.25},
+    "quick": {
+        "network": "small",
+        "recipe": "small-first-round",
+        "grid": 32,
+        "volume": 50,
+        "batch": 2,
+        "diffusion": 300,
+        "first": 150,
+        "rounds": 0.25,
+    },
     "standard": {
         "network": "small",
+        "recipe": "small",
         "grid": 48,
         "volume": 96,
         "batch": 4,
@@ -32,6 +44,7 @@ PRESETS = {
     },
     "paper": {
         "network": "paper",
+        "recipe": "small",
         "grid": 64,
         "volume": 160,
         "batch": 4,
@@ -40,8 +53,9 @@ PRESETS = {
         "rounds": 2.0,
     },
 }
-# the nested recipe: each level divides the parts of the level before
-_RECIPE = RECIPES["small-consistency"]
+# for a level whose volumes have no inclusions to assign
+_FALLBACK = RECIPES["small-consistency"]
+_RESUMED = {"resume": "latest", "checkpoint_every": 100}
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,7 @@ class Plan:
         discovery_steps: for each level, the optimiser steps of its consecutive trainings.
         levels: number of levels; level L has 2^L parts, each nested in one of the level before.
         seed: of everything random.
-        recipe: digest of the recipe that gives all other options.
+        recipe: digest of the recipes that give all other options.
     """
 
     scans: tuple[str, ...]
@@ -115,7 +129,7 @@ def make_plan(
         edge -= 8
     working = _shrink(median, edge)
     steps = [
-        [max(1, round(step["max_steps"] * options["rounds"])) for step in _RECIPE.levels[level]]
+        [max(1, round(step["max_steps"] * options["rounds"])) for step in RECIPES[options["recipe"]].levels[level]]
         for level in range(1, levels + 1)
     ]
     steps[0][0] = options["first"]
@@ -132,8 +146,14 @@ def make_plan(
         tuple(map(tuple, steps)),
         levels,
         seed,
-        _RECIPE.digest(),
+        _digest(preset),
     )
+
+
+def _digest(preset: str) -> str:
+    """Identifies all options of a preset's trainings that are not in the plan."""
+    both = RECIPES[PRESETS[preset]["recipe"]].digest() + _FALLBACK.digest()
+    return hashlib.sha256(both.encode()).hexdigest()
 
 
 def read_plan(path: Path) -> Plan:
@@ -145,9 +165,10 @@ def read_plan(path: Path) -> Plan:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         plan = Plan(**{k: _as_tuple(v) for k, v in values.items() if k != "recipe"}, recipe=values.get("recipe", ""))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        digest = _digest(plan.preset)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ModelError(f"{path}: not a readable plan ({error}); choose another --output folder.") from error
-    if plan.recipe != _RECIPE.digest():
+    if plan.recipe != digest:
         raise ModelError(
             f"{path}: its trainings were begun by another version of diffdiscover3d, with other options; finish them "
             "with that version, or choose another --output folder."
@@ -182,19 +203,39 @@ def _shrink(shape: Sequence[int], edge: int, multiple: int = 1) -> tuple[int, in
 
 
 def make_recipe(plan: Plan) -> Recipe:
-    """The nested recipe with the grids, batch size and numbers of steps of a plan."""
-    shared = {"resume": "latest", "checkpoint_every": 100}
+    """The preset's recipe with the grids, batch size and numbers of steps of a plan.
+
+    Inclusions are taken to be compact or alike by their number.
+    """
+    recipe = RECIPES[PRESETS[plan.preset]["recipe"]]
     diffusion = {
-        **shared,
+        **_RESUMED,
         "preset": PRESETS[plan.preset]["network"],
         "max_steps": plan.diffusion_steps,
         "batch_size": plan.batch_size,
         "sample_size": plan.diffusion_grid,
     }
-    if plan.working_grid:
-        shared["volume_size"] = plan.working_grid
+    shared = _shared_options(plan)
     levels = {
-        level: [{**step, **shared, "max_steps": n} for step, n in zip(_RECIPE.levels[level], steps, strict=True)]
+        level: [
+            {**step, **shared, "max_steps": n, **({"inclusions": "auto"} if level > 1 else {})}
+            for step, n in zip(recipe.levels[level], steps, strict=True)
+        ]
         for level, steps in enumerate(plan.discovery_steps, start=1)
     }
-    return Recipe(diffusion, levels, nested=True, starts=_RECIPE.starts)
+    return Recipe(diffusion, levels, nested=True, starts=recipe.starts)
+
+
+def make_fallback(plan: Plan) -> Recipe:
+    """The recipe for the levels from 2 where no volume has inclusions to assign: the consistencies alone."""
+    options, shared = PRESETS[plan.preset], _shared_options(plan)
+    levels = {
+        level: [{**step, **shared, "max_steps": max(1, round(step["max_steps"] * options["rounds"]))} for step in steps]
+        for level, steps in _FALLBACK.levels.items()
+    }
+    return Recipe({}, levels, nested=True)
+
+
+def _shared_options(plan: Plan) -> dict:
+    """Options of all discovery trainings."""
+    return {**_RESUMED, **({"volume_size": plan.working_grid} if plan.working_grid else {})}
