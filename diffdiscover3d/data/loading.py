@@ -166,7 +166,5 @@ def grid_spacing(volumes: Sequence[dict], grid: Sequence[int] | None = None) -> 
     """
     if not hasattr(volumes, "working_grid"):  # only files have voxel sizes that differ
         return (1.0, 1.0, 1.0)
-    found = [
-        spacing_on(grid or shape, shape, volumes[i]["spacing_mm"]) for i, shape in enumerate(grid_shapes(volumes))
-    ]
+    found = [spacing_on(grid or shape, shape, volumes[i]["spacing_mm"]) for i, shape in enumerate(grid_shapes(volumes))]
     return tuple(statistics.median(edges) for edges in zip(*found, strict=True))

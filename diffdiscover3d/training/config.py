@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffdiscover3d.data.working_grid import SPACING_UNITS, WorkingGrid
+from diffdiscover3d.data.working_grid import SPACING_UNITS
 from diffdiscover3d.errors import InputError
 
 SCHEDULES = ("constant", "one_cycle")
@@ -47,9 +47,7 @@ class TrainingConfig:
     cuda_graphs: bool = option(False, "replay each step as a CUDA graph: one GPU, one micro-batch per step")
     tf32: bool = option(False, "compute float32 matrix products on a GPU in TF32, with 10 bits of mantissa")
     volume_size: tuple[int, ...] | None = option(None, "resample all volumes to this grid (one or three integers)")
-    spacing: tuple[float, ...] | None = option(
-        None, "target edge lengths of a voxel, one or three numbers; volumes of files are resampled to them"
-    )
+    spacing: tuple[float, ...] | None = option(None, "voxel size to which volumes of files are resampled (1 or 3 numbers)")
     spacing_unit: str = option("mm", "unit of --spacing: mm, or voxel for multiples of a file's voxels", SPACING_UNITS)
     modality: str | None = option(None, "BraTS modality: flair (default), t1, t1ce or t2")
     grade: str | None = option(None, "grade of BraTS 2017 to 2019: HGG (default), LGG or all", ("HGG", "LGG", "all"))
@@ -75,9 +73,9 @@ class TrainingConfig:
             size = tuple(self.volume_size)
             object.__setattr__(self, "volume_size", size * 3 if len(size) == 1 else size)
         if self.spacing is not None:
-            spacing = tuple(float(edge) for edge in self.spacing) * (3 if len(self.spacing) == 1 else 1)
-            object.__setattr__(self, "spacing", spacing)
-            _require(len(spacing) == 3 and min(spacing) > 0, "spacing", "one or three positive numbers", spacing)
+            object.__setattr__(self, "spacing", tuple(map(float, self.spacing)) * (3 if len(self.spacing) == 1 else 1))
+            valid = len(self.spacing) == 3 and min(self.spacing) > 0
+            _require(valid, "spacing", "one or three positive numbers", self.spacing)
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("keep_checkpoints", "num_workers", "preview_every", "max_grad_norm", "seed"):
@@ -98,11 +96,6 @@ class TrainingConfig:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         size = self.volume_size
         _require(size is None or (len(size) == 3 and min(size) > 1), "volume_size", "one or three integers > 1", size)
-
-    @property
-    def working_grid(self) -> WorkingGrid | None:
-        """The target spacing, to which volumes of files are resampled."""
-        return None if self.spacing is None else WorkingGrid(spacing=self.spacing, unit=self.spacing_unit)
 
 
 @dataclass(frozen=True)

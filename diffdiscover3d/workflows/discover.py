@@ -16,8 +16,8 @@ from diffdiscover3d.data.domain import DOMAIN_FILE, signature, summarise
 from diffdiscover3d.data.formats.nifti.reading import write_like
 from diffdiscover3d.data.formats.reading import read_volume
 from diffdiscover3d.data.formats.registry import SEPARATOR, with_options
+from diffdiscover3d.data.formats.units import IN_MM, UNKNOWN, parse_voxel_size
 from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, NothingToDivideError, OutputError
-from diffdiscover3d.hub.resolve import WORKING_GRID_FILE
 from diffdiscover3d.segmentation.arrays import as_scan
 from diffdiscover3d.segmentation.driver import SegmentedFile, choose_device, segment
 from diffdiscover3d.training.recipes import Training, diffusion_training, train_level
@@ -34,6 +34,7 @@ def discover(
     levels: int = 3,
     device: str = "auto",
     seed: int = 0,
+    spacing: str | Sequence[float] | None = None,
     volume: int | None = None,
     resolution: int | None = None,
     series: str | None = None,
@@ -56,6 +57,9 @@ def discover(
         levels: number of levels, 1 to 3 (2, 4, 8 parts); each divides the parts of the level before.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         seed: of everything random.
+        spacing: target size of a voxel along the canonical axes, to which all scans are resampled: three numbers in mm,
+            or one length or three with a unit as "5,5,40nm". Default: that of nnU-Net, see [`target_spacing`],
+            coarsened until the preset can process a scan. If a scan gives no voxel size, it is counted in voxels.
         volume: of files with several channels or time points, which one.
         resolution: of files with several resolutions, which one, 0 the finest.
         series, include: as for [`segment`].
@@ -82,14 +86,19 @@ def discover(
     else:
         paths = _keep_volumes(source, output / "scans")
     paths = [with_options(path, volume=volume, resolution=resolution) for path in paths]
-    scans, shapes, spacings, domain = _read_all(paths, on_error)
+    given = _target_in_mm(spacing)
+    scans, shapes, spacings, units, domain = _read_all(paths, on_error)
     if plan_file.exists():
         plan = read_plan(plan_file)
         if plan.scans != tuple(scans):
             raise ModelError(f"{plan_file}: is of other scans than {source}; choose another --output folder.")
     else:
         memory = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else free_memory()
-        plan = make_plan(shapes, spacings, scans, preset=preset, memory_bytes=memory, levels=levels, seed=seed)
+        unit = "voxel" if UNKNOWN in units else "mm"
+        if given is not None and unit != "mm":
+            raise ValueError("`spacing` needs the voxel size of every scan, and one gives none; leave it out.")
+        options = {"preset": preset, "levels": levels, "seed": seed, "spacing": given, "spacing_unit": unit}
+        plan = make_plan(shapes, spacings, scans, memory_bytes=memory, **options)
         write_json(plan_file, asdict(plan))
     tell(describe_plan(plan))
 
@@ -118,9 +127,9 @@ def discover(
     return results
 
 
-def _read_all(paths: Sequence[Path], on_error) -> tuple[list[str], list, list, dict]:
+def _read_all(paths: Sequence[Path], on_error) -> tuple[list[str], list, list, set[str], dict]:
     """Read every scan once, so that a damaged one is reported before the trainings."""
-    scans, shapes, spacings, signatures = [], [], [], []
+    scans, shapes, spacings, units, signatures = [], [], [], set(), []
     for path in paths:
         try:
             volume = read_volume(path)
@@ -133,10 +142,25 @@ def _read_all(paths: Sequence[Path], on_error) -> tuple[list[str], list, list, d
         scans.append(str(Path(place).resolve()) + (f"{SEPARATOR}{inner}" if inner else ""))
         shapes.append(volume.data.shape)
         spacings.append(volume.spacing_mm)
+        units.add(volume.unit)
         signatures.append(signature(volume))
     if not scans:
         raise InputError("none of the scans can be read.")
-    return scans, shapes, spacings, summarise(signatures)
+    return scans, shapes, spacings, units, summarise(signatures)
+
+
+def _target_in_mm(spacing: str | Sequence[float] | None) -> tuple[float, ...] | None:
+    """A target spacing in mm, from three numbers in mm or lengths with a unit.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(spacing, str):
+        edges, unit = parse_voxel_size(spacing, "spacing")
+        return tuple(edge * IN_MM[unit] for edge in edges)
+    if spacing is not None and (len(spacing) != 3 or not min(spacing) > 0):
+        raise ValueError(f"`spacing` must be three positive numbers, got {spacing}.")
+    return None if spacing is None else tuple(map(float, spacing))
 
 
 def _keep_volumes(volumes: Sequence, folder: Path) -> list[Path]:
@@ -184,7 +208,7 @@ def _train_all(
         parent = folder
     _take_over(teacher.folder, model / "diffusion")
     # beside the network, which needs it
-    _take_over(parent, model / "discovery", {WORKING_GRID_FILE: {"grid": plan.working_grid}, DOMAIN_FILE: domain})
+    _take_over(parent, model / "discovery", {DOMAIN_FILE: domain})
 
 
 def _take_over(trained: Path, target: Path, also: dict[str, dict] | None = None) -> None:

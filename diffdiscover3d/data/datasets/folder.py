@@ -12,7 +12,7 @@ from diffdiscover3d.data.working_grid import WorkingGrid, spacing_on
 from diffdiscover3d.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 _CACHE_BYTES = 4 * 2**30  # maximum size of the volumes of a dataset kept in memory
 _END_BYTES = 4096
@@ -34,8 +34,8 @@ def files_fingerprint(files: Iterable[tuple[str, Path]]) -> str:
 class VolumeFolder:
     """Sequence of volumes in canonical orientation, min-max normalised.
 
-    Items are `{"volume": (1, H, W, D) float32 in [0, 1], "name": str, "spacing_mm": (3,) edge lengths of a voxel}`, 1 mm
-    where a file gives none. Volumes are kept in memory after the first access, up to 4 GiB in total.
+    Items are `{"volume": (1, H, W, D) float32 in [0, 1], "name": str, "spacing_mm": (x, y, z)}`, with 1 mm where a file
+    gives no voxel size. Volumes are kept in memory after the first access, up to 4 GiB in total.
 
     Attributes:
         paths: paths of the files, sorted.
