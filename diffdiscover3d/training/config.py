@@ -47,7 +47,9 @@ class TrainingConfig:
     cuda_graphs: bool = option(False, "replay each step as a CUDA graph: one GPU, one micro-batch per step")
     tf32: bool = option(False, "compute float32 matrix products on a GPU in TF32, with 10 bits of mantissa")
     volume_size: tuple[int, ...] | None = option(None, "resample all volumes to this grid (one or three integers)")
-    spacing: tuple[float, ...] | None = option(None, "voxel size to which volumes of files are resampled (1 or 3 numbers)")
+    spacing: tuple[float, ...] | None = option(
+        None, "voxel size to which volumes of files are resampled (1 or 3 numbers)"
+    )
     spacing_unit: str = option("mm", "unit of --spacing: mm, or voxel for multiples of a file's voxels", SPACING_UNITS)
     modality: str | None = option(None, "BraTS modality: flair (default), t1, t1ce or t2")
     grade: str | None = option(None, "grade of BraTS 2017 to 2019: HGG (default), LGG or all", ("HGG", "LGG", "all"))

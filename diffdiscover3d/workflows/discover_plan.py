@@ -106,8 +106,8 @@ def make_plan(
     """Choose target spacing, grid, batch size and steps for a folder of scans.
 
     The target spacing is nnU-Net's, see [`target_spacing`] and [`coarsen_spacing`]: the median scan has at most as many
-    voxels as the preset's cube. The diffusion model's grid has the proportions of the median scan at that spacing. Batch
-    size, grid and spacing are changed until a training step fits into half of the memory.
+    voxels as the preset's cube. The diffusion model's grid has the proportions of the median scan at that spacing.
+    Batch size, grid and spacing are changed until a training step fits into half of the memory.
 
     Args:
         shapes, spacings_mm, scans: of every scan, in canonical orientation.
@@ -182,11 +182,12 @@ def read_plan(path: Path) -> Plan:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        plan = Plan(**{k: _as_tuple(v) for k, v in values.items() if k != "recipe"}, recipe=values.get("recipe", ""))
-        digest = _digest(plan.preset)
+        digest = _digest(values["preset"])
+        earlier = values.get("recipe") != digest or "working_grid" in values  # a grid of fixed shape, no spacing
+        plan = None if earlier else Plan(**{k: _as_tuple(v) for k, v in values.items()})
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ModelError(f"{path}: not a readable plan ({error}); choose another --output folder.") from error
-    if plan.recipe != digest:
+    if plan is None:
         raise ModelError(
             f"{path}: its trainings were begun by another version of diffdiscover3d, with other options; finish them "
             "with that version, or choose another --output folder."
