@@ -69,15 +69,13 @@ class TrainingConfig:
     save_dtype: str = option("float32", "data type of the saved weights", SAVE_DTYPES)
 
     def __post_init__(self):
-        if isinstance(self.volume_size, int):
-            object.__setattr__(self, "volume_size", (self.volume_size,) * 3)
-        elif self.volume_size is not None:
-            size = tuple(self.volume_size)
-            object.__setattr__(self, "volume_size", size * 3 if len(size) == 1 else size)
-        if self.spacing is not None:
-            object.__setattr__(self, "spacing", tuple(map(float, self.spacing)) * (3 if len(self.spacing) == 1 else 1))
-            valid = len(self.spacing) == 3 and min(self.spacing) > 0
-            _require(valid, "spacing", "one or three positive numbers", self.spacing)
+        for name in ("volume_size", "spacing"):
+            value = getattr(self, name)
+            if value is not None:
+                value = tuple(value) if isinstance(value, tuple | list) else (value,)
+                object.__setattr__(self, name, value * 3 if len(value) == 1 else value)
+        edges = self.spacing
+        _require(not edges or (len(edges) == 3 and min(edges) > 0), "spacing", "one or three positive numbers", edges)
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("keep_checkpoints", "num_workers", "preview_every", "max_grad_norm", "seed"):

@@ -8,13 +8,21 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from diffdiscover3d.data.working_grid import resampled_shape
 from diffdiscover3d.errors import InputError, ModelError, OutputError
 from diffdiscover3d.hub.registry import load_discovery, load_teacher
 from diffdiscover3d.utils.files import write_json
 from diffdiscover3d.workflows import discover as module
 from diffdiscover3d.workflows import discover_plan as discovery_plan
 from diffdiscover3d.workflows.discover import discover
-from diffdiscover3d.workflows.discover_plan import PRESETS, describe_plan, make_plan, read_plan
+from diffdiscover3d.workflows.discover_plan import (
+    PRESETS,
+    describe_plan,
+    make_fallback,
+    make_plan,
+    make_recipe,
+    read_plan,
+)
 
 PLENTY = 2**40
 
@@ -31,20 +39,36 @@ def test_grids_follow_the_scans(preset, shape):
     grid, options = found.diffusion_grid, PRESETS[preset]
     assert all(n % 8 == 0 and n >= 8 for n in grid)
     assert math.prod(grid) <= 1.6 * max(options["grid"], 8) ** 3  # rounding to multiples of 8 included
-    if found.working_grid is None:
-        assert math.prod(shape) <= options["volume"] ** 3
-    else:
-        ratios = np.array(found.working_grid) / shape
-        assert ratios.max() / ratios.min() < 1.1 and math.prod(found.working_grid) <= 1.1 * options["volume"] ** 3
+    working = resampled_shape(shape, (1, 1, 2), found.spacing)
+    assert math.prod(working) <= options["volume"] ** 3
+    if math.prod(shape) <= options["volume"] ** 3:
+        assert working == shape and found.spacing == (1, 1, 2)
+    else:  # as fine as allowed: 3% less in every direction would be too fine
+        assert math.prod(resampled_shape(shape, (1, 1, 2), np.array(found.spacing) / 1.06)) > options["volume"] ** 3
+        assert max(found.spacing) / min(found.spacing) <= 2.1
     assert found.diffusion_steps == options["diffusion"]
     assert [len(steps) for steps in found.discovery_steps] == [2, 1, 1]
     assert sum(map(sum, found.discovery_steps)) == options["first"] + options["rounds"] * (1_000 + 400 + 400)
 
 
-def test_mixed_shapes_get_the_median_grid():
+def test_mixed_shapes_of_one_spacing_are_not_resampled():
     found = plan([(40, 50, 30), (42, 52, 32), (60, 70, 50)])
-    assert found.median_shape == found.working_grid == (42, 52, 32) and found.median_spacing_mm == (1, 1, 2)
+    assert found.median_shape == (42, 52, 32) and found.median_spacing_mm == found.spacing == (1, 1, 2)
     assert "3 scans, typically 42×52×32 voxels of 1×1×2 mm" in describe_plan(found)
+    assert "parts on voxels of 1×1×2 mm" in describe_plan(found)
+
+
+def test_the_target_spacing_of_a_plan_reaches_every_training():
+    shapes, options = [(40, 50, 30), (80, 100, 30)], {"preset": "quick", "memory_bytes": PLENTY, "levels": 3}
+    found = make_plan(shapes, [(2, 2, 3), (1, 1, 3)], ["a", "b"], **options, spacing=(2, 2, 4))
+    assert (found.spacing, found.spacing_unit) == ((2, 2, 4), "mm")
+    recipe = make_recipe(found)
+    steps = [recipe.diffusion, *(step for steps in recipe.levels.values() for step in steps)]
+    steps += [step for steps in make_fallback(found).levels.values() for step in steps]
+    assert len(steps) > 8 and all((s["spacing"], s["spacing_unit"]) == ((2, 2, 4), "mm") for s in steps)
+    unknown = make_plan(shapes, [(1, 1, 1)] * 2, ["a", "b"], **options, spacing_unit="voxel")
+    assert unknown.spacing == pytest.approx((1.03**3,) * 3, rel=0.2) and "of unknown size" in describe_plan(unknown)
+    assert math.prod(np.median([resampled_shape(s, (1, 1, 1), unknown.spacing) for s in shapes], axis=0)) <= 50**3
 
 
 def test_little_memory_shrinks_batch_then_grid():
@@ -59,7 +83,9 @@ def test_a_plan_of_another_recipe_is_not_resumed(tmp_path):
     found = plan([(20, 20, 20)])
     write_json(tmp_path / "plan.json", asdict(found))
     assert read_plan(tmp_path / "plan.json") == found
-    for values in ({**asdict(found), "recipe": "0" * 64}, {k: v for k, v in asdict(found).items() if k != "recipe"}):
+    older = {k: v for k, v in asdict(found).items() if not k.startswith("spacing")} | {"working_grid": [9, 9, 9]}
+    unnamed = {k: v for k, v in asdict(found).items() if k != "recipe"}
+    for values in ({**asdict(found), "recipe": "0" * 64}, unnamed, older):
         write_json(tmp_path / "plan.json", values)
         with pytest.raises(ModelError, match="another version of diffdiscover3d"):
             read_plan(tmp_path / "plan.json")
@@ -119,8 +145,9 @@ def test_from_scans_to_pictures_and_resumed(scans, tmp_path, monkeypatch, make_n
     assert finished == (out / "training" / "level1" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
     assert len(results) == 3 and [list(r.levels) for r in results] == [[1, 2]] * 3
     assert (out / "index.html").read_text().count("_report.html") == 3
-    working = json.loads((out / "model" / "discovery" / "working_grid.json").read_text())["grid"]
-    assert tuple(working) == read_plan(out / "plan.json").working_grid == (18, 16, 15)
+    config = json.loads((out / "model" / "discovery" / "config.json").read_text())
+    spacing = list(read_plan(out / "plan.json").spacing)
+    assert spacing == config["spacing"] == config["parent"]["spacing"] == [2, 2, 3] and config["spacing_unit"] == "mm"
     assert any(line.startswith("Step 4 of 4") for line in lines)
     assert sum(line.startswith("Of 2 starts level1-step1") for line in lines) == 2
     for folder in (*starts, "level1", "level2"):
@@ -131,8 +158,7 @@ def test_from_scans_to_pictures_and_resumed(scans, tmp_path, monkeypatch, make_n
     coarse, fine = load_discovery(str(out / "model")).levels
     assert (coarse.config.num_parts, fine.config.num_parts) == (2, 4)
     one, two = (np.asarray(nib.load(results[0].levels[level].labels).dataobj) for level in (1, 2))
-    # after interpolation from the working grid, borders of the levels may differ by some voxels
-    assert np.mean(np.array(fine.parents)[two] == one) > 0.9
+    assert (np.array(fine.parents)[two] == one).all()
     load_teacher(str(out / "model"))
     make_nifti(scans / "new.nii.gz", np.random.default_rng(5).normal(size=(9, 8, 7)).astype(np.float32))
     with pytest.raises(ModelError, match="other scans"):
