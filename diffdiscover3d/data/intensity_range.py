@@ -37,8 +37,8 @@ def describe_range(sample: np.ndarray, low: float, high: float) -> list[str]:
     values = np.sort(sample, axis=None).astype(np.float64)
     low, high = float(low), float(high)
     span = high - low
-    if not span > 0 or len(values) < 4 * _FEWEST:
-        return []
+    if not span > 0 or len(values) < 4 * _FEWEST or not ((values > low) & (values < high)).any():
+        return []  # also for a binary image, whose two values are both extremes
     notes = []
     fills = {
         "lowest": _describe_fill("lowest", low, values - low, span),

@@ -35,6 +35,12 @@ def test_ordinary_scans_get_no_note():
     assert notes_on(np.full(SHAPE, 3.0)) == []
 
 
+def test_a_binary_image_gets_no_note():
+    image = np.zeros((12, 10, 8), dtype=np.float32)
+    image[3:6, 2:7, 1:5] = 1
+    assert notes_on(image) == []
+
+
 @pytest.mark.parametrize(("voxels", "value", "side"), [(1, 5e8, "above"), (10, 5e4, "above"), (3, -1e6, "below")])
 def test_a_few_voxels_that_rule_the_range(voxels, value, side):
     values = bumps()

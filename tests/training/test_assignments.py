@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from diffdiscover3d.data.loading import load_volumes
 from diffdiscover3d.hub.registry import load_discovery, load_teacher
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
-from diffdiscover3d.train import run
+from diffdiscover3d.train import main, run
 from diffdiscover3d.training.assignments import Assignments, part_families, recolor
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
 from diffdiscover3d.training.loop import make_accelerator
@@ -105,6 +105,48 @@ def test_clusters_in_space_are_assigned(scans, teacher, clean_is_raw):
     )
     best = assign(scans, teacher, model, reliable_share=0.5)
     assert len(best.used) == 2 and best.used == sorted(best.used)
+
+
+def test_spacing_of_a_resampled_scan(tmp_path, teacher, clean_is_raw, monkeypatch):
+    nib.save(nib.Nifti1Image(cell(0)[0], np.diag([1, 2, 3, 1])), tmp_path / "cell.nii.gz")
+    chosen, asked = config(tmp_path, teacher, "out"), []
+    original = Assignments._from_clusters
+
+    def noted(self, model, volume, clean, spacing, alike):
+        asked.append((volume.shape[2:], spacing))
+        return original(self, model, volume, clean, spacing, alike)
+
+    monkeypatch.setattr(Assignments, "_from_clusters", noted)
+    accelerator, loaded = make_accelerator(chosen), load_teacher(str(teacher))
+    for grid, spacing in ((None, (1, 2, 3)), ((7, 16, 24), (2, 2, 1.5))):
+        asked.clear()
+        Assignments(chosen, loaded, inside_of_it((1, 3)), None, load_volumes(str(tmp_path)), grid, accelerator)
+        assert asked == [(grid or GRID, pytest.approx(spacing))]
+
+
+def test_a_structure_without_inclusions_is_one_part(tmp_path, teacher, clean_is_raw):
+    for i in range(2):
+        values, labels = cell(i)
+        nib.save(nib.Nifti1Image(np.where(labels > 0, values, -2), np.eye(4)), tmp_path / f"cell{i}.nii.gz")
+    found = assign(tmp_path, teacher, inside_of_it((3, 3)))
+    assert found.families == [(0, 1, 2), (3, 4, 5)] and found.used == [0, 1]
+    for i in range(2):
+        labels, reliable = found.labels[i]
+        np.testing.assert_array_equal(labels.numpy(), np.array([0, 3, 4, 5])[cell(i)[1]])
+        assert reliable.all()
+
+
+def test_nothing_to_divide_has_an_exit_code_of_its_own(tmp_path, teacher, coarse, capsys):
+    inside = cell(0)[1] > 0
+    nib.save(nib.Nifti1Image(inside.astype(np.float32), np.eye(4)), tmp_path / "cell.nii.gz")
+    words = [
+        "discovery", "--preset", "small", "--mixed-precision", "no", "--memory-format", "channels_last",
+        "--objective", "assignment", "--dropout", "0", "--selection", "last", "--num-parts", "4", "--max-steps", "1",
+        "--teacher", str(teacher), "--parent", str(coarse), "--dataset", str(tmp_path),
+        "--output-dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+    assert main(words) == 8
+    assert "note: `objective` is assignment and no volume has inclusions" in capsys.readouterr().err
 
 
 def test_the_start_assigns_its_own_parts_cleaned(scans, teacher):

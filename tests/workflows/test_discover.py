@@ -3,13 +3,15 @@
 import json
 import math
 from dataclasses import asdict
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from diffdiscover3d.data.working_grid import resampled_shape
-from diffdiscover3d.errors import InputError, ModelError, OutputError
+from diffdiscover3d.errors import InputError, ModelError, NothingToDivideError, OutputError
 from diffdiscover3d.hub.registry import load_discovery, load_teacher
 from diffdiscover3d.utils.files import write_json
 from diffdiscover3d.workflows import discover as module
@@ -47,8 +49,10 @@ def test_grids_follow_the_scans(preset, shape):
         assert math.prod(resampled_shape(shape, (1, 1, 2), np.array(found.spacing) / 1.06)) > options["volume"] ** 3
         assert max(found.spacing) / min(found.spacing) <= 2.1
     assert found.diffusion_steps == options["diffusion"]
-    assert [len(steps) for steps in found.discovery_steps] == [2, 1, 1]
-    assert sum(map(sum, found.discovery_steps)) == options["first"] + options["rounds"] * (1_000 + 400 + 400)
+    quick = preset == "quick"  # one round of assignments less at levels 1 and 2
+    assert [len(steps) for steps in found.discovery_steps] == ([4, 1, 1] if quick else [5, 2, 1])
+    steps = 1_000 + 600 + 600 + 1_200 + 1_000 + (0 if quick else 800 + 1_200)
+    assert sum(map(sum, found.discovery_steps)) == options["first"] + options["rounds"] * steps
 
 
 def test_mixed_shapes_of_one_spacing_are_not_resampled():
@@ -89,6 +93,28 @@ def test_a_plan_of_another_recipe_is_not_resumed(tmp_path):
         write_json(tmp_path / "plan.json", values)
         with pytest.raises(ModelError, match="another version of diffdiscover3d"):
             read_plan(tmp_path / "plan.json")
+
+
+def test_a_level_without_inclusions_is_divided_by_its_intensities(tmp_path, monkeypatch):
+    trained, lines = [], []
+
+    def train(training, *_):
+        if training.options.get("objective") == "assignment" and training.folder.name.startswith("level2"):
+            raise NothingToDivideError("no volume has inclusions to assign.")
+        trained.append((training.folder.name, training.options))
+
+    monkeypatch.setattr(module, "_train", train)
+    monkeypatch.setattr(module, "_take_over", lambda *_: None)
+    monkeypatch.setattr("diffdiscover3d.training.recipes.final_loss", lambda folder: 0.0)
+    found = plan([(120, 100, 90)] * 3)
+    module._train_all(found, {}, tmp_path, torch.device("cpu"), False, lines.append)
+    names = [name for name, _ in trained]
+    assert names[-2:] == ["level2", "level3"] and "level2-step1" not in names
+    level2, level3 = (options for _, options in trained[-2:])
+    assert level2.get("objective", "consistency") == "consistency" and level2["max_steps"] == 400
+    assert level2["volume_size"] == found.working_grid and Path(level2["parent"]).name == "level1"
+    assert level3["objective"] == "assignment" and level3["inclusions"] == "auto"
+    assert any("no inclusions" in line for line in lines)
 
 
 def test_bad_options():
