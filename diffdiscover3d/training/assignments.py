@@ -74,8 +74,8 @@ class Assignments:
         model: StructureDiscoveryModel,
         start: StructureDiscoveryModel | None,
         volumes: Sequence[dict],
+        grid: tuple[int, int, int] | None,
         accelerator: Accelerator,
-        grid: tuple[int, int, int] | None = None,
         spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
     ):
         self.spacing = spacing

@@ -87,8 +87,8 @@ class DiscoveryTraining:
         self.noise_grid = teacher.unet.noise_grid or self.volume_grid or shared
         self.selection_volumes, self.volumes, self.assignments = selection_volumes, volumes, None
         if config.objective == "assignment":
-            grids = {"grid": self.volume_grid, "spacing": self.spacing}
-            self.assignments = Assignments(config, self.teacher, self.model, start, volumes, accelerator, **grids)
+            given = (config, self.teacher, self.model, start, volumes, self.volume_grid, accelerator)
+            self.assignments = Assignments(*given, spacing=self.spacing)
             self.volumes = Subset(volumes, self.assignments.used)
             self.volumes.split_ids = getattr(volumes, "split_ids", None)
         self.epoch_steps = math.ceil(len(self.volumes) / config.batch_size)

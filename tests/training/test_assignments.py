@@ -88,7 +88,7 @@ def clean_is_raw(monkeypatch):
 def assign(scans, teacher, model, start=None, **options):
     chosen = config(scans, teacher, "out", **options)
     volumes = load_volumes(str(scans))
-    return Assignments(chosen, load_teacher(str(teacher)), model, start, volumes, make_accelerator(chosen))
+    return Assignments(chosen, load_teacher(str(teacher)), model, start, volumes, None, make_accelerator(chosen))
 
 
 def test_clusters_in_space_are_assigned(scans, teacher, clean_is_raw):

@@ -112,7 +112,7 @@ def test_a_level_without_inclusions_is_divided_by_its_intensities(tmp_path, monk
     assert names[-2:] == ["level2", "level3"] and "level2-step1" not in names
     level2, level3 = (options for _, options in trained[-2:])
     assert level2.get("objective", "consistency") == "consistency" and level2["max_steps"] == 400
-    assert level2["volume_size"] == found.working_grid and Path(level2["parent"]).name == "level1"
+    assert level2["spacing"] == found.spacing and Path(level2["parent"]).name == "level1"
     assert level3["objective"] == "assignment" and level3["inclusions"] == "auto"
     assert any("no inclusions" in line for line in lines)
 
