@@ -204,7 +204,8 @@ def _train_all(
             fallback = make_fallback(plan)
             done = train_level(fallback, level, dataset, plan.seed, str(teacher.folder), parent, folder, run)
         if recipe.starts_of(level) > 1:
-            tell(f"Of {recipe.starts_of(level)} starts {Path(done[-1].options['init_from']).name} had the lowest loss")
+            chosen = done[recipe.starts_of(level)].options["init_from"]  # the training after the starts goes on from it
+            tell(f"Of {recipe.starts_of(level)} starts {Path(chosen).name} had the lowest loss")
         parent = folder
     _take_over(teacher.folder, model / "diffusion")
     # beside the network, which needs it
