@@ -1,4 +1,7 @@
-"""Training from the command line: `accelerate launch -m diffdiscover3d.train diffusion|discovery|brain [options]`."""
+"""Training from the command line: `diffdiscover3d train diffusion|discovery|brain [options]`.
+
+With several processes: `accelerate launch --num_processes N -m diffdiscover3d.train`, with the same arguments.
+"""
 
 import argparse
 import contextlib
@@ -14,9 +17,9 @@ from diffdiscover3d.training.config import (
     DiffusionConfig,
     DiscoveryConfig,
     TrainingConfig,
-    add_options,
     make_config,
 )
+from diffdiscover3d.training.options import add_options, check_unknown, with_dashes
 from diffdiscover3d.utils.files import check_folder
 from diffdiscover3d.utils.locks import locked_folder
 from diffdiscover3d.utils.signals import end_children, interrupt_on_termination
@@ -24,12 +27,14 @@ from diffdiscover3d.utils.signals import end_children, interrupt_on_termination
 _PHASES = {"diffusion": DiffusionConfig, "discovery": DiscoveryConfig, "brain": BrainConfig}
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(program: str = "diffdiscover3d.train") -> argparse.ArgumentParser:
     """Build the argument parser: one subcommand per phase, one option per config field."""
-    parser = argparse.ArgumentParser(prog="diffdiscover3d.train", description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=program, description=__doc__, formatter_class=raw)
     phases = parser.add_subparsers(dest="phase", required=True)
     for name, kind in _PHASES.items():
-        phase = phases.add_parser(name, help=kind.__doc__.splitlines()[0], description=kind.__doc__)
+        several = f"With several processes: accelerate launch --num_processes N -m diffdiscover3d.train {name} ..."
+        phase = phases.add_parser(name, help=kind.__doc__.splitlines()[0], description=kind.__doc__, epilog=several)
         phase.add_argument("--config", help="JSON or YAML file of options; command-line options take precedence")
         phase.add_argument("--quiet", action="store_true", help="log only warnings")
         phase.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -44,7 +49,7 @@ def run(config: TrainingConfig) -> str:
     if isinstance(config, BrainConfig):
         from diffdiscover3d.training.brain_run import train_brain
 
-        return str(train_brain(config))
+        return str(train_brain(config, _prepare_push))
     from diffdiscover3d.data.loading import common_grid, has_splits, load_volumes
     from diffdiscover3d.hub.registry import load_discovery, load_teacher
     from diffdiscover3d.training.data_check import read_all
@@ -52,16 +57,19 @@ def run(config: TrainingConfig) -> str:
     from diffdiscover3d.training.loop import check_launcher, make_accelerator, train
     from diffdiscover3d.training.precision import settle_precision
     from diffdiscover3d.training.resume import CONFIG_FILE, check_output
+    from diffdiscover3d.training.schedules import settle_epochs
 
     check_launcher()
     config = settle_precision(config, Path(config.output_dir) / CONFIG_FILE)
     check_output(config)
     accelerator = make_accelerator(config)
     logging.getLogger("diffdiscover3d").disabled = not accelerator.is_main_process
+    push = _prepare_push(config, accelerator)
     brats = _brats_options(config)
     names = (getattr(config, name, None) for name in ("init_from", "parent"))
     start, parent = (load_discovery(name) if name else None for name in names)
     volumes = load_volumes(config.dataset, "train", brats, _working_grid(config, start or parent))
+    config = settle_epochs(config, len(volumes))
     read_all(volumes, accelerator)  # fail fast on unreadable files
     config = _settle_mixed_shapes(config, volumes, common_grid(volumes), accelerator)
     identity = {"dataset": dataset_fingerprint(volumes)}
@@ -89,8 +97,25 @@ def run(config: TrainingConfig) -> str:
             identity["children"] = list(task.model.config.children)
         volumes = task.volumes
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    with locked_folder(config.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
-        return str(train(task, config, volumes, accelerator, identity))
+    with (
+        locked_folder(config.output_dir) if accelerator.is_main_process else contextlib.nullcontext(),
+        push or contextlib.nullcontext(),
+    ):
+        folder = train(
+            task, config, volumes, accelerator, identity, push.at_checkpoint if push and push.every_save else None
+        )
+        if push:
+            push.finish(folder)
+        return str(folder)
+
+
+def _prepare_push(config: TrainingConfig, accelerator):
+    """The [`TrainingPush`] of the main process, or `None`."""
+    if not (config.push_to_hub and accelerator.is_main_process):
+        return None
+    from diffdiscover3d.hub.training_push import TrainingPush
+
+    return TrainingPush(config)
 
 
 def _working_grid(config: TrainingConfig, network):
@@ -145,14 +170,18 @@ def _brats_options(config: TrainingConfig):
     return BraTSOptions(**{name: value for name, value in given.items() if value is not None})
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, program: str = "diffdiscover3d.train") -> int:
     """Parse the arguments, train and print the output folder; return the exit code."""
-    options = vars(make_parser().parse_args(arguments))
+    parsed, unknown = make_parser(program).parse_known_args(
+        with_dashes(sys.argv[1:] if arguments is None else arguments)
+    )
+    options = vars(parsed)
     phase, file, debug = options.pop("phase"), options.pop("config", None), options.pop("debug")
     quiet = options.pop("quiet")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("diffdiscover3d").setLevel(logging.WARNING if quiet else logging.INFO)
     try:
+        check_unknown(unknown, _PHASES[phase], _PHASES)
         config = make_config(_PHASES[phase], file=file, **options)
         folder = run(config)
         if os.environ.get("RANK", "0") == "0":

@@ -22,8 +22,8 @@ WINGS = [
     "baselines",
     "evaluation",
     "workflows",
-    "cli",
     "train",
+    "cli",
 ]
 
 

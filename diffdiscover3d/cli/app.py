@@ -32,6 +32,7 @@ from diffdiscover3d.cli.options import (
     VoxelSize,
 )
 from diffdiscover3d.cli.report import report
+from diffdiscover3d.cli.train import OPTIONS, train
 from diffdiscover3d.errors import (
     OUT_OF_MEMORY,
     DiffDiscoverError,
@@ -235,6 +236,12 @@ def _register() -> None:
         (doctor, "Help", "doctor --json"),
     ):
         app.command(rich_help_panel=panel, epilog=f"Example: diffdiscover3d {example}")(command)
+    training = app.command(
+        rich_help_panel=use,
+        context_settings=OPTIONS,
+        epilog="Example: diffdiscover3d train diffusion --dataset scans/ --preset small",
+    )
+    training(train)
     listing = app.command("list", rich_help_panel=use, epilog="Example: diffdiscover3d list patient/")
     listing(list_contents)
     models_app.command("list", epilog="Example: diffdiscover3d models list")(list_models)

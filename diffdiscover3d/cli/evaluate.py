@@ -155,7 +155,8 @@ def _benchmark_brats(
     from diffdiscover3d.evaluation.brats import format_brats_rows
     from diffdiscover3d.evaluation.brats_table import fill_table3, format_table3
     from diffdiscover3d.segmentation.driver import choose_device
-    from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, read_options
+    from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig
+    from diffdiscover3d.training.options import read_options
 
     result = fill_table3(
         dataset,

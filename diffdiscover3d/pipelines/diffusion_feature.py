@@ -146,10 +146,10 @@ class DiffusionFeaturePipeline(HubPipelineMixin, DiffusionPipeline):
         return DiffusionFeatureOutput(features, tuple(stages), extent, prediction)
 
 
-def make_scheduler(num_train_timesteps: int) -> DDPMScheduler:
-    """The noise schedule of the paper: cosine, with prediction of the clean volume."""
+def make_scheduler(num_train_timesteps: int, prediction_type: str = "sample") -> DDPMScheduler:
+    """The noise schedule of the paper: cosine, by default with prediction of the clean volume."""
     return DDPMScheduler(
-        num_train_timesteps=num_train_timesteps, beta_schedule="squaredcos_cap_v2", prediction_type="sample"
+        num_train_timesteps=num_train_timesteps, beta_schedule="squaredcos_cap_v2", prediction_type=prediction_type
     )
 
 

@@ -219,8 +219,7 @@ class Assignments:
     def _described(self, volume, labels, reliability) -> Assignment:
         raw = volume[0, 0].cpu().numpy()
         contrast = [contrasts(raw, labels, family) for family in self.families]
-        pieces = count_pieces(labels, [part for family in self.families for part in family[1:]])
-        return Assignment(labels.astype(np.uint8), reliability, contrast, pieces)
+        return Assignment(labels.astype(np.uint8), reliability, contrast, count_pieces(labels, self.families))
 
     def _masked(self, labels: np.ndarray, keep: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """The map, and where it is reliable."""

@@ -7,6 +7,7 @@ the averaged network and the intensities together say, as in expectation maximis
 scan enters a loss, and the last average of the weights is kept.
 """
 
+import copy
 from pathlib import Path
 
 import torch
@@ -194,12 +195,13 @@ class BrainTraining:
         self.ema.load_state_dict({**self.ema.state_dict(), "optimization_step": step, "shadow_params": shadow})
         self.bank.assign(tensors["lesions"]["assigned"].to(self.bank.device).bool())
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, final: bool = True) -> None:
         """Write the averaged network; part numbers are constant: 0 background, 1 brain, 2 lesion."""
-        self.ema.copy_to(self.model.parameters())
-        cast_weights(self.network, self.config.save_dtype)
-        self.network.register_to_config(_name_or_path="")
-        self.network.save_pretrained(folder)
+        model = copy.deepcopy(self.model)
+        self.ema.copy_to(model.parameters())
+        cast_weights(model.network, self.config.save_dtype)
+        model.network.register_to_config(_name_or_path="")
+        model.network.save_pretrained(folder)
 
 
 class BrainDiffusion(DiffusionTraining):

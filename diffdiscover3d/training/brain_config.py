@@ -1,9 +1,11 @@
 """Options of the training of `brain-flair`."""
 
 import dataclasses
+import typing
 from dataclasses import dataclass
 
-from diffdiscover3d.training.config import PRESETS, DiffusionConfig, TrainingConfig, option
+from diffdiscover3d.training.config import PRESETS, DiffusionConfig, TrainingConfig
+from diffdiscover3d.training.options import option
 
 SIZES = ("small", "tiny")
 
@@ -29,6 +31,8 @@ class BrainConfig(TrainingConfig):
     lambda_visual: float = option(0.0, "weight of the relative visual consistency, Eq. 7, within the brain")
     ema_decay: float = option(0.995, "decay of the moving average of the weights, which is what is saved")
     preset: str = option("small", "the networks' size", SIZES)
+
+    extendable: typing.ClassVar[bool] = False  # lesions are not assigned anew after the last step
 
     def __post_init__(self):
         super().__post_init__()
@@ -73,8 +77,11 @@ def diffusion_config(config: BrainConfig, folder: str) -> DiffusionConfig:
     """The options of the diffusion model's training, as far as they differ from the discovery's."""
     shared = {f.name for f in dataclasses.fields(TrainingConfig)} - {"max_steps", "preset", "learning_rate"}
     tiny = config.preset == "tiny"
+    pushed = {"hub_model_id": f"{config.hub_model_id}-diffusion"} if config.hub_model_id else {}
     return DiffusionConfig(
-        **{name: getattr(config, name) for name in shared} | {"output_dir": folder, "lr_schedule": "one_cycle"},
+        **{name: getattr(config, name) for name in shared}
+        | {"output_dir": folder, "lr_schedule": "one_cycle"}
+        | pushed,
         max_steps=config.diffusion_steps,
         preset="small",
         learning_rate=8e-4,

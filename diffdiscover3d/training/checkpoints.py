@@ -140,12 +140,16 @@ def remove_partial(folder: Path) -> None:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Flatten the state tensors of an optimiser. Hyper-parameters are part of the config and are not included."""
+    """Flatten the state of an optimiser: its tensors, and integers as int64 tensors.
+
+    Hyper-parameters are part of the config and are not included. bitsandbytes keeps the number of steps as an integer.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return {
-        f"{index}.{name}": value
-        for index, values in optimizer.state_dict()["state"].items()
-        for name, value in values.items()
-        if isinstance(value, torch.Tensor)
+        f"{index}.{name}": value if isinstance(value, torch.Tensor) else torch.tensor(value)
+        for index, parameter in enumerate(parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, torch.Tensor | int)
     }
 
 
@@ -157,9 +161,10 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        is_count = value.dtype == torch.int64 and value.ndim == 0
+        state.setdefault(int(index), {})[name] = int(value) if is_count else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     for parameter, values in optimizer.state.items():
         for name, value in values.items():
-            if value.shape == parameter.shape:
-                values[name] = torch.empty_like(parameter).copy_(value)
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

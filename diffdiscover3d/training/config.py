@@ -2,25 +2,25 @@
 
 import dataclasses
 import json
-import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from diffdiscover3d.data.working_grid import SPACING_UNITS
-from diffdiscover3d.errors import InputError
+from diffdiscover3d.training.aliases import as_fields
+from diffdiscover3d.training.options import added, option, read_options, require
 
-SCHEDULES = ("constant", "one_cycle")
+# all but one_cycle are those of diffusers' `get_scheduler`
+SCHEDULES = (
+    "constant", "one_cycle", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial",
+)  # fmt: skip
+PREDICTION_TYPES = ("sample", "epsilon", "v_prediction")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+HUB_STRATEGIES = ("end", "every_save")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 INCLUSIONS = ("compact", "alike", "auto")
-TRACKERS = ("tensorboard", "wandb", "trackio")
-
-
-def option(default, help: str, choices: tuple | None = None):
-    """A dataclass field that is also a command-line option."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "aim", "swanlab", "dvclive")
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,17 @@ class TrainingConfig:
     dataset: str = option("synthetic-regular", "a named dataset, or a folder, glob or text list of NIfTI volumes")
     output_dir: str = option("outputs", "folder for the trained model, checkpoints, preview images and logs")
     max_steps: int = option(50_000, "number of optimiser steps")
+    num_train_epochs: int | None = added(None, "passes over the training volumes, in place of --max-steps")
     batch_size: int = option(4, "volumes per optimiser step, in total over all processes and accumulation steps")
     gradient_accumulation_steps: int = option(1, "micro-batches accumulated per optimiser step")
     learning_rate: float = option(1e-4, "learning rate of Adam; the maximum of a one_cycle schedule")
     lr_schedule: str = option("constant", "learning rate schedule", SCHEDULES)
+    lr_warmup_steps: int | None = added(None, "steps of linear warm-up (default: 10 % of a one_cycle schedule, else 0)")
+    adam_beta1: float = added(0.9, "decay of Adam's first moment")
+    adam_beta2: float = added(0.999, "decay of Adam's second moment")
+    adam_epsilon: float = added(1e-8, "epsilon of Adam")
+    adam_weight_decay: float = added(0.0, "decoupled weight decay; above 0 the optimiser is AdamW")
+    use_8bit_adam: bool = added(False, "keep Adam's moments in 8 bits: a CUDA GPU and the extra `bitsandbytes`")
     max_grad_norm: float = option(1.0, "maximum gradient norm for clipping; 0 disables clipping")
     mixed_precision: str = option(
         "auto",
@@ -47,10 +54,10 @@ class TrainingConfig:
     cuda_graphs: bool = option(False, "replay each step as a CUDA graph: one GPU, one micro-batch per step")
     tf32: bool = option(False, "compute float32 matrix products on a GPU in TF32, with 10 bits of mantissa")
     volume_size: tuple[int, ...] | None = option(None, "resample all volumes to this grid (one or three integers)")
-    spacing: tuple[float, ...] | None = option(
+    spacing: tuple[float, ...] | None = added(
         None, "voxel size to which volumes of files are resampled (1 or 3 numbers)"
     )
-    spacing_unit: str = option("mm", "unit of --spacing: mm, or voxel for multiples of a file's voxels", SPACING_UNITS)
+    spacing_unit: str = added("mm", "unit of --spacing: mm, or voxel for multiples of a file's voxels", SPACING_UNITS)
     modality: str | None = option(None, "BraTS modality: flair (default), t1, t1ce or t2")
     grade: str | None = option(None, "grade of BraTS 2017 to 2019: HGG (default), LGG or all", ("HGG", "LGG", "all"))
     crop: tuple[int, ...] | None = option(None, "central crop of BraTS volumes, three integers (default: 200 200 155)")
@@ -65,8 +72,20 @@ class TrainingConfig:
     keep_checkpoints: int = option(2, "number of newest checkpoints to keep")
     preview_every: int = option(500, "steps between preview images; 0 disables them")
     resume: str | None = option(None, "checkpoint folder to resume from, or `latest`")
-    report_to: str | None = option(None, "experiment tracker", TRACKERS)
+    report_to: str | None = option(
+        None, f"experiment trackers, separated by commas: {', '.join(TRACKERS)}, or all that are installed"
+    )
+    push_to_hub: bool = added(
+        False, "push the trained model with its card to the Hub; the token is that of `hf auth login` or HF_TOKEN"
+    )
+    hub_model_id: str | None = added(None, "repository to push to (default: the name of the output folder)")
+    hub_private_repo: bool = added(False, "make a new repository private")
+    hub_strategy: str = added(
+        "end", "when to push: at the end, or every_save: also the model of each checkpoint", HUB_STRATEGIES
+    )
     save_dtype: str = option("float32", "data type of the saved weights", SAVE_DTYPES)
+
+    extendable: typing.ClassVar[bool] = True  # whether a finished training may be resumed with more steps
 
     def __post_init__(self):
         for name in ("volume_size", "spacing"):
@@ -75,17 +94,17 @@ class TrainingConfig:
                 value = tuple(value) if isinstance(value, tuple | list) else (value,)
                 object.__setattr__(self, name, value * 3 if len(value) == 1 else value)
         edges = self.spacing
-        _require(not edges or (len(edges) == 3 and min(edges) > 0), "spacing", "one or three positive numbers", edges)
+        require(not edges or (len(edges) == 3 and min(edges) > 0), "spacing", "one or three positive numbers", edges)
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("keep_checkpoints", "num_workers", "preview_every", "max_grad_norm", "seed"):
             least = 1 if name == "keep_checkpoints" else 0
-            _require(getattr(self, name) >= least, name, f"at least {least}", getattr(self, name))
-        _require(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
+            require(getattr(self, name) >= least, name, f"at least {least}", getattr(self, name))
+        require(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
         for f in dataclasses.fields(self):
             choices, value = f.metadata["choices"], getattr(self, f.name)
             may_be_none = f.default is None
-            _require(
+            require(
                 choices is None or value in choices or (value is None and may_be_none),
                 f.name,
                 f"one of {choices}",
@@ -95,7 +114,34 @@ class TrainingConfig:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         size = self.volume_size
-        _require(size is None or (len(size) == 3 and min(size) > 1), "volume_size", "one or three integers > 1", size)
+        require(size is None or (len(size) == 3 and min(size) > 1), "volume_size", "one or three integers > 1", size)
+        self._check_optimiser()
+        for name in self.trackers:
+            known = ("all", *TRACKERS)
+            require(name in known, "report_to", f"one or more of {', '.join(known)}, separated by commas", name)
+        for name in ("hub_model_id", "hub_private_repo"):
+            require(
+                self.push_to_hub or not getattr(self, name), name, "left out without --push-to-hub", getattr(self, name)
+            )
+
+    def _check_optimiser(self) -> None:
+        epochs, warmup = self.num_train_epochs, self.lr_warmup_steps
+        require(epochs is None or epochs >= 1, "num_train_epochs", "at least 1", epochs)
+        require(warmup is None or warmup >= 0, "lr_warmup_steps", "at least 0", warmup)
+        rule = "0 with the constant schedule; use --lr-schedule constant_with_warmup"
+        require(not (warmup and self.lr_schedule == "constant"), "lr_warmup_steps", rule, warmup)
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        require(self.adam_epsilon > 0, "adam_epsilon", "positive", self.adam_epsilon)
+        require(self.adam_weight_decay >= 0, "adam_weight_decay", "at least 0", self.adam_weight_decay)
+        rule = "contiguous or auto with --use-8bit-adam"
+        require(not self.use_8bit_adam or self.memory_format != "channels_last", "memory_format", rule, "channels_last")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in `report_to`."""
+        names = [name.strip() for name in (self.report_to or "").split(",")]
+        return tuple(dict.fromkeys(name for name in names if name not in ("", "none")))
 
 
 @dataclass(frozen=True)
@@ -109,6 +155,13 @@ class DiffusionConfig(TrainingConfig):
         None, "internal grid of the UNet, one or three integers (default: from the preset)"
     )
     pad: bool = option(False, "pad volumes to the stride instead of resizing them to the internal grid")
+    prediction_type: str = added(
+        "sample",
+        "what the UNet predicts: the clean volume (as in the paper), the noise, or the velocity",
+        PREDICTION_TYPES,
+    )
+    loss_type: str = added("l1", "distance to what is predicted: absolute (as in the paper) or squared", ("l1", "l2"))
+    snr_gamma: float | None = added(None, "gamma of the min-SNR weights of the loss, 5 is common (default: no weights)")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to reduce memory")
     preset: str = option("paper", "preset of the UNet and of the option defaults", ("paper", "small", "brats"))
 
@@ -117,10 +170,11 @@ class DiffusionConfig(TrainingConfig):
         if isinstance(self.sample_size, int):
             object.__setattr__(self, "sample_size", (self.sample_size,))
         size = self.sample_size
-        _require(size is None or len(size) in (1, 3), "sample_size", "one or three integers", size)
-        _require(self.num_train_timesteps >= 2, "num_train_timesteps", "at least 2", self.num_train_timesteps)
-        _require(not (self.pad and self.sample_size), "sample_size", "left out with --pad", self.sample_size)
-        _require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
+        require(size is None or len(size) in (1, 3), "sample_size", "one or three integers", size)
+        require(self.num_train_timesteps >= 2, "num_train_timesteps", "at least 2", self.num_train_timesteps)
+        require(not (self.pad and self.sample_size), "sample_size", "left out with --pad", self.sample_size)
+        require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
+        require(self.snr_gamma is None or self.snr_gamma > 0, "snr_gamma", "positive", self.snr_gamma)
 
 
 @dataclass(frozen=True)
@@ -197,24 +251,27 @@ class DiscoveryConfig(TrainingConfig):
         object.__setattr__(self, "denoised_timesteps", tuple(self.denoised_timesteps))
         if self.children is not None:
             object.__setattr__(self, "children", tuple(self.children))
-        _require(self.num_parts >= 2, "num_parts", "at least 2", self.num_parts)
-        _require(len(self.stages) >= 1 and min(self.stages) >= 1, "stages", "one or more of 1, 2, ...", self.stages)
-        _require(self.timestep >= 0, "timestep", "at least 0", self.timestep)
-        _require(self.num_noise >= 1, "num_noise", "at least 1", self.num_noise)
+        require(self.num_parts >= 2, "num_parts", "at least 2", self.num_parts)
+        require(len(self.stages) >= 1 and min(self.stages) >= 1, "stages", "one or more of 1, 2, ...", self.stages)
+        require(self.timestep >= 0, "timestep", "at least 0", self.timestep)
+        require(self.num_noise >= 1, "num_noise", "at least 1", self.num_noise)
         weights = ("lambda_feature", "lambda_visual", "lambda_invariance", "lambda_denoised")
         for name in (*weights, "lambda_spatial", "lambda_smooth", "potts_strength"):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        _require(any(getattr(self, name) for name in weights), "lambda_feature", "positive if all others are 0", 0)
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        require(any(getattr(self, name) for name in weights), "lambda_feature", "positive if all others are 0", 0)
         for name in ("invert_probability", "recolor_probability"):
-            _require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
-        _require(0 < self.reliable_share <= 1, "reliable_share", "in (0, 1]", self.reliable_share)
+            require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
+        require(0 < self.reliable_share <= 1, "reliable_share", "in (0, 1]", self.reliable_share)
         denoised = self.denoised_timesteps
-        _require(len(denoised) >= 1 and min(denoised) >= 0, "denoised_timesteps", "one or more of 0, 1, ...", denoised)
-        _require(self.children is None or self.parent, "children", "left out without --parent", self.children)
+        require(len(denoised) >= 1 and min(denoised) >= 0, "denoised_timesteps", "one or more of 0, 1, ...", denoised)
+        rule = "left out with --objective assignment, which trains on some of the volumes; give --max-steps"
+        assigned = self.objective == "assignment"
+        require(not (assigned and self.num_train_epochs), "num_train_epochs", rule, self.num_train_epochs)
+        require(self.children is None or self.parent, "children", "left out without --parent", self.children)
         # the parent is part of the initial network, so --parent would be ignored
-        _require(not (self.parent and self.init_from), "parent", "left out with --init-from", self.parent)
+        require(not (self.parent and self.init_from), "parent", "left out with --init-from", self.parent)
         gamma = self.gamma_range
-        _require(
+        require(
             len(gamma) == 2 and 0 < gamma[0] <= gamma[1],
             "gamma_range",
             "two positive numbers in ascending order",
@@ -260,90 +317,23 @@ def make_config(kind: type, *, file: str | Path | None = None, **options):
         InputError: if the file is missing, is not a mapping, or contains an unknown option.
         ValueError: if the value of an option is invalid.
     """
-    from_file = read_options(kind, file) if file else {}
-    chosen = {**from_file, **options}
+    chosen = read_options(kind, file, options) if file else {}
+    given = as_fields(kind, options, {**chosen, **options})
+    if "max_steps" in given:
+        chosen.pop("num_train_epochs", None)
+    chosen |= given
     preset = chosen.get("preset", kind.preset)
     if preset not in PRESETS[kind]:
         raise ValueError(f"`preset` must be one of {tuple(PRESETS[kind])}, got {preset!r}.")
     return kind(**{**PRESETS[kind][preset], **chosen})
 
 
-def read_options(kind: type, file: str | Path) -> dict:
-    """Read option values from a JSON or YAML file; dashes and underscores in option names are equivalent."""
-    path = Path(file)
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            values = yaml.safe_load(text)
-        else:
-            values = json.loads(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read the config file ({error}).") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); a YAML file must end in .yaml or .yml.") from error
-    except Exception as error:  # yaml is imported only for YAML files, so its error class may be undefined
-        raise InputError(f"{path}: not valid YAML ({str(error).splitlines()[0]}).") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: a config file must map option names to values, got {type(values).__name__}.")
-    values = {str(key).replace("-", "_"): value for key, value in values.items()}
-    known = {f.name for f in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise InputError(f"{path}: unknown options {unknown}; valid options are {sorted(known)}.")
-    hints = typing.get_type_hints(kind)
-    return {key: _as_type(path, key, value, hints[key]) for key, value in values.items()}
-
-
-def _as_type(path: Path, key: str, value, hint):
-    """Convert a value of a config file to the type of its option; YAML parses 1e-4 as a string and 1 as an integer."""
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = next(a for a in typing.get_args(hint) if a is not type(None))
-    try:
-        if typing.get_origin(hint) is tuple:
-            item = typing.get_args(hint)[0]
-            return tuple(_as_type(path, key, v, item) for v in (value if isinstance(value, list) else [value]))
-        right = (bool, int, float) if hint is float else hint
-        if hint in (int, float) and isinstance(value, str | int | float) and not isinstance(value, bool):
-            if hint(value) == float(value):
-                return hint(value)
-        elif isinstance(value, right):
-            return value
-    except ValueError:
-        pass
-    raise InputError(f"{path}: `{key}` must be of type {hint.__name__}, got {value!r}.")
-
-
-def add_options(parser, kind: type) -> None:
-    """Add one option per field of `kind` to an `argparse` parser; options not given are absent from the namespace."""
-    import argparse
-
-    hints = typing.get_type_hints(kind)
-    for f in dataclasses.fields(kind):
-        flag, hint, help_text = "--" + f.name.replace("_", "-"), hints[f.name], f.metadata["help"]
-        arguments = {"dest": f.name, "default": argparse.SUPPRESS}
-        inner = [a for a in typing.get_args(hint) if a is not type(None)]
-        if isinstance(hint, types.UnionType):
-            hint = inner[0]
-        shown = "none" if f.default in (None, "") else f.default
-        arguments["help"] = f"{help_text} (default: {shown})"
-        if hint is bool:
-            arguments["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(hint) is tuple:
-            arguments |= {"type": typing.get_args(hint)[0], "nargs": "+"}
-        else:
-            arguments |= {"type": hint, "choices": f.metadata["choices"]}
-        parser.add_argument(flag, **arguments)
-
-
 def as_dict(config: TrainingConfig) -> dict:
-    """The options as JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def _require(holds: bool, name: str, rule: str, value) -> None:
-    if not holds:
-        raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
+    """The options as JSON values, without those added later that have their default."""
+    left_out = {
+        f.name
+        for f in dataclasses.fields(config)
+        if not f.metadata["record_default"] and getattr(config, f.name) == f.default
+    }
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
+    return json.loads(json.dumps(values))

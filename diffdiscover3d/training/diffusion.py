@@ -1,12 +1,13 @@
 """Diffusion pretraining: a UNet learns to predict clean volumes from noisy ones (section 2 of the paper)."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers.training_utils import EMAModel
+from diffusers.training_utils import EMAModel, compute_snr
 
 from diffdiscover3d.models.loading import cast_weights
 from diffdiscover3d.models.unet_3d import UNET_PRESETS, UNet3DModel
@@ -22,7 +23,8 @@ def make_unet(config: DiffusionConfig, mixed_shapes: bool = False) -> UNet3DMode
 
     Args:
         mixed_shapes: whether the volumes differ in shape. They are then resized to the internal grid before noise is
-            added, so that they can be batched.
+            added, so that they can be batched. So are all volumes if noise or velocity is predicted, because white
+            noise is not preserved by resizing.
     """
     options = dict(UNET_PRESETS[config.preset])
     if config.width is not None:
@@ -32,7 +34,7 @@ def make_unet(config: DiffusionConfig, mixed_shapes: bool = False) -> UNet3DMode
         options["sample_size"] = size[0] if len(size) == 1 else size
     if config.pad:
         options |= {"sample_size": None, "resize_before_noise": False}
-    if mixed_shapes and options["sample_size"] is not None:
+    if (mixed_shapes or config.prediction_type != "sample") and options["sample_size"] is not None:
         options["resize_before_noise"] = True
     return UNet3DModel(**options)
 
@@ -54,7 +56,7 @@ class DiffusionTraining:
             raise ValueError("`volume_size` requires --pad: this UNet has an internal grid, set by --sample-size.")
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        self.scheduler = make_scheduler(config.num_train_timesteps)
+        self.scheduler = make_scheduler(config.num_train_timesteps, config.prediction_type)
         self.ema = EMAModel(self.model.parameters(), decay=config.ema_decay, foreach=True)
         self.volume_grid = config.volume_size or self.model.noise_grid
         if self.volume_grid is None and common_grid is None:
@@ -74,10 +76,32 @@ class DiffusionTraining:
         return {"volume": batch["volume"], "timestep": batch["timestep"], "noise": noise}
 
     def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        clean = 2 * batch["volume"] - 1
-        noisy = self.scheduler.add_noise(clean, batch["noise"], batch["timestep"])  # Eq. 2, in float32
-        predicted = model(noisy, batch["timestep"]).sample
-        return {"loss": F.l1_loss(predicted.float(), clean)}
+        clean, noise, timestep = 2 * batch["volume"] - 1, batch["noise"], batch["timestep"]
+        noisy = self.scheduler.add_noise(clean, noise, timestep)  # Eq. 2, in float32
+        predicted = model(noisy, timestep).sample.float()
+        target = self.target(clean, noise, timestep)
+        distance = F.l1_loss if self.config.loss_type == "l1" else F.mse_loss
+        if self.config.snr_gamma is None:
+            return {"loss": distance(predicted, target)}
+        weights = min_snr_weights(
+            compute_snr(self.scheduler, timestep), self.config.snr_gamma, self.config.prediction_type
+        )
+        if self.config.loss_type == "l1":
+            weights = weights.sqrt()  # the weights are those of squared differences
+        return {"loss": (weights * distance(predicted, target, reduction="none").flatten(1).mean(dim=1)).mean()}
+
+    def target(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """What the UNet predicts, by `prediction_type`: the clean volumes in [-1, 1], the noise, or the velocity.
+
+        Args:
+            clean, noise: (B, 1, H, W, D).
+            timestep: (B,) integers.
+        """
+        if self.config.prediction_type == "sample":
+            return clean
+        if self.config.prediction_type == "epsilon":
+            return noise
+        return self.scheduler.get_velocity(clean, noise, timestep)
 
     def compile(self) -> None:
         if self.device.type == "cuda":
@@ -125,8 +149,27 @@ class DiffusionTraining:
         shadow = [ema[str(i)] for i in range(len(ema))]
         self.ema.load_state_dict({**self.ema.state_dict(), "optimization_step": step, "shadow_params": shadow})
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, final: bool = True) -> None:
         """Save the averaged weights as a pipeline folder."""
-        self.ema.copy_to(self.model.parameters())
-        cast_weights(self.model, self.config.save_dtype)
-        DiffusionFeaturePipeline(self.model.eval(), self.scheduler).save_pretrained(folder)
+        model = copy.deepcopy(self.model)
+        self.ema.copy_to(model.parameters())
+        cast_weights(model, self.config.save_dtype)
+        DiffusionFeaturePipeline(model.eval(), self.scheduler).save_pretrained(folder)
+
+
+def min_snr_weights(snr: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
+    """Min-SNR weights of the squared error (Hang et al., ICCV 2023): min(SNR, gamma) of the clean volume's error.
+
+    The errors of clean volume, noise and velocity are related by |noise error|² = SNR |clean error|² and
+    |velocity error|² = (SNR + 1) |clean error|², by which the weights of "epsilon" and "v_prediction" are divided.
+
+    Args:
+        snr: (B,) signal-to-noise ratios, above 0.
+
+    Returns:
+        (B,) weights.
+    """
+    weights = snr.clamp(max=gamma)
+    if prediction_type == "epsilon":
+        return weights / snr
+    return weights / (snr + 1) if prediction_type == "v_prediction" else weights

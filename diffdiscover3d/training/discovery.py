@@ -1,5 +1,6 @@
 """Structure discovery: train the segmentation network with the three unsupervised losses (section 3 of the paper)."""
 
+import copy
 import logging
 import math
 from collections.abc import Sequence
@@ -94,6 +95,9 @@ class DiscoveryTraining:
         self.epoch_steps = math.ceil(len(self.volumes) / config.batch_size)
         self.best: dict[str, torch.Tensor] | None = None
         self.best_confidence, self.best_step = 0.0, 0
+        self._epoch_best: dict[str, torch.Tensor] | None = (
+            None  # the state of `best` before a last step within an epoch
+        )
 
     def _new_model(self, parent: StructureDiscoveryModel | None, volumes: Sequence[dict]) -> StructureDiscoveryModel:
         config = self.config
@@ -208,6 +212,8 @@ class DiscoveryTraining:
         confidence = self.mean_confidence()
         better = self.best is None or confidence > self.best_confidence or self.config.selection == "last"
         if better and math.isfinite(confidence):
+            if self.config.selection == "confidence" and step % self.epoch_steps:
+                self._epoch_best = self._packed_best()
             self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
             self.best_confidence, self.best_step = confidence, step
         return {"confidence": confidence}
@@ -227,29 +233,46 @@ class DiscoveryTraining:
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
         if self.best is None:
             return {}
+        before = {} if self._epoch_best is None else {"epoch_best": self._epoch_best}
+        return {"best": self._packed_best(), **before}
+
+    def _packed_best(self) -> dict[str, torch.Tensor]:
         selection = torch.tensor([self.best_confidence, self.best_step], dtype=torch.float64)
-        return {"best": {**self.best, "selection": selection}}
+        return {**(self.best or {}), "selection": selection}
 
     def load_state(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
-        if "best" in tensors:
-            best = dict(tensors["best"])
-            confidence, step = best.pop("selection").tolist()
-            self.best, self.best_confidence, self.best_step = best, confidence, int(step)
+        """Restore the selected epoch; a training that is extended forgets what its earlier last step selected."""
+        packed = tensors.get("best")
+        if packed is None:
+            return
+        extended = int(packed["selection"][1]) < self.config.max_steps
+        if extended and self.config.selection == "last":
+            return
+        best = dict(tensors["epoch_best"] if extended and "epoch_best" in tensors else packed)
+        confidence, step = best.pop("selection").tolist()
+        self.best, self.best_confidence, self.best_step = best or None, confidence, int(step)
 
-    def save(self, folder: Path) -> None:
-        """Save the selected network, with its parts sorted by decreasing size over the selection volumes."""
-        if self.best is None:
+    def save(self, folder: Path, final: bool = True) -> None:
+        """Save the selected network, with its parts sorted by decreasing size over the selection volumes.
+
+        Before an epoch is selected, and if this is not the final model, the network as it is.
+        """
+        if self.best is None and final:
             raise ModelError(
                 "the network's confidence was not finite at the end of any epoch, so no epoch can be selected; lower "
                 "--learning-rate, or use --mixed-precision no."
             )
-        self.model.load_state_dict(self.best)
-        sizes = sum(self._segment(v).probabilities.mean(dim=(0, 2, 3, 4)) for v in self._selection())
-        self.model.order_parts(sizes)
-        cast_weights(self.model, self.config.save_dtype)
-        self.model.register_to_config(_name_or_path="")  # local paths are stripped
-        self.model.save_pretrained(folder)
-        write_json(folder / "selection.json", {"kept_step": self.best_step, "mean_confidence": self.best_confidence})
+        model = copy.deepcopy(self.model)
+        if self.best is not None:
+            model.load_state_dict(self.best)
+        sizes = sum(model.segment(v[None]).probabilities.mean(dim=(0, 2, 3, 4)) for v in self._selection())
+        model.order_parts(sizes)
+        cast_weights(model, self.config.save_dtype)
+        model.register_to_config(_name_or_path="")  # local paths are stripped
+        model.save_pretrained(folder)
+        if self.best is not None:
+            selected = {"kept_step": self.best_step, "mean_confidence": self.best_confidence}
+            write_json(folder / "selection.json", selected)
 
     def _selection(self):
         for i in range(min(len(self.selection_volumes), _SELECTION_VOLUMES)):

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -21,8 +21,10 @@ from diffdiscover3d.training.backward import make_pass
 from diffdiscover3d.training.config import TrainingConfig, as_dict
 from diffdiscover3d.training.data_order import StepBatches, TrainingVolumes, draw_generator
 from diffdiscover3d.training.dropout import sees_its_own_batch_only, set_slots, use_slot_dropout
+from diffdiscover3d.training.optimizers import check_8bit_adam, make_optimizer, skips_on_device
 from diffdiscover3d.training.precision import FORMATS
 from diffdiscover3d.training.resume import CONFIG_FILE, resume_training, save_training
+from diffdiscover3d.training.schedules import learning_rate_at
 from diffdiscover3d.training.step_metrics import StepMetrics
 from diffdiscover3d.utils.files import atomic_file, write_json
 from diffdiscover3d.utils.progress import ProgressBar
@@ -30,7 +32,6 @@ from diffdiscover3d.utils.signals import StopRequest, TrainingInterrupted, ignor
 from diffdiscover3d.utils.staging import staged_folder
 
 logger = logging.getLogger("diffdiscover3d")
-_SKIPS_ON_DEVICE = ("cpu", "cuda", "xpu")  # where the fused optimiser heeds `found_inf`; on mps it does not
 HOST_SIDE = ("index", "flips", "noise_seed")  # entries of a batch that are only read on the host
 
 
@@ -70,8 +71,8 @@ class Task(Protocol):
     def load_state(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
         """Restore the tensors returned by `state`."""
 
-    def save(self, folder: Path) -> None:
-        """Write the final model; called on the main process."""
+    def save(self, folder: Path, final: bool = True) -> None:
+        """Write the model without changing the training; called on the main process, at the end or a checkpoint."""
 
 
 def check_launcher() -> None:
@@ -99,16 +100,16 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         accelerator = Accelerator(
             mixed_precision=None if config.mixed_precision == "auto" else config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=config.report_to,
+            log_with=list(config.trackers) or None,
             project_dir=config.output_dir,
             step_scheduler_with_optimizer=False,
         )
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise ValueError(f"`report_to` is {config.report_to!r}, which cannot be used here: {error}") from error
-    if config.report_to and not accelerator.log_with:
-        raise ValueError(
-            f"`report_to` is {config.report_to!r}, which is not installed; pip install {config.report_to}."
-        )
+    missing = sorted(set(config.trackers) - {"all"} - {str(getattr(t, "value", t)) for t in accelerator.log_with})
+    if missing:
+        raise ValueError(f"`report_to` is {config.report_to!r}: not installed here; pip install {' '.join(missing)}.")
+    check_8bit_adam(config, accelerator.device)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         # otherwise each process would train its own model, all of them in the same folder
@@ -119,19 +120,13 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def learning_rate_at(config: TrainingConfig, step: int) -> float:
-    """The rate of a step (from 0): constant, or one cycle of 10 % linear warm-up and a cosine down to 1/1000."""
-    if config.lr_schedule == "constant":
-        return config.learning_rate
-    warmup = max(1, config.max_steps // 10)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.max_steps - warmup)
-    return config.learning_rate * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
 def train(
-    task: Task, config: TrainingConfig, volumes: Sequence, accelerator: Accelerator, identity: dict | None = None
+    task: Task,
+    config: TrainingConfig,
+    volumes: Sequence,
+    accelerator: Accelerator,
+    identity: dict | None = None,
+    on_checkpoint: Callable[[Task, Path, int], None] | None = None,
 ) -> Path:
     """Train `task.model` for `config.max_steps` steps and save it into `config.output_dir`.
 
@@ -139,6 +134,7 @@ def train(
 
     Args:
         identity: fingerprints of what the training is made of; a checkpoint with others is not resumed.
+        on_checkpoint: called on the main process with task, output folder and step after each checkpoint but the last.
 
     Returns:
         The output folder: the model, `train_config.json`, `log.jsonl`, `checkpoints/` and `previews/`, and of a dataset
@@ -157,7 +153,7 @@ def train(
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
     trained = [p for p in task.model.parameters() if p.requires_grad]  # a parent is frozen
-    optimizer = torch.optim.Adam(trained, lr=config.learning_rate, fused=accelerator.device.type in _SKIPS_ON_DEVICE)
+    optimizer = make_optimizer(config, trained, accelerator.device)
     task.model.to(memory_format=FORMATS[config.memory_format])
     dropouts = use_slot_dropout(task.model)
     if config.compile:
@@ -168,7 +164,7 @@ def train(
         _begin_log(output, config, start)
         if getattr(volumes, "split_ids", None):
             write_json(output / "split.json", volumes.split_ids)
-    if config.report_to:
+    if config.trackers:
         accelerator.init_trackers(f"diffdiscover3d-{task.name}", config=_tracker_config(config))
     if accelerator.num_processes > 1 and sees_its_own_batch_only(task.model):
         logger.info("batch norm sees each process's volumes apart: another number of processes trains otherwise")
@@ -205,6 +201,8 @@ def train(
             # a step that was not finite is no state to go on from
             if not metrics.bad_steps and (saving or stopping):
                 save_training(task, config, optimizer.optimizer, accelerator, output, done, identity)
+                if on_checkpoint and accelerator.is_main_process and not stopping and done < config.max_steps:
+                    on_checkpoint(task, output, done)
             if stopping and done < config.max_steps:
                 accelerator.wait_for_everyone()  # a launcher that sees one process end may kill the one that saves
                 accelerator.end_training()
@@ -232,7 +230,7 @@ def _take_step(
     torch.manual_seed(draw_generator(config.seed, step, -1 - accelerator.process_index & 0xFFFF).initial_seed())
     sums: dict[str, torch.Tensor] = {}
     finite = torch.ones((), device=accelerator.device)
-    skips_on_device = accelerator.device.type in _SKIPS_ON_DEVICE  # only a fused optimiser accepts `found_inf`
+    skips = skips_on_device(optimizer)
     for _ in range(config.gradient_accumulation_steps):
         batch = next(batches)
         set_slots(dropouts, config.seed, step, batch.pop("slot").tolist())
@@ -245,9 +243,9 @@ def _take_step(
                 norm = accelerator.clip_grad_norm_(model.parameters(), limit)
                 if accelerator.scaler is None:  # a float16 scaler skips overflowing steps itself
                     finite = torch.isfinite(norm).float()
-                    if skips_on_device:
+                    if skips:
                         optimizer.optimizer.found_inf = 1 - finite
-            if skips_on_device or bool(finite):
+            if skips or bool(finite):
                 optimizer.step()
             if backward.resets_gradients:
                 optimizer.zero_grad()
@@ -313,8 +311,9 @@ def _step_of(line: str) -> float:
 
 
 def _public_config(config: TrainingConfig) -> dict:
-    """The options without the output folder and what was resumed."""
-    return {k: v for k, v in as_dict(config).items() if k not in ("output_dir", "resume")}
+    """The options without the output folder, what was resumed and where the model is pushed."""
+    local = ("output_dir", "resume", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy")
+    return {k: v for k, v in as_dict(config).items() if k not in local}
 
 
 def _log(output: Path, step: int, config: TrainingConfig, figures: dict[str, float], seconds: float) -> None:

@@ -37,27 +37,66 @@ def settle_precision(config: TrainingConfig, written: Path) -> TrainingConfig:
         written: file with the options of the training in the output folder, if there is one.
     """
     wanted = [name for name in ("mixed_precision", "memory_format") if getattr(config, name) == "auto"]
-    if not wanted:
+    if not wanted and config.mixed_precision != "bf16":
         return config
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    chosen = [_settle(config, written, wanted, state.device) if state.is_main_process else None]
-    if state.num_processes > 1:  # only the main process has the result
-        broadcast_object_list(chosen)
-    return dataclasses.replace(config, **{name: chosen[0][name] for name in wanted})
+    asked_for = _launched_precision() if config.mixed_precision == "auto" else config.mixed_precision
+    if wanted:
+        chosen = [_settle(config, written, wanted, state.device) if state.is_main_process else None]
+        if state.num_processes > 1:  # only the main process has the result
+            broadcast_object_list(chosen)
+        config = dataclasses.replace(config, **{name: chosen[0][name] for name in wanted})
+    if asked_for == config.mixed_precision == "bf16" and state.is_main_process:
+        _warn_if_slow(state.device, _probe(config))
+    return config
 
 
 def _settle(config: TrainingConfig, written: Path, wanted: list[str], device: torch.device) -> dict[str, str]:
     chosen = {}
     if config.resume:
         chosen = _options_in(written if config.resume == "latest" else Path(config.resume) / STATE_FILE)
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    launched = _launched_precision()
     if launched in ("bf16", "fp16"):
         chosen.setdefault("mixed_precision", launched)
     if any(name not in chosen for name in wanted):
-        found = choose(measure(device, "unet" if isinstance(config, DiffusionConfig) else "discovery"))
+        found = choose(measure(device, _probe(config)))
         logger.info("fastest on this device: %s", ", ".join(f"{k} {v}" for k, v in found.items()))
         chosen = {**found, **chosen}
+    if config.use_8bit_adam:  # bitsandbytes makes weights contiguous
+        chosen["memory_format"] = "contiguous"
     return chosen
+
+
+def _probe(config: TrainingConfig) -> str:
+    return "unet" if isinstance(config, DiffusionConfig) else "discovery"
+
+
+def _launched_precision() -> str:
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def has_bf16_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU is known to multiply bfloat16 numbers in hardware; `False` where there is no such file."""
+    try:
+        words = set(cpuinfo.read_text(encoding="utf-8").split())
+    except OSError:
+        return False
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & words)  # the last is of Arm
+
+
+def _warn_if_slow(device: torch.device, probe: str) -> None:
+    """Warn if bfloat16 is slower than float32 on a CPU without instructions for it, with the measured factor."""
+    if device.type != "cpu" or has_bf16_instructions():
+        return
+    seconds = measure(device, probe)
+    factor = min(s for way, s in seconds.items() if way[0] == "bf16") / min(
+        s for way, s in seconds.items() if way[0] == "no"
+    )
+    if factor > 1:
+        logger.warning(
+            "bf16 takes %.1f times as long as float32 on this CPU; --mixed-precision no or auto is faster",
+            factor,
+        )
 
 
 @functools.lru_cache(maxsize=8)

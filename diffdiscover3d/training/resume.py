@@ -1,5 +1,6 @@
 """Saving and resuming the complete state of a training, with checks that the continuation is the same training."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -11,6 +12,7 @@ from diffdiscover3d.errors import ModelError, OutputError
 from diffdiscover3d.training import checkpoints
 from diffdiscover3d.training.config import TrainingConfig, as_dict
 from diffdiscover3d.training.dropout import sees_its_own_batch_only
+from diffdiscover3d.training.schedules import EXTENDABLE_SCHEDULES
 
 logger = logging.getLogger("diffdiscover3d")
 CONFIG_FILE = "train_config.json"
@@ -19,7 +21,8 @@ CONFIG_FILE = "train_config.json"
 _FREE_OPTIONS = {
     "output_dir", "resume", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints", "preview_every",
     "report_to", "save_dtype", "init_from", "gradient_accumulation_steps", "dataset", "teacher",
-    "parent", "children", "cuda_graphs",
+    "parent", "children", "cuda_graphs", "num_train_epochs",
+    "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy",
 }  # fmt: skip
 
 
@@ -55,7 +58,8 @@ def check_output(config: TrainingConfig) -> None:
     """Check the output folder before any data are read.
 
     Raises:
-        ModelError: if it contains a training and `resume` is not set or the options differ.
+        ModelError: if it contains a training and `resume` is not set, or the options differ; more steps are accepted if
+            they leave the steps already taken unchanged.
         OutputError: if it contains a model but no checkpoint to resume from.
     """
     output = Path(config.output_dir)
@@ -156,11 +160,36 @@ def _written_options(path: Path) -> dict:
 
 
 def _check_options(config: TrainingConfig, saved: dict, source) -> None:
-    now = as_dict(config)
-    changed = {k: (v, now[k]) for k, v in saved.items() if k in now and k not in _FREE_OPTIONS and now[k] != v}
+    now, changed = as_dict(config), {}
+    for f in dataclasses.fields(config):
+        if f.name in _FREE_OPTIONS or not saved or (f.name not in saved and f.metadata["record_default"]):
+            continue
+        old, new = saved.get(f.name, f.default), now.get(f.name, f.default)
+        if old != new:
+            changed[f.name] = (old, new)
+    if config.num_train_epochs is not None:  # the number of steps is known when the volumes are
+        changed.pop("max_steps", None)
+    if changed.keys() == {"max_steps"} and config.max_steps > changed["max_steps"][0]:
+        reason = _why_not_extended(config)
+        if reason is None:
+            return
+        before = changed["max_steps"][0]
+        raise ModelError(
+            f"{source} is of a training of {before} steps, which cannot be extended to {config.max_steps}: {reason}; "
+            f"use --max-steps {before} to resume it, or start one of {config.max_steps} steps in another --output-dir."
+        )
     if changed:
         listed = ", ".join(f"{k} was {old!r} and is {new!r}" for k, (old, new) in sorted(changed.items()))
         raise ModelError(f"{source} belongs to a different training ({listed}); use the same options to resume it.")
+
+
+def _why_not_extended(config: TrainingConfig) -> str | None:
+    """The reason why more steps would change the steps already taken; `None` if they do not."""
+    if config.lr_schedule not in EXTENDABLE_SCHEDULES:
+        return f"the learning rates of the schedule {config.lr_schedule} depend on the number of steps"
+    if not config.extendable:
+        return "its last step differs from the steps before"
+    return None
 
 
 def _check_identity(config: TrainingConfig, now: dict, state: dict) -> None:

@@ -181,12 +181,19 @@ def clean_pieces(
     return out
 
 
-def count_pieces(labels: np.ndarray, parts: Sequence[int]) -> int:
-    """How many pieces parts have in all, those under 0.2 % of the volume left out."""
+def count_pieces(labels: np.ndarray, families: Sequence[Sequence[int]]) -> int:
+    """How many pieces the inclusions of all families have, those under 0.2 % of their structure left out.
+
+    Args:
+        labels: (H, W, D) parts.
+        families: groups of parts that divide one structure between them, the part that surrounds the others first.
+    """
     count = 0
-    for part in parts:
-        found, number = ndimage.label(labels == part)
-        count += int((np.bincount(found.ravel(), minlength=number + 1)[1:] >= _LEAST_SHARE * labels.size).sum())
+    for family in families:
+        least = max(2, _LEAST_SHARE * np.isin(labels, family).sum())
+        for part in family[1:]:
+            found, _ = ndimage.label(labels == part)
+            count += int((np.bincount(found.ravel())[1:] >= least).sum())
     return count
 
 

@@ -203,9 +203,8 @@ def _train_all(
             tell(f"Step {level + 1} of {total}: the parts have no inclusions; dividing them by their intensities")
             fallback = make_fallback(plan)
             done = train_level(fallback, level, dataset, plan.seed, str(teacher.folder), parent, folder, run)
-        if recipe.starts_of(level) > 1:
-            chosen = done[recipe.starts_of(level)].options["init_from"]  # the training after the starts goes on from it
-            tell(f"Of {recipe.starts_of(level)} starts {Path(chosen).name} had the lowest loss")
+        if (starts := recipe.starts_of(level)) > 1:
+            tell(f"Of {starts} starts {Path(done[starts].options['init_from']).name} had the lowest loss")
         parent = folder
     _take_over(teacher.folder, model / "diffusion")
     # beside the network, which needs it

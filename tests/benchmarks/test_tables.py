@@ -2,7 +2,19 @@
 
 import pytest
 
-from benchmarks.paper.tables import GROUPS, LEVELS, cells, collect, format_leads, leads, missing, take_over, write_page
+from benchmarks.paper.tables import (
+    GROUPS,
+    LEVELS,
+    cells,
+    collect,
+    format_labelled,
+    format_leads,
+    format_shortfalls,
+    leads,
+    missing,
+    take_over,
+    write_page,
+)
 from diffdiscover3d.evaluation.methods import METHODS
 from diffdiscover3d.evaluation.paper_tables import TABLES, Cell, PaperTable, mean_over_seeds
 
@@ -23,7 +35,7 @@ def row(method, level, dice, variant="regular", seed=0):
 
 def test_every_row_of_both_tables_is_made():
     made = {(number, cell.method) for number, *group in GROUPS for cell in cells((number, *group))}
-    assert made == {(number, name) for number in (1, 2) for name in TABLES[number]}
+    assert made == {(number, name) for number in (1, 2) for name in TABLES[number]} | {(1, "supervised")}
     ours = [cell for group in GROUPS for cell in cells(group) if cell.method == "ours"]
     assert len(ours) == 2 * 3 * len(LEVELS) and {cell.seed for cell in ours} == {0, 1, 2}
 
@@ -47,6 +59,15 @@ def test_a_lead_is_met_over_every_other_row_and_by_the_mean_of_the_seeds(ours, f
     assert ("**missed**" in format_leads([lead])) is not met
 
 
+def test_rows_with_labels_and_rows_below_their_published_scores():
+    rows = [row("ours", 2, 0.9), row("cicek", 2, 0.829) | {"kind": "semi-supervised", "labels": "slice"}]
+    rows += [row("hsu", 2, 0.468) | {"published": 0.541}, row("iic", 2, 0.25) | {"published": 0.291}]
+    summary = mean_over_seeds(rows)
+    assert "| regular | 2 | Çiçek et al. | 2 % of voxels | 0.829 | 0.900 | +0.071 |" in format_labelled(summary)
+    short = format_shortfalls(summary)
+    assert "| Hsu et al. | regular | 2 | 0.468 | 0.541 |" in short and "IIC" not in short
+
+
 def test_what_is_there_is_written_and_nothing_is_computed(tmp_path):
     from diffdiscover3d.utils.files import write_json
 
@@ -64,7 +85,12 @@ def test_what_is_there_is_written_and_nothing_is_computed(tmp_path):
     summaries = {number: mean_over_seeds(found) for number, found in rows.items()}
     absent = missing(rows)
     assert "ours (regular, seed 0)" in absent and "consistencies alone, stage 3 (regular, seed 0)" in absent
-    result = {"tables": summaries, "leads": leads(summaries[1]), "missing": absent}
+    result = {
+        "tables": summaries,
+        "leads": leads(summaries[1]),
+        "missing": absent,
+        "rows": [r for found in rows.values() for r in found],
+    }
     page = write_page(result, tmp_path / "docs").read_text()
     assert "Not measured yet: k-means (regular, seed 0), " in page
     assert "| ours | 0.970 (0.870) |" in page and "| regular | 1 | 0.970 ± 0.000 | 1 | 0.986 |" in page

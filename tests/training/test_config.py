@@ -6,7 +6,8 @@ import json
 import pytest
 
 from diffdiscover3d.errors import InputError
-from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, add_options, as_dict, make_config
+from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, as_dict, make_config
+from diffdiscover3d.training.options import add_options
 
 
 def test_defaults_are_the_papers():
@@ -66,7 +67,17 @@ def test_bad_files_are_named(tmp_path, name, text, message):
     [
         (DiffusionConfig, {"max_steps": 0}),
         (DiffusionConfig, {"learning_rate": 0.0}),
-        (DiffusionConfig, {"lr_schedule": "cosine"}),
+        (DiffusionConfig, {"lr_schedule": "triangular"}),
+        (DiffusionConfig, {"lr_warmup_steps": 5}),
+        (DiffusionConfig, {"adam_beta2": 1.0}),
+        (DiffusionConfig, {"adam_epsilon": 0.0}),
+        (DiffusionConfig, {"prediction_type": "noise"}),
+        (DiffusionConfig, {"snr_gamma": 0.0}),
+        (DiffusionConfig, {"num_train_epochs": 0}),
+        (DiffusionConfig, {"report_to": "tensorboards"}),
+        (DiffusionConfig, {"hub_model_id": "user/name"}),
+        (DiffusionConfig, {"memory_format": "channels_last", "use_8bit_adam": True}),
+        (DiscoveryConfig, {"num_train_epochs": 3, "objective": "assignment"}),
         (DiffusionConfig, {"mixed_precision": "fp8"}),
         (DiffusionConfig, {"volume_size": (4, 5)}),
         (DiffusionConfig, {"ema_decay": 1.0}),

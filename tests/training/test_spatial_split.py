@@ -51,7 +51,7 @@ def test_inclusions_that_are_alike_are_one_part():
     assert dice(alike == 1, bright) > 0.97 and dice(alike == 2, true > 3) > 0.97
     compact = divide_structure(raw, clean, WHOLE, 3)
     assert max(dice(compact == k, bright) for k in (1, 2)) < 0.97
-    assert count_pieces(alike, [1, 2]) == 5
+    assert count_pieces(alike, [(0, 1, 2)]) == 5
 
 
 def test_only_the_structure_is_divided():

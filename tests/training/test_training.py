@@ -19,7 +19,8 @@ from diffdiscover3d.train import main, run
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
 from diffdiscover3d.training.diffusion import DiffusionTraining
 from diffdiscover3d.training.discovery import DiscoveryTraining
-from diffdiscover3d.training.loop import learning_rate_at, make_accelerator, train
+from diffdiscover3d.training.loop import make_accelerator, train
+from diffdiscover3d.training.schedules import learning_rate_at
 
 GRID = (10, 8, 12)
 DIFFUSION = {"preset": "small", "width": 8, "sample_size": 8, "mixed_precision": "no", "batch_size": 4, "log_every": 1}
