@@ -65,6 +65,15 @@ class WorkingGrid:
         """Whether a scan cannot be resampled, because the unit of its file is unknown and the target is in mm."""
         return self.shape is None and self.unit == "mm" and unit == UNKNOWN
 
+    def note(self, unit: str) -> str | None:
+        """A note for the user about a scan that [`leaves_as_it_is`] is true of; otherwise `None`."""
+        if not self.leaves_as_it_is(unit):
+            return None
+        return (
+            f"the file gives no voxel size: its voxels were taken as {describe_spacing(self.spacing)}, the size that "
+            "the model works on; --voxel-size gives it"
+        )
+
 
 def resampled_shape(shape: Sequence[int], spacing: Sequence[float], target: Sequence[float]) -> Shape:
     """The shape of a grid of the same extent with voxels of the target size, to the nearest voxel.

@@ -11,7 +11,6 @@ import torch
 
 from diffdiscover3d import __version__
 from diffdiscover3d.data.datasets.listing import expand
-from diffdiscover3d.data.domain import domain_note
 from diffdiscover3d.data.formats.reading import Source, grid_of, open_source, read_source, stream_source
 from diffdiscover3d.data.formats.registry import (
     options_in,
@@ -37,7 +36,7 @@ from diffdiscover3d.segmentation.outputs import (
     shard,
 )
 from diffdiscover3d.segmentation.preflight import MemoryPlan, plan_memory
-from diffdiscover3d.segmentation.scan import segment_scan
+from diffdiscover3d.segmentation.scan import notes_about, segment_scan
 from diffdiscover3d.utils.files import check_folder
 from diffdiscover3d.utils.progress import ProgressBar
 from diffdiscover3d.utils.staging import recover_folder
@@ -257,12 +256,12 @@ def _segment_in_memory(volume, chosen: dict, device: str, fast: bool, order: str
     networks = found.load(levels, choose_device(device))
     case = CaseFiles(NAME, {}, None, None, None)
     with ProgressBar(total=1, enabled=False) as stages:
-        job = ScanJob(case, networks, {}, Extras(), order, fast, found.working_grid, 0.0, stages, finish=finish)
+        own = {"finish": finish, "domain": found.domain, "model": found.name}
+        job = ScanJob(case, networks, {}, Extras(), order, fast, found.working_grid, 0.0, stages, **own)
         finder = InMemoryFinder(job, scan)
         labels = {level: back(finder.find(level).labels) for level in levels}
-    for note in [*finder.notes, domain_note(scan, found.domain, found.name)]:
-        if note:
-            logger.warning("%s: %s", NAME, note)
+    for note in filter(None, [*finder.notes, *notes_about(scan, job)]):
+        logger.warning("%s: %s", NAME, note)
     return labels if chosen["level"] == "all" else next(iter(labels.values()))
 
 

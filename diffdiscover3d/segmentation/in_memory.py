@@ -9,9 +9,10 @@ import torch
 
 from diffdiscover3d.data.foreground import Frame, find_foreground, looks_like_head, robust_scale
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume, write_like
+from diffdiscover3d.data.formats.units import UNKNOWN
 from diffdiscover3d.data.intensity_range import describe_volume_range
 from diffdiscover3d.data.transforms import resize_volume
-from diffdiscover3d.data.working_grid import describe_spacing, spacing_on
+from diffdiscover3d.data.working_grid import spacing_on
 from diffdiscover3d.errors import MemoryLimitError, is_out_of_memory
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.parts import PartStatistics, count_pairs, measure_parts, number_by_size
@@ -30,9 +31,6 @@ from diffdiscover3d.segmentation.outputs import label_map
 WHOLE_HEAD = (
     "the scan looks like a whole head: it has a dark layer below its surface; the model was trained on brain-extracted "
     "scans, so extract the brain first"
-)
-NO_SPACING = (
-    "the file gives no voxel size: its voxels were taken as {}, the size that the model works on; --voxel-size gives it"
 )
 FAST_MIN_SIZE = 32  # voxels; an axis shorter than this would keep too few at half the resolution
 
@@ -89,8 +87,6 @@ class InMemoryFinder:
         self.job, self.scan, self.notes = job, scan, list(scan.notes)
         # by network: its labels on the grid on which they were found, and on the scan's grid
         self._found: dict[StructureDiscoveryModel, tuple[torch.Tensor, torch.Tensor]] = {}
-        if job.working_grid is not None and job.working_grid.leaves_as_it_is(scan.unit):
-            self.notes.append(NO_SPACING.format(describe_spacing(job.working_grid.spacing)))
         self._worked_on: tuple[int, int, int] | None = None  # the grid, if not the scan's
         self._mask = None if job.finish.mask is None else read_mask(job.finish.mask, scan)
         self._box = None if self._mask is None else bounding_box(self._mask)
@@ -165,7 +161,8 @@ class InMemoryFinder:
         extent = self.scan.shape if self._box is None else [box.stop - box.start for box in self._box]
         edges = spacing_on(self._worked_on, extent, self.scan.spacing_mm)
         voxel = [float(f"{edge:.6g}") for edge in edges]
-        return {"working_grid": {"shape": list(self._worked_on), "voxel_size_mm": voxel}}
+        unit = "voxels" if self.scan.unit == UNKNOWN else "mm"
+        return {"working_grid": {"shape": list(self._worked_on), f"voxel_size_{unit}": voxel}}
 
     def _probabilities(self, network: StructureDiscoveryModel) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """(K, H, W, D) soft parts, the labels on the grid on which they were found, and whether it is another grid.

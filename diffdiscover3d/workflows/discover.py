@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from diffdiscover3d.data.datasets.listing import list_volumes
@@ -21,7 +22,7 @@ from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, Not
 from diffdiscover3d.segmentation.arrays import as_scan
 from diffdiscover3d.segmentation.driver import SegmentedFile, choose_device, segment
 from diffdiscover3d.training.recipes import Training, diffusion_training, train_level
-from diffdiscover3d.utils.files import atomic_folder, check_folder, write_json
+from diffdiscover3d.utils.files import atomic_file, atomic_folder, check_folder, write_json
 from diffdiscover3d.utils.memory import free_memory
 from diffdiscover3d.workflows.discover_plan import Plan, describe_plan, make_fallback, make_plan, make_recipe, read_plan
 
@@ -164,16 +165,25 @@ def _target_in_mm(spacing: str | Sequence[float] | None) -> tuple[float, ...] | 
 
 
 def _keep_volumes(volumes: Sequence, folder: Path) -> list[Path]:
-    """Write volumes in memory as NIfTI files, so that a run can be continued; those that are there stay."""
+    """Write volumes in memory as files, so that a run can be continued; those that are there stay.
+
+    Images become NIfTI; arrays, which have no voxel size, NumPy files.
+    """
     paths = []
     for number, one in enumerate(volumes):
-        path = folder / f"scan-{number:03d}.nii.gz"
         if isinstance(one, str | Path):
-            path = Path(one)
-        elif not path.exists():
-            scan, _ = as_scan(one)
-            write_like(path, scan.data, scan)
-        paths.append(path)
+            paths.append(Path(one))
+            continue
+        scan, _ = as_scan(one)
+        sized = scan.unit != UNKNOWN
+        paths.append(folder / f"scan-{number:03d}.{'nii.gz' if sized else 'npy'}")
+        if paths[-1].exists():
+            continue
+        if sized:
+            write_like(paths[-1], scan.data, scan)
+        else:
+            with atomic_file(paths[-1], ".npy") as temporary:
+                np.save(temporary, scan.data)
     return paths
 
 

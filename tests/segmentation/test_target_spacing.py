@@ -147,6 +147,9 @@ def test_unknown_voxel_sizes(tmp_path, networks):
     assert json.loads(result.sidecar.read_text())["working_grid"]["shape"] == [48, 40, 28]
     small = networks[0].segment(resize_volume(torch.from_numpy(array)[None, None], (12, 10, 14)))
     expected = resize_volume(small.probabilities, array.shape)[0].argmax(dim=0)
+    (result,) = segment(tmp_path / "scan.npy", tmp_path / "o4", model=in_voxels)
+    grid = {"shape": [12, 10, 14], "voxel_size_voxels": [2, 2, 1]}
+    assert json.loads(result.sidecar.read_text())["working_grid"] == grid
     np.testing.assert_array_equal(segment(array, model=in_voxels), expected)
     with pytest.raises(InputError, match=r"scan\.npy: has voxels of 1×1×1 µm.*2×2×2 mm; correct the voxel size"):
         segment(tmp_path / "scan.npy", tmp_path / "o3", model=in_mm, voxel_size="1um")

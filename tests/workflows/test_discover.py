@@ -13,6 +13,9 @@ import torch
 from diffdiscover3d.data.working_grid import resampled_shape
 from diffdiscover3d.errors import InputError, ModelError, NothingToDivideError, OutputError
 from diffdiscover3d.hub.registry import load_discovery, load_teacher
+from diffdiscover3d.segmentation.driver import segment
+from diffdiscover3d.train import run
+from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
 from diffdiscover3d.utils.files import write_json
 from diffdiscover3d.workflows import discover as module
 from diffdiscover3d.workflows import discover_plan as discovery_plan
@@ -141,6 +144,54 @@ def test_folder_without_a_readable_scan(tmp_path):
     with pytest.raises(InputError, match="none of the scans"):
         discover(tmp_path / "in", tmp_path / "out", on_error=errors.append)
     assert len(errors) == 1 and not (tmp_path / "out").exists()
+
+
+def few_steps(monkeypatch):
+    """Every training in this process, of a step or two."""
+    few = {**PRESETS["quick"], "grid": 16, "diffusion": 2, "first": 1, "rounds": 0.001}
+    monkeypatch.setitem(PRESETS, "quick", few)
+
+    def train(training, result, *_):
+        kind = {"diffusion": DiffusionConfig, "discovery": DiscoveryConfig}[training.phase]
+        options = {**training.options, "mixed_precision": "no", "memory_format": "channels_last", "preview_every": 0}
+        if not (training.folder / result).exists():
+            run(make_config(kind, **{k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
+                            output_dir=str(training.folder)))  # fmt: skip
+
+    monkeypatch.setattr(module, "_train", train)
+
+
+def test_volumes_in_memory(tmp_path, monkeypatch):
+    """Arrays, images of nibabel and of SimpleITK: the results are on their grids and at their places in space."""
+    sitk = pytest.importorskip("SimpleITK")
+    few_steps(monkeypatch)
+    rng = np.random.default_rng(0)
+    array = rng.normal(0, 0.1, (14, 12, 10)).astype(np.float32)
+    array[4:10, 4:9, 3:8] += 1
+    affine = np.array([[0, 0, 2, 5], [-1.5, 0, 0, 3], [0, -1.5, 0, 1], [0, 0, 0, 1.0]])
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
+    image.SetSpacing((2.0, 1.5, 1.5)), image.SetOrigin((7.0, -3.0, 1.0))
+    results = discover(
+        [nib.Nifti1Image(array, affine), image], tmp_path / "images", preset="quick", levels=1, device="cpu"
+    )
+    assert len(results) == 2 and (tmp_path / "images" / "index.html").exists()
+    lps = np.array([[-2.0, 0, 0, -7], [0, -1.5, 0, 3], [0, 0, 1.5, 1], [0, 0, 0, 1]])
+    for result, expected in zip(results, (affine, lps), strict=True):
+        found = nib.load(result.labels)
+        assert found.shape == (14, 12, 10) and np.allclose(found.affine, expected, atol=1e-5)
+    config = json.loads((tmp_path / "images" / "model" / "discovery" / "config.json").read_text())
+    assert (config["spacing"], config["spacing_unit"]) == ([2, 1.5, 1.5], "mm")
+    # arrays have no voxel size, so lengths are counted in voxels
+    discover(
+        [array, torch.from_numpy(array[:, ::-1].copy())], tmp_path / "arrays", preset="quick", levels=1, device="cpu"
+    )
+    model = tmp_path / "arrays" / "model"
+    config = json.loads((model / "discovery" / "config.json").read_text())
+    assert (config["spacing"], config["spacing_unit"]) == ([1, 1, 1], "voxel")
+    labels = np.load(tmp_path / "arrays" / "parts" / "scan-000_dseg.npy")
+    np.testing.assert_array_equal(segment(array, model=str(model)), labels)
+    with pytest.raises(ValueError, match="`spacing` needs the voxel size of every scan"):
+        discover([array], tmp_path / "other", preset="quick", spacing="2mm")
 
 
 @pytest.mark.slow
