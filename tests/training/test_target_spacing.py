@@ -70,7 +70,7 @@ def test_refused_combinations(folder, tmp_path):
     for more, word in (
         ({"volume_size": (8, 8, 8)}, "`volume_size` must be left out with --spacing"),
         ({"norm": "batch"}, "use --norm instance"),
-        ({"init_from": "synthetic-regular", "norm": "instance"}, "the network of --init-from or --parent has none"),
+        ({"init_from": "synthetic-regular", "num_parts": 8}, "the network of --init-from or --parent has none"),
     ):
         with pytest.raises(ValueError, match=word):
             run(make_config(DiscoveryConfig, **{**options(folder, tmp_path / "o", spacing=(1, 1, 2)), **more}))
