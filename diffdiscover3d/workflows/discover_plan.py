@@ -245,13 +245,16 @@ def make_recipe(plan: Plan) -> Recipe:
 
 
 def make_fallback(plan: Plan) -> Recipe:
-    """The recipe for the levels from 2 where no volume has inclusions to assign: the consistencies alone."""
+    """The recipe for a level where no volume has parts to assign: the consistencies alone.
+
+    At level 1 it goes on from the better one of the starts, which are finished.
+    """
     options, shared = PRESETS[plan.preset], _shared_options(plan)
     levels = {
         level: [{**step, **shared, "max_steps": max(1, round(step["max_steps"] * options["rounds"]))} for step in steps]
         for level, steps in _FALLBACK.levels.items()
     }
-    return Recipe({}, levels, nested=True)
+    return Recipe({}, levels, nested=True, starts=_FALLBACK.starts)
 
 
 def _shared_options(plan: Plan) -> dict:
