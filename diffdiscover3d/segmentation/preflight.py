@@ -57,13 +57,14 @@ def refuse_taken(
     extras: Extras,
     include: Sequence[str] = (),
     series: str | None = None,
+    share: str | None = None,
 ) -> None:
     """Raise what finding results in the way would raise, before anything slow is imported.
 
     The levels of a Hub model are not known yet: with all of them, nothing is looked for.
 
     Args:
-        inputs, output, model, include, series: of [`segment`].
+        inputs, output, model, include, series, share: of [`segment`].
         all_levels: files of every level are written.
         extras: what else is written.
 
@@ -77,7 +78,7 @@ def refuse_taken(
     levels = tuple(range(1, count + 1)) if count > 1 else (None,)
     paths = [path for source in inputs for path in expand(source, include, series)]
     cases = [plan_case(path, output, levels, extras) for path in paths]
-    check_cases(cases, shard(cases), overwrite=False)
+    check_cases(cases, shard(cases, share), overwrite=False)
 
 
 def _count_levels(model: str) -> int | None:

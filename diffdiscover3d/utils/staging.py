@@ -45,11 +45,10 @@ def staged_folder(target: str | Path, overwrite: bool = True) -> Iterator[Path]:
     try:
         target.mkdir(parents=True, exist_ok=True)
         recover_folder(target)
-        staging = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
+        staging, owner = _create_staging(target)
     except OSError as error:
         remove_empty(missing)
         raise error if isinstance(error, OutputError) else output_error(target, error) from error
-    owner = _claim(staging, create=True)
     try:
         with output_errors(target):
             (staging / _NEW).mkdir()
@@ -80,19 +79,51 @@ def recover_folder(target: str | Path) -> None:
             os.close(owner)
 
 
+def _create_staging(target: Path) -> tuple[Path, int | None]:
+    """A new staging folder, and the lock on it if this file system has locks.
+
+    Before it is locked, another process may take the folder for one of a killed process and delete it; then another is
+    created.
+    """
+    while True:
+        staging = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
+        try:
+            owner = _claim(staging, create=True)
+        except BlockingIOError:
+            continue
+        if owner is None or _is_at(owner, staging / _OWNER):
+            return staging, owner
+        os.close(owner)
+
+
 def _claim(staging: Path, create: bool) -> int | None:
-    """Lock a staging folder; `None` if its process is running, or this file system has no locks."""
+    """Lock a staging folder; `None` if this file system has no locks or, unless `create`, its process is running.
+
+    Raises:
+        BlockingIOError: if another process has locked a folder that is being created.
+    """
     if fcntl is None:
         return None
-    with contextlib.suppress(OSError):
+    try:
         handle = os.open(staging / _OWNER, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(handle)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if create and isinstance(error, BlockingIOError):
             raise
-        return handle
-    return None
+        return None
+    return handle
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether a path is that of an open file, which may have been deleted."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError:
+        return False
 
 
 def _commit(staging: Path, target: Path, overwrite: bool) -> None:
