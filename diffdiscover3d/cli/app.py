@@ -33,6 +33,7 @@ from diffdiscover3d.cli.options import (
 )
 from diffdiscover3d.cli.report import report
 from diffdiscover3d.cli.train import OPTIONS, train
+from diffdiscover3d.cli.web_app import start_app
 from diffdiscover3d.errors import (
     OUT_OF_MEMORY,
     DiffDiscoverError,
@@ -220,6 +221,7 @@ def segment(
         on_error=failed,
         on_skip=skipped,
         on_estimate=None if quiet else lambda line: print(line, file=sys.stderr),
+        on_left_out=None if quiet else lambda line: print(line, file=sys.stderr),
     )
     if errors:
         raise typer.Exit(errors[0].exit_code)
@@ -252,6 +254,7 @@ def _register() -> None:
     training(train)
     listing = app.command("list", rich_help_panel=use, epilog="Example: diffdiscover3d list patient/")
     listing(list_contents)
+    app.command("app", rich_help_panel=use, epilog="Example: diffdiscover3d app --open")(start_app)
     models_app.command("list", epilog="Example: diffdiscover3d models list")(list_models)
 
 

@@ -93,6 +93,7 @@ def load_volumes(
     split: str = "train",
     brats: BraTSOptions | None = None,
     working_grid: WorkingGrid | None = None,
+    **reading,
 ) -> Sequence[dict]:
     """Load a dataset of volumes.
 
@@ -104,14 +105,20 @@ def load_volumes(
             are returned.
         brats: preprocessing of BraTS; default: as in the paper.
         working_grid: to which volumes of files are resampled; named datasets, BraTS and Hub datasets keep their grids.
+        reading: how files are read, see [`VolumeFolder`]; not for named, BraTS or Hub datasets.
 
     Returns:
         A sequence of dicts with "volume", (1, H, W, D) float32 in [0, 1], "name", and for synthetic data "labels".
 
     Raises:
         InputError: if the dataset or the files do not exist.
-        ValueError: if the split does not exist.
+        ValueError: if the split does not exist, or `reading` is given for a dataset without files to choose.
     """
+    if reading and (name_or_path.startswith(_HUB_PREFIX) or has_splits(name_or_path)):
+        listed = ", ".join(f"`{name}`" for name in reading)
+        raise ValueError(
+            f"{listed} must be left out for {name_or_path}: only folders, globs and lists of files take it."
+        )
     if name_or_path in SYNTHETIC_NAMES:
         variants = [SyntheticVolumes(variant, split) for variant in _VARIANTS_OF[name_or_path]]
         return variants[0] if len(variants) == 1 else JoinedVolumes(variants)
@@ -121,7 +128,7 @@ def load_volumes(
     if is_brats(name_or_path):
         return BraTSVolumes(name_or_path, split, brats)
     try:
-        return VolumeFolder(name_or_path, working_grid)
+        return VolumeFolder(name_or_path, working_grid=working_grid, **reading)
     except InputError as error:
         raise InputError(f"{error} Named datasets: {', '.join(SYNTHETIC_NAMES)}.") from error
 

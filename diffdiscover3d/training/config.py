@@ -9,6 +9,7 @@ from pathlib import Path
 from diffdiscover3d.data.working_grid import SPACING_UNITS
 from diffdiscover3d.training.aliases import as_fields
 from diffdiscover3d.training.options import added, option, read_options, require
+from diffdiscover3d.training.reading_config import ReadingConfig
 
 # all but one_cycle are those of diffusers' `get_scheduler`
 SCHEDULES = (
@@ -24,7 +25,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", 
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(ReadingConfig):
     """Options common to both phases. Every field is an option of `python -m diffdiscover3d.train`."""
 
     dataset: str = option("synthetic-regular", "a named dataset, or a folder, glob or text list of NIfTI volumes")
@@ -198,9 +199,7 @@ class DiscoveryConfig(TrainingConfig):
     )
     denoised_timesteps: tuple[int, ...] = option((60,), "timesteps over which the clean prediction is averaged")
     teacher_noise: str = option(
-        "fresh",
-        "sample the teacher's noise at every step or once per volume (faster)",
-        ("fresh", "fixed"),
+        "fresh", "sample the teacher's noise at every step or once per volume (faster)", ("fresh", "fixed")
     )
     parent: str | None = option(
         None, "folder or Hub id of a discovery network whose parts are subdivided (not in the paper)"
@@ -333,7 +332,7 @@ def as_dict(config: TrainingConfig) -> dict:
     left_out = {
         f.name
         for f in dataclasses.fields(config)
-        if not f.metadata["record_default"] and getattr(config, f.name) == f.default
+        if not f.metadata.get("record_default", True) and getattr(config, f.name) == f.default
     }
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
     return json.loads(json.dumps(values))

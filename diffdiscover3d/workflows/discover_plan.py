@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,8 @@ class Plan:
         levels: number of levels; level L has 2^L parts, each nested in one of the level before.
         seed: of everything random.
         recipe: digest of the recipes that give all other options.
+        sha256: of the scans, in their order.
+        reading: options of [`read_volume`] that are not at their defaults.
     """
 
     scans: tuple[str, ...]
@@ -89,6 +91,8 @@ class Plan:
     levels: int
     seed: int
     recipe: str
+    sha256: tuple[str, ...] = ()
+    reading: dict = field(default_factory=dict)
 
 
 def make_plan(
@@ -226,6 +230,7 @@ def make_recipe(plan: Plan) -> Recipe:
     recipe = RECIPES[PRESETS[plan.preset]["recipe"]]
     diffusion = {
         **_RESUMED,
+        **plan.reading,
         "preset": PRESETS[plan.preset]["network"],
         "max_steps": plan.diffusion_steps,
         "batch_size": plan.batch_size,
@@ -259,4 +264,4 @@ def make_fallback(plan: Plan) -> Recipe:
 
 def _shared_options(plan: Plan) -> dict:
     """Options of all discovery trainings."""
-    return {**_RESUMED, "spacing": plan.spacing, "spacing_unit": plan.spacing_unit}
+    return {**_RESUMED, **plan.reading, "spacing": plan.spacing, "spacing_unit": plan.spacing_unit}
