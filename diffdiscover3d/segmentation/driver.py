@@ -193,8 +193,8 @@ def segment(
         return {level: _provenance(found, level, arguments) for level in levels}
 
     cohort = Cohort(Path(output), cases, describe) if summary else None
-    shown = ProgressBar(total=len(mine) * (len(levels) + 2), enabled=progress, callback=on_progress)
-    with shown as stages, cohort or nullcontext():
+    total = len(mine) * (len(levels) + 2)
+    with ProgressBar(total, progress, callback=on_progress) as stages, cohort or nullcontext():
         for number, case in enumerate(mine):
             stages.begin_case(f"scan {number + 1} of {len(mine)}", len(levels) + 2)
             try:
