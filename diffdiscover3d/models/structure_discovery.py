@@ -270,7 +270,7 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         if max(padded.shape[2:]) <= self.stride:  # the coarsest grid needs more than one voxel for the norm
             padded = pad_to_multiple(view, 2 * self.stride)
         with precise_if_small(padded, self.stride):
-            logits = self.network(padded.to(next(self.network.parameters()).dtype))[:, :, :h, :w, :d]
+            logits = self.network(padded.to(next(self.network.parameters(), padded).dtype))[:, :, :h, :w, :d]
         if parent_labels is not None:
             logits = self._mask_outside_parents(logits, parent_labels)
         return logits[:, self.part_order]

@@ -76,7 +76,7 @@ def test_scans_of_a_folder_are_resampled_as_by_scipy_and_simpleitk(tmp_path, spa
     orientation = nib.orientations.axcodes2ornt(("P", "I", "R"))
     nib.save(image.as_reoriented(orientation), tmp_path / "scan.nii.gz")
     grid = resampled_shape(data.shape, (1.5, 2, 3), spacing)
-    folder = VolumeFolder(tmp_path, WorkingGrid(spacing=spacing))
+    folder = VolumeFolder(tmp_path, working_grid=WorkingGrid(spacing=spacing))
     item = folder[0]
     assert item["volume"].shape[1:] == grid and item["volume"].min() == 0 and item["volume"].max() == 1
     true = tuple(n * edge / m for n, edge, m in zip(data.shape, (1.5, 2, 3), grid, strict=True))
@@ -114,15 +114,15 @@ def test_spacings_of_a_folder(tmp_path):
 def test_voxels_of_another_scale_are_refused(tmp_path):
     nib.save(nib.Nifti1Image(smooth_noise((12, 10, 8)), np.diag([2e-4, 2e-4, 2e-4, 1])), tmp_path / "a.nii")
     with pytest.raises(InputError, match=r"a\.nii: has voxels of 0\.2.*µm, and the model works on voxels of 1×1×1 mm"):
-        VolumeFolder(tmp_path, WorkingGrid(spacing=(1, 1, 1)))[0]
+        VolumeFolder(tmp_path, working_grid=WorkingGrid(spacing=(1, 1, 1)))[0]
 
 
 def test_unknown_voxel_sizes(tmp_path):
     data = smooth_noise((12, 10, 8))
     np.save(tmp_path / "a.npy", data)
     with pytest.raises(InputError, match=r"a\.npy: gives no voxel size; use --spacing-unit voxel"):
-        VolumeFolder(tmp_path, WorkingGrid(spacing=(1, 1, 1)))[0]
-    item = VolumeFolder(tmp_path, WorkingGrid(spacing=(2, 1, 2), unit="voxel"))[0]
+        VolumeFolder(tmp_path, working_grid=WorkingGrid(spacing=(1, 1, 1)))[0]
+    item = VolumeFolder(tmp_path, working_grid=WorkingGrid(spacing=(2, 1, 2), unit="voxel"))[0]
     assert item["volume"].shape == (1, 6, 10, 4) and item["spacing_mm"] == (2, 1, 2)
 
 
