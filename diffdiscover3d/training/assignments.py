@@ -59,6 +59,7 @@ class Assignments:
             are the assignments, and otherwise the clusters in space of the teacher's clean prediction.
         volumes: to train on.
         grid: volumes are resampled to it; `None` leaves them.
+        spacing: edge lengths of a voxel, for the spatial losses.
 
     Attributes:
         families: groups of parts that divide one structure, the part that surrounds the others first.
@@ -77,7 +78,9 @@ class Assignments:
         volumes: Sequence[dict],
         grid: tuple[int, int, int] | None,
         accelerator: Accelerator,
+        spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
     ):
+        self.spacing = spacing
         self.config, self.device = config, accelerator.device
         self.families = part_families(model)
         few = max(map(len, self.families)) <= _MOST_FREE
@@ -133,7 +136,7 @@ class Assignments:
         logits = model(batch["volume"], batch["parent_labels"]).logits.float()
         terms = {"assignment": assignment_loss(logits, targets, self.families, interchangeable=self.free_order)}
         if config.lambda_spatial > 0 or config.lambda_smooth > 0:
-            terms |= spatial_terms(config, logits.softmax(dim=1), self.families)
+            terms |= spatial_terms(config, logits.softmax(dim=1), self.families, self.spacing)
         return {"loss": sum(terms.values()), **terms}
 
     def _assign_all(self, teacher, model, start, volumes, grid, accelerator) -> tuple[list[Assignment], bool]:
@@ -248,10 +251,10 @@ def inner(family: Sequence[int]) -> Sequence[int]:
 
 
 def spatial_terms(
-    config: DiscoveryConfig, masks: torch.Tensor, families: Sequence[Sequence[int]]
+    config: DiscoveryConfig, masks: torch.Tensor, families: Sequence[Sequence[int]], spacing: Sequence[float]
 ) -> dict[str, torch.Tensor]:
     """The weighted spatial consistency of the inclusions and the weighted smoothness of all parts."""
-    terms, spacing = {}, config.spacing or (1.0, 1.0, 1.0)
+    terms = {}
     inclusions = [family[1:] for family in families if len(family) > 2]
     if config.lambda_spatial > 0 and inclusions:
         terms["spatial"] = config.lambda_spatial * spatial_consistency(masks, inclusions, spacing)
