@@ -216,7 +216,10 @@ def test_from_scans_to_pictures_and_resumed(scans, tmp_path, monkeypatch, make_n
     assert stages == starts
     with pytest.raises(KeyboardInterrupt):
         discover(scans, out, resume=True, **options)
-    assert stages == [*starts, *starts, "level1", "level2"] and not (out / "model").exists()
+    assert (
+        stages == [*starts, *starts, "level1-step2", "level1-step3", "level1", "level2"]
+        and not (out / "model").exists()
+    )
     finished = (out / "training" / "level1" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
     results = discover(scans, out, resume=True, **options)
     assert finished == (out / "training" / "level1" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
