@@ -45,6 +45,16 @@ class NothingToDivideError(DiffDiscoverError, ValueError):
     exit_code = 8
 
 
+def without_options(message: str) -> str:
+    """A message without its last clause if that names an option, for commands that do not have it.
+
+    >>> without_options("a.nii: contains 2 NaN voxels; use --nan-to-zero to set them to 0.")
+    'a.nii: contains 2 NaN voxels'
+    """
+    problem, _, remedy = message.rpartition(";")
+    return problem if problem and "--" in remedy else message
+
+
 OUT_OF_MEMORY = "out of memory; resample the volume or use a larger machine."
 
 

@@ -37,6 +37,9 @@ def make_parser(program: str = "diffdiscover3d.train") -> argparse.ArgumentParse
         phase.add_argument("--config", help="JSON or YAML file of options; command-line options take precedence")
         phase.add_argument("--quiet", action="store_true", help="log only warnings")
         phase.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        # set by `discover`, so that messages do not name options that it does not have
+        hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        phase.add_argument("--part-of-discover", action="store_true", **hidden)
         add_options(phase, kind)
     return parser
 
@@ -65,7 +68,7 @@ def run(config: TrainingConfig) -> str:
     logging.getLogger("diffdiscover3d").disabled = not accelerator.is_main_process
     push = _prepare_push(config, accelerator)
     brats = _brats_options(config)
-    volumes = load_volumes(config.dataset, "train", brats)
+    volumes = load_volumes(config.dataset, "train", brats, **config.reading)
     config = settle_epochs(config, len(volumes))
     read_all(volumes, accelerator)  # fail fast on unreadable files
     identity = {"dataset": dataset_fingerprint(volumes)}
@@ -141,7 +144,7 @@ def main(arguments: list[str] | None = None, program: str = "diffdiscover3d.trai
     )
     options = vars(parsed)
     phase, file, debug = options.pop("phase"), options.pop("config", None), options.pop("debug")
-    quiet = options.pop("quiet")
+    quiet, part = options.pop("quiet"), options.pop("part_of_discover", False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("diffdiscover3d").setLevel(logging.WARNING if quiet else logging.INFO)
     try:
@@ -160,11 +163,13 @@ def main(arguments: list[str] | None = None, program: str = "diffdiscover3d.trai
     except RuntimeError as error:
         if debug or not is_out_of_memory(error):
             raise
-        print("error: out of memory; lower --batch-size or --volume-size, or use a larger machine.", file=sys.stderr)
+        remedy = "" if part else "lower --batch-size or --volume-size, or "
+        print(f"error: out of memory; {remedy}use a larger machine.", file=sys.stderr)
         return MemoryLimitError.exit_code
     except KeyboardInterrupt as stop:
         if os.environ.get("RANK", "0") == "0":
-            print(str(stop) or "interrupted; checkpoints are complete, continue with --resume latest.", file=sys.stderr)
+            message = str(stop) or "interrupted; checkpoints are complete, continue with --resume latest."
+            print(message.split(";")[0] if part else message, file=sys.stderr)
         return 130
     return 0
 

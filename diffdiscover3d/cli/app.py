@@ -221,6 +221,7 @@ def segment(
         on_error=failed,
         on_skip=skipped,
         on_estimate=None if quiet else lambda line: print(line, file=sys.stderr),
+        on_left_out=None if quiet else lambda line: print(line, file=sys.stderr),
     )
     if errors:
         raise typer.Exit(errors[0].exit_code)

@@ -1,12 +1,23 @@
 """The command `discover`."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from diffdiscover3d.cli.options import Device, Include, Quiet, Series, VolumeNumber
+from diffdiscover3d.cli.options import (
+    Device,
+    IgnoreAffine,
+    Include,
+    MissingChunks,
+    NanToZero,
+    Quiet,
+    Series,
+    VolumeNumber,
+    VoxelSize,
+)
 
 
 def discover(
@@ -23,6 +34,10 @@ def discover(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an earlier run.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of the trainings.")] = False,
     volume: VolumeNumber = None,
+    nan_to_zero: NanToZero = False,
+    ignore_affine: IgnoreAffine = False,
+    missing_chunks: MissingChunks = False,
+    voxel_size: VoxelSize = None,
     resolution: Annotated[int | None, typer.Option("--resolution", min=0, help="Level of a pyramid.")] = None,
     series: Series = None,
     include: Include = None,
@@ -31,6 +46,7 @@ def discover(
     """Train on your own scans without labels, then segment them and write reports."""
     from diffdiscover3d.data.datasets.listing import describe_left_out, look_into
     from diffdiscover3d.errors import DiffDiscoverError, OutputError
+    from diffdiscover3d.utils.terminal import say
 
     # refused at once, before anything slow is imported
     if (output / "plan.json").exists() and not resume:
@@ -38,32 +54,41 @@ def discover(
     contents = look_into(folder, include or (), series)
     if not quiet:
         for line in describe_left_out(contents):
-            print(line, file=sys.stderr)
+            say(line, error=True)
     from diffdiscover3d.workflows.discover import discover as run
 
     errors: list[DiffDiscoverError] = []
 
     def failed(error: DiffDiscoverError) -> None:
         errors.append(error)
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
 
-    run(
-        folder,
-        output,
-        preset=preset,
-        levels=levels,
-        device=device,
-        seed=seed,
-        volume=volume,
-        resolution=resolution,
-        series=series,
-        include=include or (),
-        resume=resume,
-        progress=not quiet,
-        verbose=verbose,
-        tell=lambda line: None if quiet else print(line, flush=True),
-        on_error=failed,
-    )
-    print(output / "index.html")
+    try:
+        run(
+            folder,
+            output,
+            preset=preset,
+            levels=levels,
+            device=device,
+            seed=seed,
+            volume=volume,
+            nan_to_zero=nan_to_zero,
+            ignore_affine=ignore_affine,
+            missing_chunks=missing_chunks,
+            voxel_size=voxel_size,
+            resolution=resolution,
+            series=series,
+            include=include or (),
+            resume=resume,
+            progress=not quiet,
+            verbose=verbose,
+            tell=lambda line: None if quiet else say(line),
+            on_error=failed,
+        )
+    except KeyboardInterrupt:
+        command = ["diffdiscover3d", *sys.argv[1:], *([] if resume else ["--resume"])]
+        say(f"interrupted; go on with: {shlex.join(command)}", error=True)
+        raise
+    say(output / "index.html")
     if errors:
         raise typer.Exit(errors[0].exit_code)

@@ -7,6 +7,7 @@ import typer
 
 from diffdiscover3d.cli.options import (
     IgnoreAffine,
+    Include,
     MissingChunks,
     NanToZero,
     Neurological,
@@ -38,6 +39,7 @@ def report(
     resolution: Resolution = 0,
     missing_chunks: MissingChunks = False,
     voxel_size: VoxelSize = None,
+    include: Include = None,
     neurological: Neurological = False,
 ) -> None:
     """Write an HTML report per scan with a 3D viewer of its parts, and an index of several; they need no network."""
@@ -48,7 +50,6 @@ def report(
         "volume": volume,
         "nan_to_zero": nan_to_zero,
         "ignore_affine": ignore_affine,
-        "series": series,
         "resolution": resolution,
         "missing_chunks": missing_chunks,
         "voxel_size": voxel_size,
@@ -60,6 +61,8 @@ def report(
         output=output,
         overwrite=overwrite,
         neurological=neurological,
+        include=include or (),
+        series=series,
         tell=lambda line: say(line, error=True),
         **reading,
     ):

@@ -86,7 +86,9 @@ class JoinedVolumes(Sequence):
         return dataset[index]
 
 
-def load_volumes(name_or_path: str, split: str = "train", brats: BraTSOptions | None = None) -> Sequence[dict]:
+def load_volumes(
+    name_or_path: str, split: str = "train", brats: BraTSOptions | None = None, **reading
+) -> Sequence[dict]:
     """Load a dataset of volumes.
 
     Args:
@@ -96,14 +98,20 @@ def load_volumes(name_or_path: str, split: str = "train", brats: BraTSOptions | 
         split: "train", "validation" or "test", for a named dataset or BraTS. Other files have no splits; all of them
             are returned.
         brats: preprocessing of BraTS; default: as in the paper.
+        reading: how files are read, see [`VolumeFolder`]; not for named, BraTS or Hub datasets.
 
     Returns:
         A sequence of dicts with "volume", (1, H, W, D) float32 in [0, 1], "name", and for synthetic data "labels".
 
     Raises:
         InputError: if the dataset or the files do not exist.
-        ValueError: if the split does not exist.
+        ValueError: if the split does not exist, or `reading` is given for a dataset without files to choose.
     """
+    if reading and (name_or_path.startswith(_HUB_PREFIX) or has_splits(name_or_path)):
+        listed = ", ".join(f"`{name}`" for name in reading)
+        raise ValueError(
+            f"{listed} must be left out for {name_or_path}: only folders, globs and lists of files take it."
+        )
     if name_or_path in SYNTHETIC_NAMES:
         variants = [SyntheticVolumes(variant, split) for variant in _VARIANTS_OF[name_or_path]]
         return variants[0] if len(variants) == 1 else JoinedVolumes(variants)
@@ -113,7 +121,7 @@ def load_volumes(name_or_path: str, split: str = "train", brats: BraTSOptions | 
     if is_brats(name_or_path):
         return BraTSVolumes(name_or_path, split, brats)
     try:
-        return VolumeFolder(name_or_path)
+        return VolumeFolder(name_or_path, **reading)
     except InputError as error:
         raise InputError(f"{error} Named datasets: {', '.join(SYNTHETIC_NAMES)}.") from error
 

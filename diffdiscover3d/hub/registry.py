@@ -1,5 +1,6 @@
 """Find models: the embedded ones by name, others by folder or Hub id; push them, pull them."""
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from diffdiscover3d.models.embedded import embedded_models, nested_levels
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
-from diffdiscover3d.utils.files import check_folder, replaced_folder
+from diffdiscover3d.utils.files import check_folder
+from diffdiscover3d.utils.staging import recover_folder, replaced_folder
 
 _MODEL_CLASSES = {"diffusion": DiffusionFeaturePipeline, "discovery": StructureDiscoveryModel, "unet": UNet3DModel}
 
@@ -80,6 +82,9 @@ def find_discovery(folder: Path) -> Path:
 
 def _in_folder(folder: Path, part: str = "discovery", marker: str = "config.json") -> Path:
     """The folder of one model: `discover` and the embedded models keep two in one folder."""
+    if not folder.exists():  # of a killed `pull --overwrite`, where folders cannot be exchanged in one step
+        with contextlib.suppress(OutputError):
+            recover_folder(folder.parent)
     inside = folder / part
     return inside if not (folder / marker).is_file() and (inside / marker).is_file() else folder
 
@@ -115,7 +120,8 @@ def pull(
 
     Args:
         repo_id: `user/name`.
-        folder: where to copy it, atomically. Default: it stays in the Hub's cache.
+        folder: where to copy it, in one step, so that there is always the old or the new model.
+            Default: it stays in the Hub's cache.
         revision: branch, tag or commit.
         local_files_only: use the cache, not the network.
         overwrite: replace a model folder that exists.
@@ -131,6 +137,7 @@ def pull(
     target = Path(folder) if folder is not None else None
     if target is not None:
         check_folder(target.parent)
+        recover_folder(target.parent)
         if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
             raise OutputError(f"{target}: exists already; --overwrite replaces it.")
         if target.is_dir() and any(target.iterdir()):

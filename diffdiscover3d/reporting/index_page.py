@@ -38,17 +38,21 @@ def write_index(path: str | Path, reports: Sequence[str | Path], *, title: str =
 
     Args:
         path: the HTML file.
-        reports: `<stem>_report.html` files; links are relative, so that the folder can be moved as a whole.
+        reports: `<stem>_report.html` files; links are relative, so that the folder can be moved as a whole. If some
+            have one name, all are shown with their folders.
     """
-    path = Path(path)
+    path, reports = Path(path), [Path(report) for report in reports]
+    common = Path(os.path.commonpath([report.absolute().parent for report in reports])) if reports else path
+    ambiguous = len({report.name for report in reports}) < len(reports)
     items = []
-    for report in map(Path, reports):
+    for report in reports:
         stem = report.name.removesuffix("_report.html")
+        shown = (report.absolute().parent.relative_to(common) / stem).as_posix() if ambiguous else stem
         picture = report.with_name(f"{stem}_dseg.png")
         image = f'<img src="{_link(picture, path)}" alt="" loading="lazy">' if picture.exists() else ""
         sizes = _sizes(report, stem)
         items.append(
-            f'<li><a href="{_link(report, path)}">{image}{html.escape(stem)}</a><div class="soft">{sizes}</div></li>'
+            f'<li><a href="{_link(report, path)}">{image}{html.escape(shown)}</a><div class="soft">{sizes}</div></li>'
         )
     page = _PAGE.format(
         title=html.escape(title), count=len(items), items="\n".join(items), style=_STYLE, style_hash=csp_hash(_STYLE)

@@ -7,7 +7,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from diffdiscover3d import __version__
-from diffdiscover3d.data.datasets.listing import expand
+from diffdiscover3d.data.datasets.listing import describe_left_out, expand_all
 from diffdiscover3d.data.domain import domain_note
 from diffdiscover3d.data.formats.reading import open_source, read_source, stream_source
 from diffdiscover3d.data.formats.registry import (
@@ -32,7 +32,7 @@ from diffdiscover3d.segmentation.outputs import (
     check_cases,
     is_finished,
     names_a_file,
-    plan_case,
+    plan_cases,
     shard,
 )
 from diffdiscover3d.segmentation.preflight import MemoryPlan, plan_memory
@@ -86,6 +86,7 @@ def segment(
     on_error: Callable[[DiffDiscoverError], None] | None = None,
     on_skip: Callable[[Path], None] | None = None,
     on_estimate: Callable[[str], None] | None = None,
+    on_left_out: Callable[[str], None] | None = None,
 ):
     """Segment volumes into parts and write `<stem>_dseg.nii.gz`, `.json` and `.tsv` for each.
 
@@ -99,8 +100,9 @@ def segment(
 
     Args:
         inputs: an (H, W, D) array or tensor, a nibabel or SimpleITK image; or volumes of any format (see
-            `data/formats/registry.py`), folders of them, globs or text lists.
-        output: folder for the results (default: beside each input), or, for one input and level, the label map.
+            `data/formats/registry.py`), folders of them, globs or lists, see [`list_volumes`].
+        output: folder for the results (default: beside each input), or, for one input and level, the label map. If
+            scans in different folders have one name, the results keep these folders.
         model: an embedded model's name, a folder, or a Hub id.
         level: of a model with levels: its number, 1 the coarsest (default 2), or "all"; then the files are called
             `<stem>_level-<L>_dseg.*`, and `<stem>_tree.json` lists how the parts are nested.
@@ -137,6 +139,7 @@ def segment(
         on_estimate: called with a line about the memory that a large volume needs, before it is read.
         on_error: called with the error of an input that cannot be used, before the next one; default: raise it.
         on_skip: called with each input that `resume` skips.
+        on_left_out: called with a line for each reason for which files were not taken as scans.
 
     Returns:
         What was written for each input; of a volume in memory the label map, or with level "all" a dict of them.
@@ -154,8 +157,10 @@ def segment(
         finish = Finish(None if mask is None else Path(mask), smooth, min_size, background)
         chosen = {"model": model, "level": level, "num_parts": num_parts, "revision": revision}
         return _segment_in_memory(inputs, chosen, device, fast, order, finish, nan_to_zero)
-    single = isinstance(inputs, str | Path)
-    paths = [p for source in ([inputs] if single else inputs) for p in expand(source, include, series)]
+    contents = expand_all([inputs] if isinstance(inputs, str | Path) else inputs, include, series)
+    paths = contents.volumes
+    for line in describe_left_out(contents) if on_left_out else ():
+        on_left_out(line)
     place = choose_device(device)
     if output is not None:
         check_folder(Path(output).parent if names_a_file(output) else Path(output))
@@ -166,7 +171,7 @@ def segment(
     if summary and (output is None or names_a_file(output)):
         raise ValueError("`summary` needs an `output` folder for its tables.")
     extras = Extras(preview, statistics, tables, probabilities, report)
-    cases = [plan_case(path, output, levels, extras) for path in paths]
+    cases = plan_cases(paths, output, levels, extras)
     mine = shard(cases, share)
     for folder in {case.folder for case in cases}:
         recover_folder(folder)

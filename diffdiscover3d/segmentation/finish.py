@@ -80,11 +80,19 @@ def smoothed(soft: np.ndarray, sigma: float) -> np.ndarray:
     return np.stack([ndimage.gaussian_filter(part, sigma, mode="nearest") for part in soft])
 
 
-def without_small_pieces(labels: np.ndarray, min_size: int, num_parts: int) -> np.ndarray:
+def without_small_pieces(
+    labels: np.ndarray, min_size: int, num_parts: int, parents: np.ndarray | None = None
+) -> np.ndarray:
     """A label map whose pieces of fewer voxels have become part of what surrounds them.
 
     A piece is what is connected through voxel faces. Each voxel of a small one takes the number of the nearest voxel
-    that belongs to none. If all pieces are small, nothing changes.
+    that belongs to none, in the same coarser part. Where all pieces are small, nothing changes.
+
+    Args:
+        labels: (H, W, D) part numbers.
+        min_size: voxels of the smallest piece that stays.
+        num_parts: number of parts.
+        parents: (H, W, D) numbers of the coarser parts in which the parts are nested; default: one for all.
     """
     small = np.zeros(labels.shape, bool)
     for part in range(num_parts):
@@ -94,10 +102,18 @@ def without_small_pieces(labels: np.ndarray, min_size: int, num_parts: int) -> n
             marked = sizes < min_size
             marked[0] = False
             small |= marked[pieces]
-    if not small.any() or small.all():
+    if not small.any():
         return labels
-    nearest = ndimage.distance_transform_edt(small, return_distances=False, return_indices=True)
-    return labels[tuple(nearest)]
+    found = labels.copy()
+    parents = np.zeros(labels.shape, np.uint8) if parents is None else parents
+    for parent in np.unique(parents[small]):
+        inside = parents == parent
+        box = ndimage.find_objects(inside.astype(np.uint8))[0]
+        lost, kept = (inside & small)[box], (inside & ~small)[box]
+        if kept.any():
+            nearest = ndimage.distance_transform_edt(~kept, return_distances=False, return_indices=True)
+            found[box][lost] = labels[box][tuple(nearest)][lost]
+    return found
 
 
 def numbers_with_background(numbers: Sequence[int], background: int | None) -> np.ndarray:

@@ -101,8 +101,6 @@ class InMemoryFinder:
         count = network.config.num_parts
         labels = self._found[network][1].cpu().numpy()
         labels = labels if labels.dtype == np.uint8 else labels.astype(np.uint16)
-        if finish.min_size:
-            labels = without_small_pieces(labels, finish.min_size, count)
         numbers = number_by_size(labels, count) if self.job.order == "size" else np.arange(count)
         numbers = numbers_with_background(numbers, finish.background)
         if (numbers != np.arange(count)).any():
@@ -139,9 +137,16 @@ class InMemoryFinder:
         soft, found, resampled = self._probabilities(network)
         if self.job.finish.smooth:
             soft = torch.from_numpy(smoothed(soft.cpu().numpy(), self.job.finish.smooth)).to(soft.device)
-        if network.parent_model in self._found and (resampled or self.job.finish.smooth):
-            keep_within_parents(soft, self._found[network.parent_model][1], network.parents)
+        finish, coarser = self.job.finish, None
+        if network.parent_model in self._found:
+            coarser = self._found[network.parent_model][1]
+            if resampled or finish.smooth or finish.min_size:
+                keep_within_parents(soft, coarser, network.parents)
         labels = soft.max(dim=0).indices.to(torch.uint8 if len(soft) <= 256 else torch.int32)
+        if finish.min_size:
+            within = None if coarser is None else coarser.cpu().numpy()
+            labels = without_small_pieces(labels.cpu().numpy(), finish.min_size, len(soft), within)
+            labels = torch.from_numpy(labels).to(soft.device)
         self._found[network] = (found, labels)
         return soft
 

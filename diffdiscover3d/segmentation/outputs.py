@@ -1,6 +1,7 @@
 """The names of a scan's result files, and checks before they are written."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from diffdiscover3d.data.formats.registry import (
     volume_sha256,
 )
 from diffdiscover3d.data.formats.volume_file import NiftiGrid
-from diffdiscover3d.errors import ModelError, OutputError
+from diffdiscover3d.errors import InputError, ModelError, OutputError
 from diffdiscover3d.reporting.colours import part_rgb
 from diffdiscover3d.utils.files import check_targets
 from diffdiscover3d.utils.processes import rank_and_world_size
@@ -95,6 +96,34 @@ def plan_case(path: Path, output: str | Path | None, levels: Sequence[int | None
         folder / f"{name}_tree.json" if len(levels) > 1 else None,
         folder / f"{name}_report.html" if extras.report else None,
     )
+
+
+def plan_cases(
+    paths: Sequence[Path], output: str | Path | None, levels: Sequence[int | None], extras: Extras
+) -> list[CaseFiles]:
+    """Name the files of all scans, see [`plan_case`].
+
+    If two scans in different folders have one name (`sub-01/T1w.nii.gz`, `sub-02/T1w.nii.gz`), the results of all scans
+    keep the folders in which the scans are, below `output`.
+    """
+    cases = [plan_case(path, output, levels, extras) for path in paths]
+    if output is None or names_a_file(output) or _are_distinct(cases):
+        return cases
+    folders = [Path(output) / folder for folder in relative_folders(paths)]
+    kept = [plan_case(path, folder, levels, extras) for path, folder in zip(paths, folders, strict=True)]
+    return kept if _are_distinct(kept) else cases
+
+
+def _are_distinct(cases: Sequence[CaseFiles]) -> bool:
+    targets = [target for case in cases for target in case]
+    return len(set(targets)) == len(targets)
+
+
+def relative_folders(paths: Sequence[Path]) -> list[Path]:
+    """The folders of scans, relative to the folder that holds all of them."""
+    folders = [os.path.abspath(folder_of(path)) for path in paths]
+    common = os.path.commonpath(folders)
+    return [Path(os.path.relpath(folder, common)) for folder in folders]
 
 
 def names_a_file(output: str | Path) -> bool:
@@ -213,7 +242,7 @@ def is_finished(case: CaseFiles, provenance: dict[int | None, dict], sha256: str
         try:
             if written["input"]["sha256"] != sha256 or written["outputs"] != hash_outputs(files):
                 return False
-        except (KeyError, TypeError, OSError):
+        except (KeyError, TypeError, OSError, InputError):
             return False
     return True
 

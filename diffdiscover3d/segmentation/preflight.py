@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffdiscover3d.data.datasets.listing import expand
+from diffdiscover3d.data.datasets.listing import expand_all
 from diffdiscover3d.data.formats.nifti.header import check_reachable
 from diffdiscover3d.data.formats.reading import Source, open_source, read_source
 from diffdiscover3d.data.formats.registry import files_of, format_by_name, is_nifti, split
 from diffdiscover3d.models.window_layout import choose_window, needs_sliding_window, streaming_bytes
 from diffdiscover3d.segmentation.memory import resampling_bytes, segmentation_bytes
-from diffdiscover3d.segmentation.outputs import Extras, check_cases, plan_case, shard
+from diffdiscover3d.segmentation.outputs import Extras, check_cases, plan_cases, shard
 from diffdiscover3d.utils.memory import LARGE, check_memory, free_memory
 
 _READ_WHOLE = 2**25  # bytes on disk: smaller files are read twice
@@ -76,8 +76,7 @@ def refuse_taken(
     if count is None:
         return
     levels = tuple(range(1, count + 1)) if count > 1 else (None,)
-    paths = [path for source in inputs for path in expand(source, include, series)]
-    cases = [plan_case(path, output, levels, extras) for path in paths]
+    cases = plan_cases(expand_all(inputs, include, series).volumes, output, levels, extras)
     check_cases(cases, shard(cases, share), overwrite=False)
 
 

@@ -45,7 +45,7 @@ def train_brain(config: BrainConfig, prepare_push: Callable | None = None) -> Pa
     config = settle_precision(dataclasses.replace(config, output_dir=str(place)), place / CONFIG_FILE)
     if config.push_to_hub and config.hub_model_id is None:
         config = dataclasses.replace(config, hub_model_id=output.resolve().name)
-    scans = BrainScans(config.dataset, config.frame, config.phantoms)
+    scans = BrainScans(config.dataset, config.frame, config.phantoms, **config.reading)
     config = settle_epochs(config, len(scans))
 
     def network(accelerator: Accelerator) -> BrainTraining:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diffdiscover3d.training.aliases import as_fields
 from diffdiscover3d.training.options import added, option, read_options, require
+from diffdiscover3d.training.reading_config import ReadingConfig
 
 # all but one_cycle are those of diffusers' `get_scheduler`
 SCHEDULES = (
@@ -23,7 +24,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", 
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(ReadingConfig):
     """Options common to both phases. Every field is an option of `python -m diffdiscover3d.train`."""
 
     dataset: str = option("synthetic-regular", "a named dataset, or a folder, glob or text list of NIfTI volumes")
@@ -191,9 +192,7 @@ class DiscoveryConfig(TrainingConfig):
     )
     denoised_timesteps: tuple[int, ...] = option((60,), "timesteps over which the clean prediction is averaged")
     teacher_noise: str = option(
-        "fresh",
-        "sample the teacher's noise at every step or once per volume (faster)",
-        ("fresh", "fixed"),
+        "fresh", "sample the teacher's noise at every step or once per volume (faster)", ("fresh", "fixed")
     )
     parent: str | None = option(
         None, "folder or Hub id of a discovery network whose parts are subdivided (not in the paper)"

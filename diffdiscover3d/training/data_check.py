@@ -25,6 +25,8 @@ def read_all(volumes: Sequence[dict], accelerator: Accelerator) -> None:
     if not hasattr(volumes, "shapes") or volumes.shapes is not None:
         return
     rank, processes = accelerator.process_index, accelerator.num_processes
+    for line in volumes.left_out:
+        logger.info("%s", printable(line))
     logger.info("reading %d volumes", len(volumes))
     shapes: dict[int, tuple[int, ...]] = {}
     error: DiffDiscoverError | None = None

@@ -72,23 +72,6 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def replaced_folder(target: str | Path) -> Iterator[Path]:
-    """As [`atomic_folder`], but replaces an existing folder once the new one is complete."""
-    target = Path(target)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.replaced")
-    try:
-        with atomic_folder(target) as temporary:
-            yield temporary
-            if target.exists():
-                os.rename(target, aside)
-    except BaseException:
-        if aside.exists() and not target.exists():
-            os.rename(aside, target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
 @dataclass(frozen=True)
 class Scratch:
     """An anonymous temporary file for writing and reading.
@@ -125,7 +108,7 @@ def scratch_file(folder: str | Path, size: int) -> Iterator[Scratch]:
     if free < size + _DISK_MARGIN:
         raise OutputError(
             f"{folder}: {size / 2**30:.1f} GiB of temporary space are needed and {free / 2**30:.1f} GiB are free; "
-            "free some space or choose another --output folder."
+            "free some space or choose another output folder."
         )
     with contextlib.ExitStack() as stack:
         with output_errors(folder):
@@ -144,17 +127,17 @@ def check_folder(folder: Path) -> None:
     """Check that files can be created in a folder, without creating the folder."""
     existing = _existing(folder)
     if not existing.is_dir():
-        raise OutputError(f"{folder}: {existing} is not a folder; choose another --output folder.")
+        raise OutputError(f"{folder}: {existing} is not a folder; choose another output folder.")
     probe = existing / f".diffdiscover3d-{os.getpid()}-{time.time_ns()}"
     try:
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise OutputError(
-            f"{existing}: cannot be written to ({error.strerror}); choose another --output folder."
+            f"{existing}: cannot be written to ({error.strerror}); choose another output folder."
         ) from error
     if shutil.disk_usage(existing).free < 2**20:
-        raise OutputError(f"{existing}: the disk is full; free some space or choose another --output folder.")
+        raise OutputError(f"{existing}: the disk is full; free some space or choose another output folder.")
 
 
 def _existing(folder: Path) -> Path:

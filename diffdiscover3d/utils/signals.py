@@ -4,8 +4,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 _TERMINATIONS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 _SIGNALS = (signal.SIGINT, *_TERMINATIONS)
@@ -46,6 +47,44 @@ class StopRequest:
         if self.requested and self._alone:
             raise KeyboardInterrupt
         self.requested = True
+
+
+def run_child(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, bool]:
+    """Run a command, without its standard output, and let it finish in its own way when this process is asked to stop.
+
+    The command gets a session of its own, so that Ctrl-C in the terminal reaches this process alone. SIGINT, SIGTERM
+    and SIGHUP are forwarded as SIGTERM, which, unlike SIGINT, ends an interpreter that is still starting silently.
+
+    Returns:
+        The exit code, negative if a signal ended the command, and whether a signal was forwarded.
+    """
+    process: subprocess.Popen | None = None
+    asked = 0
+
+    def forward(number, frame) -> None:
+        nonlocal asked
+        asked += 1
+        if process is not None:
+            process.terminate()
+
+    before = {}
+    # Python allows signal handlers only in the main thread; an ignored SIGHUP (`nohup`) stays ignored
+    if threading.current_thread() is threading.main_thread():
+        numbers = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN or n == signal.SIGINT]
+        before = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+        if asked:  # between the two lines before
+            process.terminate()
+        return process.wait(), asked > 0
+    except BaseException:
+        if process is not None:
+            process.kill()
+            process.wait()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def ignore_signals(_worker: int = 0) -> None:

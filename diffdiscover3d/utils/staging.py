@@ -6,6 +6,8 @@ writes to the folder, or reads its results, completes the moves.
 """
 
 import contextlib
+import ctypes
+import errno
 import json
 import os
 import shutil
@@ -24,6 +26,8 @@ except ImportError:  # Windows
 _PREFIX = ".diffdiscover3d."
 _JOURNAL, _UNDO, _OWNER = "journal.json", "undo.json", "owner"
 _REPLACED, _NEW = "replaced", "new"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux, see renameat2(2)
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
 @contextlib.contextmanager
@@ -41,6 +45,61 @@ def staged_folder(target: str | Path, overwrite: bool = True) -> Iterator[Path]:
         OutputError: if the folder cannot be created or written to, the disk is full, or a file exists.
     """
     target = Path(target)
+    with _staging_folder(target) as staging:
+        yield staging / _NEW
+        _commit(staging, target, overwrite)
+
+
+@contextlib.contextmanager
+def replaced_folder(target: str | Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `target`, with all that is in it, on success only.
+
+    On Linux the two are exchanged in one step, so that there is always one of them. On other systems and some network
+    drives there are two renames; if the process is killed between them, [`recover_folder`] of the parent, or the next
+    command that writes there, completes them.
+
+    Args:
+        target: a folder, or a place where one will be.
+
+    Raises:
+        OutputError: if it cannot be written, or the disk is full.
+    """
+    target = Path(target)
+    with _staging_folder(target.parent) as staging:
+        new = staging / _NEW / target.name
+        new.mkdir()
+        yield new
+        for path in (*new.rglob("*"), new):
+            sync(path)
+        if not target.exists():
+            os.rename(new, target)
+        elif not _exchange(new, target):
+            _record(staging / _JOURNAL, [target.name])
+            kept = _set_aside(target, staging, 0)
+            try:
+                os.rename(new, target)
+            except OSError:
+                os.rename(kept, target)
+                raise
+        sync(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step; `False` if the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NO_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+@contextlib.contextmanager
+def _staging_folder(target: Path) -> Iterator[Path]:
+    """A locked staging folder in `target`, which is created if need be; an empty `target` is removed in the end."""
     missing = [p for p in (target, *target.parents) if not p.exists()]
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -52,10 +111,9 @@ def staged_folder(target: str | Path, overwrite: bool = True) -> Iterator[Path]:
     try:
         with output_errors(target):
             (staging / _NEW).mkdir()
-            yield staging / _NEW
-            _commit(staging, target, overwrite)
+            yield staging
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _delete(staging)
         if owner is not None:
             os.close(owner)
         remove_empty(missing)
@@ -69,12 +127,14 @@ def recover_folder(target: str | Path) -> None:
     """
     target = Path(target)
     for staging in sorted(target.glob(f"{_PREFIX}*")) if target.is_dir() else []:
-        if not staging.is_dir() or (owner := _claim(staging, create=False)) is None:
-            continue  # its process is still running
+        if not staging.is_dir() or (owner := _claim(staging)) is None:
+            with contextlib.suppress(OSError):
+                staging.rmdir()  # empty if its process was killed before it had claimed it, or at the very end
+            continue  # otherwise its process is still running
         try:
             with output_errors(target):
                 _recover(staging, target)
-            shutil.rmtree(staging, ignore_errors=True)
+            _delete(staging)
         finally:
             os.close(owner)
 
@@ -82,8 +142,8 @@ def recover_folder(target: str | Path) -> None:
 def _create_staging(target: Path) -> tuple[Path, int | None]:
     """A new staging folder, and the lock on it if this file system has locks.
 
-    Before it is locked, another process may take the folder for one of a killed process and delete it; then another is
-    created.
+    Before it is locked, another process may take the folder for one of a killed process and delete it; then another
+    is created.
     """
     while True:
         staging = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
@@ -91,12 +151,26 @@ def _create_staging(target: Path) -> tuple[Path, int | None]:
             owner = _claim(staging, create=True)
         except BlockingIOError:
             continue
+        if owner is None and not staging.is_dir():  # removed while it was empty
+            continue
         if owner is None or _is_at(owner, staging / _OWNER):
             return staging, owner
         os.close(owner)
 
 
-def _claim(staging: Path, create: bool) -> int | None:
+def _delete(staging: Path) -> None:
+    """Delete a staging folder: first the journals, without which it is no unfinished commit, and the lock last."""
+    for name in (_JOURNAL, _UNDO):
+        (staging / name).unlink(missing_ok=True)
+    for path in staging.iterdir():
+        if path.name != _OWNER:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (staging / _OWNER).unlink(missing_ok=True)
+        staging.rmdir()
+
+
+def _claim(staging: Path, create: bool = False) -> int | None:
     """Lock a staging folder; `None` if this file system has no locks or, unless `create`, its process is running.
 
     Raises:
@@ -238,7 +312,8 @@ def _recover(staging: Path, target: Path) -> None:
         if source.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             if source.is_dir() and place.exists():  # only an empty folder can be replaced by a rename
-                _remove(place)
+                shutil.rmtree(staging / _REPLACED, ignore_errors=True)
+                _set_aside(place, staging, 0)
             os.replace(source, place)
 
 

@@ -2,10 +2,9 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -15,14 +14,16 @@ from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
 from diffdiscover3d.data.domain import DOMAIN_FILE, signature, summarise
 from diffdiscover3d.data.formats.nifti.reading import write_like
 from diffdiscover3d.data.formats.reading import read_volume
-from diffdiscover3d.data.formats.registry import SEPARATOR, with_options
+from diffdiscover3d.data.formats.registry import SEPARATOR, volume_sha256, with_options
 from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, NothingToDivideError, OutputError
 from diffdiscover3d.hub.resolve import WORKING_GRID_FILE
 from diffdiscover3d.segmentation.arrays import as_scan
 from diffdiscover3d.segmentation.driver import SegmentedFile, choose_device, segment
+from diffdiscover3d.segmentation.outputs import Extras, check_cases, plan_cases
 from diffdiscover3d.training.recipes import Training, diffusion_training, train_level
 from diffdiscover3d.utils.files import atomic_folder, check_folder, write_json
 from diffdiscover3d.utils.memory import free_memory
+from diffdiscover3d.utils.signals import run_child
 from diffdiscover3d.workflows.discover_plan import Plan, describe_plan, make_fallback, make_plan, make_recipe, read_plan
 
 
@@ -36,6 +37,10 @@ def discover(
     seed: int = 0,
     volume: int | None = None,
     resolution: int | None = None,
+    nan_to_zero: bool = False,
+    ignore_affine: bool = False,
+    missing_chunks: bool = False,
+    voxel_size: str | None = None,
     series: str | None = None,
     include: Sequence[str] = (),
     resume: bool = False,
@@ -51,14 +56,15 @@ def discover(
             takes them, which are kept in `scans/` of the output.
         output: folder for all files: `plan.json`, `training/` (checkpoints, logs, pictures), `model/` (what
             `segment --model` takes: the diffusion model and one network with all levels), `parts/` (label maps, tables
-            and reports) and `index.html`.
+            and reports; with the folders of the scans below it if scans in different folders have one name) and
+            `index.html`.
         preset: "quick" (a first look), "standard", or "paper" (the paper's diffusion model; needs a GPU).
         levels: number of levels, 1 to 3 (2, 4, 8 parts); each divides the parts of the level before.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         seed: of everything random.
         volume: of files with several channels or time points, which one.
         resolution: of files with several resolutions, which one, 0 the finest.
-        series, include: as for [`segment`].
+        nan_to_zero, ignore_affine, missing_chunks, voxel_size, series, include: as for [`segment`].
         resume: continue an earlier run with the same output; its plan is kept.
         progress: show progress bars.
         verbose: show the logs of the trainings.
@@ -66,7 +72,7 @@ def discover(
         on_error: called with the error of a scan that cannot be read, before the next one; default: raise it.
 
     Raises:
-        InputError: if no scan can be read.
+        InputError: if no scan can be read, or one has changed since the run began.
         OutputError: if `output` holds an earlier run and `resume` is not set.
         ModelError: if a training fails, or the earlier run was of other scans.
     """
@@ -80,20 +86,35 @@ def discover(
     if isinstance(source, str | Path):
         paths = list_volumes(source, include, series)
     else:
-        paths = _keep_volumes(source, output / "scans")
+        paths = _keep_volumes(source, output / "scans", nan_to_zero)
     paths = [with_options(path, volume=volume, resolution=resolution) for path in paths]
-    scans, shapes, spacings, domain = _read_all(paths, on_error)
+    reading = {"nan_to_zero": nan_to_zero, "ignore_affine": ignore_affine, "missing_chunks": missing_chunks}
+    reading = {name: value for name, value in {**reading, "voxel_size": voxel_size}.items() if value}
+    scans, shapes, spacings, sha256, domain = _read_all(paths, reading, on_error)
     if plan_file.exists():
         plan = read_plan(plan_file)
         if plan.scans != tuple(scans):
             raise ModelError(f"{plan_file}: is of other scans than {source}; choose another --output folder.")
+        if plan.reading != reading:
+            raise ModelError(
+                f"{plan_file}: its scans were read with the options {plan.reading}, now with {reading}; give the same "
+                "options, or choose another --output folder."
+            )
+        _check_unchanged(plan, sha256)
     else:
         memory = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else free_memory()
         plan = make_plan(shapes, spacings, scans, preset=preset, memory_bytes=memory, levels=levels, seed=seed)
+        plan = replace(plan, sha256=tuple(sha256), reading=reading)
         write_json(plan_file, asdict(plan))
     tell(describe_plan(plan))
+    # fail fast, and not after the trainings
+    extras = Extras(preview=True, statistics=True, tables=True, report=True)
+    numbers = tuple(range(1, plan.levels + 1)) if plan.levels > 1 else (None,)
+    cases = plan_cases([Path(scan) for scan in plan.scans], output / "parts", numbers, extras)
+    check_cases(cases, cases, overwrite=True, resume=True)
 
     _train_all(plan, domain, output, place, verbose, tell)
+    _check_unchanged(plan)
     model, total = output / "model", plan.levels + 2
     tell(f"Step {total} of {total}: drawing the parts of every scan")
     results = segment(
@@ -102,28 +123,40 @@ def discover(
         model=str(model),
         level="all",
         device=device,
-        preview=True,
-        statistics=True,
-        tables=True,
-        report=True,
+        **vars(extras),
         resume=True,
+        include=include,
+        **plan.reading,
         progress=progress,
         on_error=on_error,
     )
     from diffdiscover3d.reporting.index_page import write_index
 
-    write_index(
-        output / "index.html", sorted((output / "parts").glob("*_report.html")), title="Parts found in your scans"
-    )
+    pages = [case.report for case in cases if case.report.exists()]
+    write_index(output / "index.html", pages, title="Parts found in your scans")
     return results
 
 
-def _read_all(paths: Sequence[Path], on_error) -> tuple[list[str], list, list, dict]:
+def _check_unchanged(plan: Plan, sha256: Sequence[str] | None = None) -> None:
+    """Compare the scans with those of the plan, so that all trainings and results are of the same ones.
+
+    Args:
+        sha256: of the scans; default: read again.
+    """
+    now = [volume_sha256(scan) for scan in plan.scans] if sha256 is None else sha256
+    for scan, before, after in zip(plan.scans, plan.sha256 or now, now, strict=True):
+        if before != after:
+            raise InputError(
+                f"{scan}: has changed since this run began; restore it, or start anew in another --output folder."
+            )
+
+
+def _read_all(paths: Sequence[Path], reading: dict, on_error) -> tuple[list[str], list, list, list[str], dict]:
     """Read every scan once, so that a damaged one is reported before the trainings."""
-    scans, shapes, spacings, signatures = [], [], [], []
+    scans, shapes, spacings, hashes, signatures = [], [], [], [], []
     for path in paths:
         try:
-            volume = read_volume(path)
+            volume = read_volume(path, **reading)
         except DiffDiscoverError as error:
             if on_error is None:
                 raise
@@ -133,13 +166,14 @@ def _read_all(paths: Sequence[Path], on_error) -> tuple[list[str], list, list, d
         scans.append(str(Path(place).resolve()) + (f"{SEPARATOR}{inner}" if inner else ""))
         shapes.append(volume.data.shape)
         spacings.append(volume.spacing_mm)
+        hashes.append(volume.sha256)
         signatures.append(signature(volume))
     if not scans:
         raise InputError("none of the scans can be read.")
-    return scans, shapes, spacings, summarise(signatures)
+    return scans, shapes, spacings, hashes, summarise(signatures)
 
 
-def _keep_volumes(volumes: Sequence, folder: Path) -> list[Path]:
+def _keep_volumes(volumes: Sequence, folder: Path, nan_to_zero: bool) -> list[Path]:
     """Write volumes in memory as NIfTI files, so that a run can be continued; those that are there stay."""
     paths = []
     for number, one in enumerate(volumes):
@@ -147,7 +181,7 @@ def _keep_volumes(volumes: Sequence, folder: Path) -> list[Path]:
         if isinstance(one, str | Path):
             path = Path(one)
         elif not path.exists():
-            scan, _ = as_scan(one)
+            scan, _ = as_scan(one, nan_to_zero=nan_to_zero)
             write_like(path, scan.data, scan)
         paths.append(path)
     return paths
@@ -158,12 +192,12 @@ def _train_all(
 ) -> None:
     """Run the trainings that are not finished, and copy the trained models to `model/`."""
     training, model, total = output / "training", output / "model", plan.levels + 2
-    listed = output / "scans.txt"
-    listed.write_text("".join(f"{scan}\n" for scan in plan.scans), encoding="utf-8")
+    listed = output / "scans.json"
+    write_json(listed, plan.scans)
     recipe, dataset = make_recipe(plan), str(listed.resolve())
     tell(f"Step 1 of {total}: learning what your scans look like ({plan.diffusion_steps} rounds)")
     teacher = diffusion_training(recipe, dataset, plan.seed, training / "diffusion")
-    _train(teacher, "model_index.json", place, verbose)
+    _train(teacher, "model_index.json", place, verbose, plan)
     parent = None
     for level, steps in enumerate(plan.discovery_steps, start=1):
         rounds = sum(steps) + steps[0] * (recipe.starts_of(level) - 1)
@@ -171,7 +205,7 @@ def _train_all(
         folder = training / f"level{level}"
 
         def run(training: Training) -> None:
-            _train(training, "selection.json", place, verbose)
+            _train(training, "selection.json", place, verbose, plan)
 
         used = recipe
         try:
@@ -199,28 +233,30 @@ def _take_over(trained: Path, target: Path, also: dict[str, dict] | None = None)
             write_json(folder / name, values)
 
 
-def _train(training: Training, result: str, place: torch.device, verbose: bool) -> None:
+def _train(training: Training, result: str, place: torch.device, verbose: bool, plan: Plan) -> None:
     """Run a training in its own process, from its last checkpoint, unless it is finished."""
     folder = training.folder
     if (folder / result).exists():
         return
+    _check_unchanged(plan)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "options.json"
     options = {**training.options, "output_dir": folder}
     write_json(file, {k: str(v) if isinstance(v, Path) else v for k, v in options.items()})
     command = [sys.executable, "-m", "diffdiscover3d.train", training.phase, "--config", str(file)]
+    command += ["--part-of-discover", *([] if verbose else ["--quiet"])]
     environment = dict(os.environ)
     if place.type == "cpu":
         environment["ACCELERATE_USE_CPU"] = "true"
     elif place.type == "cuda" and place.index is not None:
         environment["CUDA_VISIBLE_DEVICES"] = str(place.index)
-    done = subprocess.run([*command, *([] if verbose else ["--quiet"])], env=environment, stdout=subprocess.DEVNULL)
-    if done.returncode == 130:
+    code, interrupted = run_child(command, environment)
+    if interrupted or code == 130:
         raise KeyboardInterrupt
-    if done.returncode == NothingToDivideError.exit_code:
+    if code == NothingToDivideError.exit_code:
         raise NothingToDivideError(f"{folder}: no volume has inclusions to assign.")
-    if done.returncode:
+    if code:
         raise ModelError(
-            f"{folder}: the training stopped with exit code {done.returncode}, see above; --resume goes on from its "
-            "last checkpoint."
+            f"{folder}: the training stopped with exit code {code}, see above; --resume goes on from its last "
+            "checkpoint."
         )

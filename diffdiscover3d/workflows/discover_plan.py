@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,8 @@ class Plan:
         levels: number of levels; level L has 2^L parts, each nested in one of the level before.
         seed: of everything random.
         recipe: digest of the recipes that give all other options.
+        sha256: of the scans, in their order.
+        reading: options of [`read_volume`] that are not at their defaults.
     """
 
     scans: tuple[str, ...]
@@ -88,6 +90,8 @@ class Plan:
     levels: int
     seed: int
     recipe: str
+    sha256: tuple[str, ...] = ()
+    reading: dict = field(default_factory=dict)
 
 
 def make_plan(
@@ -210,6 +214,7 @@ def make_recipe(plan: Plan) -> Recipe:
     recipe = RECIPES[PRESETS[plan.preset]["recipe"]]
     diffusion = {
         **_RESUMED,
+        **plan.reading,
         "preset": PRESETS[plan.preset]["network"],
         "max_steps": plan.diffusion_steps,
         "batch_size": plan.batch_size,
@@ -238,4 +243,4 @@ def make_fallback(plan: Plan) -> Recipe:
 
 def _shared_options(plan: Plan) -> dict:
     """Options of all discovery trainings."""
-    return {**_RESUMED, **({"volume_size": plan.working_grid} if plan.working_grid else {})}
+    return {**_RESUMED, **plan.reading, **({"volume_size": plan.working_grid} if plan.working_grid else {})}

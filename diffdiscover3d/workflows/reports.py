@@ -1,6 +1,7 @@
 """Write reports of scans and label maps on disk."""
 
 import glob
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from diffdiscover3d.reporting.index_page import write_index
 from diffdiscover3d.reporting.label_maps import LabelMap, is_result_of, read_label_map, read_sidecar
 from diffdiscover3d.reporting.page import ShownLevel, ShownScan, shown_grid, shown_voxels, write_page
 from diffdiscover3d.reporting.parts import PartStatistics, measure_parts, nest_levels
+from diffdiscover3d.segmentation.outputs import relative_folders
 from diffdiscover3d.utils.files import check_targets
 
 
@@ -30,6 +32,8 @@ def make_reports(
     output: str | Path | None = None,
     overwrite: bool = False,
     neurological: bool = False,
+    include: Sequence[str] = (),
+    series: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
     **reading,
 ) -> list[Path]:
@@ -39,8 +43,10 @@ def make_reports(
         inputs: scans, or folders, globs or lists of them.
         labels: label maps of the one scan given (default: `<stem>_dseg.nii.gz` or its levels).
         parts: folder of the label maps (default: beside each scan).
-        output: folder for the reports (default: that of the label maps).
+        output: folder for the reports (default: that of the label maps); as of `parts`, with the folders of the scans
+            below it where scans have one name.
         overwrite: replace reports that exist.
+        include, series: as for [`list_volumes`].
         tell: called with a line for each note on a scan, such as label maps that were made of another one.
         reading: see [`read_volume`].
 
@@ -52,21 +58,28 @@ def make_reports(
         OutputError: if a report exists or cannot be written.
     """
     sources = [inputs] if isinstance(inputs, str | Path) else inputs
-    scans = [path for source in sources for path in list_volumes(source)]
+    scans = [path for source in sources for path in list_volumes(source, include, series)]
     if labels and len(scans) != 1:
         raise InputError(f"--labels goes with a single scan, got {len(scans)}; use --parts FOLDER.")
     jobs = []
-    for scan in scans:
-        found = [Path(p) for p in labels] if labels else find_label_maps(scan, parts)
-        folder = Path(output) if output is not None else found[0].parent
+    ambiguous = len({stem(scan) for scan in scans}) < len(scans)  # then `segment` keeps the scans' folders
+    folders = relative_folders(scans) if ambiguous else [Path()] * len(scans)
+    for scan, kept in zip(scans, folders, strict=True):
+        place = None if parts is None else Path(parts) / kept
+        found = [Path(p) for p in labels] if labels else find_label_maps(scan, place)
+        folder = Path(output) / kept if output is not None else found[0].parent
         jobs.append((scan, found, folder / f"{stem(scan)}_report.html"))
     pages = [page for _, _, page in jobs]
     if len(set(pages)) < len(pages):
-        raise InputError("two scans of one name would get the same page; report them into two --output folders.")
-    index = [pages[0].parent / "index.html"] if len(pages) > 1 else []
+        raise InputError("two scans of one folder and name would get the same page; report them apart.")
+    above = pages[0].parent if output is None else Path(output)
+    if output is None and ambiguous:
+        above = Path(os.path.commonpath([os.path.abspath(page.parent) for page in pages]))
+    index = [above / "index.html"] if len(pages) > 1 else []
     check_targets([*pages, *index], overwrite)
     for scan, found, page in jobs:
-        for note in write_report(page, read_volume(scan, **reading), display_name(scan), found, neurological):
+        volume = read_volume(scan, series=series, **reading)
+        for note in write_report(page, volume, display_name(scan), found, neurological):
             tell(f"{scan}: note: {note}")
     for path in index:
         write_index(path, pages)

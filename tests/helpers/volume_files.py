@@ -9,6 +9,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, ornt_transform
 
 CANONICAL = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
 SPACING = np.array([0.75, 1.25, 2.5])
+KINDS = ("nrrd", "mha", "mgz", "dicom", "mrc", "npy", "tif", "h5", "zarr")
 ORIENTATIONS = [
     np.array(list(zip(axes, flips, strict=True)), dtype=float)
     for axes in itertools.permutations(range(3))
@@ -180,3 +181,33 @@ def write_ome_zarr(path: Path, volume: np.ndarray, zarr_format: int = 3, axes: s
     else:
         group.attrs["multiscales"] = [{**image, "version": "0.4"}]
     return path
+
+
+def write_as(folder: Path, kind: str, values: np.ndarray) -> Path | str:
+    """A canonical (H, W, D) volume as `scan.<kind>` in a format of `KINDS`; what is returned names it."""
+    image = values[:, ::-1, ::-1].T  # (z, y, x) of an image whose first row is at the top
+    if kind in ("nrrd", "mha", "mgz", "dicom"):
+        array, affine = stored(ORIENTATIONS[27], values)
+        writers = {"nrrd": write_sitk, "mha": write_sitk, "mgz": write_mgh}
+        return (
+            write_dicom(folder / "scan", array, affine)
+            if kind == "dicom"
+            else writers[kind](folder / f"scan.{kind}", array, affine)
+        )
+    if kind == "mrc":
+        return write_mrc(folder / "scan.mrc", np.ascontiguousarray(values.T))
+    if kind == "npy":
+        np.save(folder / "scan.npy", values)
+        return folder / "scan.npy"
+    if kind == "tif":
+        import tifffile
+
+        tifffile.imwrite(folder / "scan.tif", image, photometric="minisblack")
+        return folder / "scan.tif"
+    if kind == "h5":
+        import h5py
+
+        with h5py.File(folder / "scan.h5", "w") as file:
+            file["a/raw"] = image
+        return f"{folder / 'scan.h5'}::/a/raw"
+    return write_ome_zarr(folder / "scan.ome.zarr", image)

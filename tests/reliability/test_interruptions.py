@@ -1,6 +1,7 @@
-"""SIGINT and SIGTERM to trainings of one and two processes, and to a segmentation: exit code 130, no partial files."""
+"""Signals to trainings of one and two processes, to `discover`, to a segmentation: exit code 130, no partial files."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -61,3 +62,30 @@ def test_a_segmentation(tmp_path, count):
     left = list((tmp_path / "out").rglob("*")) if (tmp_path / "out").exists() else []
     count("SIGTERM to segment", exit_code=process.returncode, files_left=len(left))
     assert process.returncode == 130 and out == "" and "Traceback" not in errors and left == []
+
+
+@pytest.mark.usefixtures("default_hangup")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_discover(tmp_path, count, number):
+    scans, output = write_scans(tmp_path / "scans", 3), tmp_path / "study #1"
+    arguments = [sys.executable, "-m", "diffdiscover3d.cli", "discover", scans, "-o", output, "--device", "cpu"]
+    arguments += ["--preset", "quick", "--levels", "1"]
+    process = start(arguments)
+    training = output / "training" / "diffusion"
+    while log_steps(training) < 1:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    step = hashes(training)["step"]
+    assert process.returncode == 130 and 50 <= step < 300 and "Traceback" not in errors
+    assert f"interrupted after step {step}\n" in errors and "--resume latest" not in errors
+    command = errors.split("go on with: ")[1].strip()
+    assert shlex.split(command)[1:] == [*map(str, arguments[3:]), "--resume"]
+    again = finish([*arguments[:3], *shlex.split(command)[1:]])
+    assert again.returncode == 0, again.stderr
+    whole = finish([*arguments[:6], tmp_path / "whole", *arguments[7:]])
+    assert whole.returncode == 0, whole.stderr
+    equal = hashes(training) == hashes(tmp_path / "whole" / "training" / "diffusion")
+    count(f"{number.name} to discover", stopped_after=step, exit_code=process.returncode, resumed_bit_equal=equal)
+    assert equal

@@ -6,6 +6,7 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from diffdiscover3d.errors import InputError, OutputError
 from diffdiscover3d.segmentation.driver import segment
@@ -41,6 +42,30 @@ def test_small_pieces_take_the_number_around_them():
     assert np.array_equal(found, expected) and found.dtype == labels.dtype
     assert np.array_equal(without_small_pieces(labels, 2, 3)[7, 7, 7:9], [0, 0])
     assert np.array_equal(without_small_pieces(labels, 10_000, 3), labels)  # all are small
+
+
+def test_small_pieces_stay_in_their_parent():
+    """On a random map: the nearest voxel of a larger piece of the same parent, by comparing all distances."""
+    rng = np.random.default_rng(5)
+    parents = np.zeros((9, 7, 8), np.uint8)
+    parents[5:] = 1
+    parents[:, :, 7] = 2
+    labels = (2 * parents + (rng.random(parents.shape) < 0.3)).astype(np.uint8)
+    labels[:, :, 7] = 4 + np.indices((9, 7)).sum(axis=0) % 2  # a chessboard: small pieces only
+    found = without_small_pieces(labels, 6, 6, parents)
+    assert np.array_equal(found // 2, parents) and (found != labels).any()
+    assert np.array_equal(found[:, :, 7], labels[:, :, 7])
+    small = np.zeros(labels.shape, bool)
+    for part in range(6):
+        pieces, count = ndimage.label(labels == part)
+        for piece in range(1, count + 1):
+            small |= (pieces == piece) & ((pieces == piece).sum() < 6)
+    for place in np.argwhere(small & (parents < 2)):
+        others = np.argwhere(~small & (parents == parents[tuple(place)]))
+        distances = ((others - place) ** 2).sum(axis=1)
+        nearest = {int(labels[tuple(o)]) for o in others[distances == distances.min()]}
+        assert int(found[tuple(place)]) in nearest
+    assert np.array_equal(found[~small], labels[~small])
 
 
 def test_smoothing_keeps_probabilities():

@@ -28,42 +28,14 @@ def values():
     return data
 
 
-def _write(folder, kind, values):
-    image = values[:, ::-1, ::-1].T  # (z, y, x) of an image whose first row is at the top
-    if kind in ("nrrd", "mha", "mgz", "dicom"):
-        array, affine = files.stored(files.ORIENTATIONS[27], values)
-        writers = {"nrrd": files.write_sitk, "mha": files.write_sitk, "mgz": files.write_mgh}
-        return (
-            files.write_dicom(folder / "scan", array, affine)
-            if kind == "dicom"
-            else writers[kind](folder / f"scan.{kind}", array, affine)
-        )
-    if kind == "mrc":
-        return files.write_mrc(folder / "scan.mrc", np.ascontiguousarray(values.T))
-    if kind == "npy":
-        np.save(folder / "scan.npy", values)
-        return folder / "scan.npy"
-    if kind == "tif":
-        tifffile.imwrite(folder / "scan.tif", image, photometric="minisblack")
-        return folder / "scan.tif"
-    if kind == "h5":
-        with h5py.File(folder / "scan.h5", "w") as file:
-            file["a/raw"] = image
-        return f"{folder / 'scan.h5'}::/a/raw"
-    return files.write_ome_zarr(folder / "scan.ome.zarr", image)
-
-
-KINDS = ["nrrd", "mha", "mgz", "dicom", "mrc", "npy", "tif", "h5", "zarr"]
-
-
 @pytest.fixture(scope="module")
 def expected(values, tiny_discovery):
     return segment(values, model=str(tiny_discovery))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", files.KINDS)
 def test_the_same_labels_from_every_format(tmp_path, values, expected, tiny_discovery, kind):
-    path = _write(tmp_path, kind, values)
+    path = files.write_as(tmp_path, kind, values)
     (result,) = segment(path, tmp_path / "out", model=str(tiny_discovery), statistics=True)
     suffix = {"mrc": ".mrc", "npy": ".npy", "tif": ".tif", "h5": ".h5", "zarr": ".ome.zarr"}.get(kind, ".nii.gz")
     assert result.labels.name.endswith(f"_dseg{suffix}") and suffix in (".nii.gz", *LABEL_SUFFIXES)
@@ -85,7 +57,7 @@ def test_the_same_labels_from_every_format(tmp_path, values, expected, tiny_disc
 
 @pytest.mark.parametrize("kind", ["dicom", "mrc", "zarr"])
 def test_features_and_reports_take_every_format(tmp_path, values, tiny_discovery, kind):
-    path = _write(tmp_path, kind, values)
+    path = files.write_as(tmp_path, kind, values)
     segment(path, tmp_path / "out", model=str(tiny_discovery))
     (page,) = make_reports(str(path), parts=tmp_path / "out")
     text = page.read_text()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 
 from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.errors import ModelError, OutputError
@@ -175,6 +176,32 @@ def test_levels_are_nested_after_resampling(tmp_path, make_nifti, levelled, grid
     ]
     coarse, fine = (a[0].argmax(dim=0).numpy() for a in apart)
     assert (np.array(network.parents)[fine] != coarse).any()
+
+
+@pytest.mark.parametrize("smooth", [0.0, 1.2])
+@pytest.mark.parametrize("grid", [None, (17, 21, 15), "own"], ids=["fast", "working grid", "own grid"])
+def test_levels_are_nested_after_small_pieces_are_merged(tmp_path, make_nifti, levelled, grid, smooth):
+    scan = make_nifti(tmp_path / "scan.nii.gz", noise(3, (36, 40, 34)))
+    if isinstance(grid, tuple):
+        (levelled / "discovery" / "working_grid.json").write_text(json.dumps({"grid": grid}))
+    options = {"level": "all", "fast": grid is None, "smooth": smooth}
+    found = {}
+    for min_size in (0, 25):
+        (result,) = segment(scan, tmp_path / str(min_size), model=str(levelled), min_size=min_size, **options)
+        one, two = (np.asarray(nib.load(result.levels[level].labels).dataobj).astype(int) for level in (1, 2))
+        parents = np.array(load_discovery(str(levelled)).parents)
+        assert np.array_equal(parents[two], one)  # no voxel is outside the parent
+        found[min_size] = one, two
+    assert all((a != b).any() for a, b in zip(found[0], found[25], strict=True))
+    # small pieces are left only where a coarser part consists of nothing else
+    one, two = found[25]
+    for within, labels in ((np.zeros_like(one), one), (one, two)):
+        for parent in np.unique(within):
+            sizes = []
+            for part in np.unique(labels[within == parent]):
+                pieces, _ = ndimage.label((labels == part) & (within == parent))
+                sizes += np.bincount(pieces.ravel())[1:].tolist()
+            assert min(sizes) >= 25 or max(sizes) < 25
 
 
 def test_parts_without_probability_within_their_parent():

@@ -9,7 +9,7 @@ import pytest
 from safetensors import SafetensorError
 
 from diffdiscover3d.errors import InputError, NetworkError, OutputError
-from diffdiscover3d.utils.files import atomic_file, atomic_folder, replaced_folder, sha256, write_json
+from diffdiscover3d.utils.files import atomic_file, atomic_folder, sha256, write_json
 from diffdiscover3d.utils.staging import staged_folder
 
 
@@ -215,26 +215,3 @@ def test_what_safetensors_makes_of_a_full_disk(tmp_path, writer):
     with pytest.raises(OutputError, match=message), writer(tmp_path / "model"):
         raise error
     assert content(tmp_path) == {}
-
-
-def test_a_folder_is_replaced_whole_or_kept(tmp_path, monkeypatch):
-    target = tmp_path / "model"
-    target.mkdir()
-    (target / "old").write_text("old")
-    rename, calls = os.rename, []
-
-    def failing(source, place):
-        calls.append(place)
-        if len(calls) == 2:  # the old folder has been moved, the new one not yet
-            assert not target.exists()
-            raise OSError(5, "Input/output error")
-        rename(source, place)
-
-    monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(OutputError, match="Input/output"), replaced_folder(target) as temporary:
-        (temporary / "new").write_text("new")
-    assert content(tmp_path) == {"model": None, "model/old": b"old"}
-    monkeypatch.undo()
-    with replaced_folder(target) as temporary:
-        (temporary / "new").write_text("new")
-    assert content(tmp_path) == {"model": None, "model/new": b"new"}

@@ -4,10 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from diffdiscover3d.utils.signals import interrupt_on_termination
+from diffdiscover3d.utils.signals import interrupt_on_termination, run_child
 
 
 @pytest.mark.usefixtures("default_hangup")
@@ -48,3 +49,48 @@ def test_a_forked_child_ends_by_the_signal():
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == str(-signal.SIGTERM)
+
+
+CHILD = """
+import pathlib, signal, sys, time
+place = pathlib.Path(sys.argv[1])
+def save(number, frame):
+    with open(place / "received", "a") as file:
+        file.write(f"{number} ")
+    time.sleep(0.3)  # a step is finished and saved
+    (place / "saved").touch()
+    sys.exit(130)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, save)
+(place / "ready").touch()
+time.sleep(60)
+"""
+PARENT = """
+import os, sys
+from diffdiscover3d.utils.signals import run_child
+print(run_child([sys.executable, *sys.argv[1:]], os.environ))
+"""
+
+
+@pytest.mark.usefixtures("default_hangup")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_child_gets_one_signal_and_is_waited_for(tmp_path, number):
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, "-c", CHILD, tmp_path],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.time() + 30
+    while not (tmp_path / "ready").exists() and time.time() < deadline:
+        time.sleep(0.005)
+    os.killpg(parent.pid, number)  # as a terminal sends it, to the whole group
+    out, _ = parent.communicate(timeout=30)
+    assert out == "(130, True)\n" and (tmp_path / "saved").exists()
+    assert (tmp_path / "received").read_text() == f"{int(signal.SIGTERM)} "
+
+
+def test_a_child_that_ends_by_itself(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    assert run_child([sys.executable, "-c", "raise SystemExit(5)"], os.environ) == (5, False)
+    assert signal.getsignal(signal.SIGINT) is before

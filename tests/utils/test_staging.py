@@ -5,12 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from diffdiscover3d.errors import OutputError
 from diffdiscover3d.utils import staging as module
-from diffdiscover3d.utils.staging import recover_folder, staged_folder
+from diffdiscover3d.utils.staging import recover_folder, replaced_folder, staged_folder
 
 NAMES = ("a.nii.gz", "b.tsv", "c.json", "deep/d.png")
 
@@ -135,3 +136,117 @@ def test_a_folder_taken_for_abandoned_before_it_is_locked(tmp_path, monkeypatch,
     assert (tmp_path / "a.txt").read_text() == "a"
     recover_folder(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+# kills the process before its n-th change to the file system
+KILLED_REPLACEMENT = """
+import ctypes, os, signal, sys
+from diffdiscover3d.utils import staging
+target, left, exchange = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "exchange"
+
+def dying(function):
+    def call(*arguments, **named):
+        global left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return function(*arguments, **named)
+    return call
+
+for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync"):
+    setattr(os, name, dying(getattr(os, name)))
+staging._exchange = dying(staging._exchange) if exchange else lambda one, other: False
+with staging.replaced_folder(target) as folder:
+    for name in ("config.json", "weights"):
+        (folder / name).write_text("new")
+"""
+
+
+def kill_replacement(target, step: int, how: str) -> bool:
+    """Replace the folder and kill the process before its n-th change; whether it was killed."""
+    command = [sys.executable, "-c", KILLED_REPLACEMENT, str(target), str(step), how]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode in (0, -signal.SIGKILL)
+    return done.returncode != 0
+
+
+def old_model(target) -> dict[str, str]:
+    target.mkdir()
+    for name in ("config.json", "weights"):
+        (target / name).write_text("old")
+    return contents(target)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="exchanges folders by renameat2")
+def test_a_kill_at_any_step_leaves_a_whole_folder(tmp_path):
+    """Without any recovery: the exchange of two folders is one step."""
+    seen = []
+    for step in range(100):
+        target = tmp_path / str(step) / "model"
+        target.parent.mkdir()
+        old = old_model(target)
+        killed = kill_replacement(target, step, "exchange")
+        seen.append(contents(target))
+        assert seen[-1] in (old, dict.fromkeys(old, "new"))
+        recover_folder(target.parent)
+        assert contents(target) == seen[-1] and [p.name for p in target.parent.iterdir()] == ["model"]
+        if not killed:
+            break
+    assert 8 < len(seen) < 100 and old in seen and seen[-2] == dict.fromkeys(old, "new")
+
+
+@pytest.mark.slow
+def test_a_kill_where_folders_cannot_be_exchanged(tmp_path):
+    for step in range(100):
+        target = tmp_path / str(step) / "model"
+        target.parent.mkdir()
+        old = old_model(target)
+        killed = kill_replacement(target, step, "renames")
+        recover_folder(target.parent)
+        assert contents(target) in (old, dict.fromkeys(old, "new"))
+        assert [p.name for p in target.parent.iterdir()] == ["model"]
+        if not killed:
+            break
+    assert 8 < step < 100 and contents(target) == dict.fromkeys(old, "new")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="exchanges folders by renameat2")
+def test_there_is_always_a_folder(tmp_path):
+    """Seen by another thread, which finds the file at every moment."""
+    target = tmp_path / "model"
+    old_model(target)
+    found, over = [], threading.Event()
+
+    def look():
+        while not over.is_set():
+            found.append((target / "config.json").exists())
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    for number in range(50):
+        with replaced_folder(target) as folder:
+            (folder / "config.json").write_text(str(number))
+    over.set()
+    watcher.join()
+    assert len(found) > 100 and all(found) and contents(target) == {"config.json": "49"}
+
+
+def test_an_error_keeps_the_old_folder(tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    old = old_model(target)
+    with pytest.raises(KeyError), replaced_folder(target) as folder:
+        (folder / "config.json").write_text("new")
+        raise KeyError
+    assert contents(tmp_path) == {f"model/{name}": text for name, text in old.items()}
+    rename = os.rename
+
+    def failing(source, place):
+        if place == target and "new" in str(source):
+            raise OSError(5, "Input/output error")
+        rename(source, place)
+
+    monkeypatch.setattr(module, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(module.os, "rename", failing)
+    with pytest.raises(OutputError, match="Input/output"), replaced_folder(target) as folder:
+        (folder / "config.json").write_text("new")
+    assert contents(tmp_path) == {f"model/{name}": text for name, text in old.items()}

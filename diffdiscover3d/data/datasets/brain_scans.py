@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from diffdiscover3d.data.datasets.brain_phantom import PHANTOM_VERSION, brain_phantom
-from diffdiscover3d.data.datasets.folder import files_fingerprint, list_volumes
+from diffdiscover3d.data.datasets.folder import files_fingerprint
+from diffdiscover3d.data.datasets.listing import list_volumes
 from diffdiscover3d.data.foreground import Frame, find_foreground, robust_scale
-from diffdiscover3d.data.formats.nifti.reading import read_nifti
+from diffdiscover3d.data.formats.reading import read_volume
 
 logger = logging.getLogger("diffdiscover3d")
 
@@ -23,13 +24,24 @@ class BrainScans(Sequence):
         source: as for [`list_volumes`]; files named `*_lesion.*`, `*_seg.*` or `*_mask.*` are masks and left out.
         frame: the grid of the frames.
         phantoms: how many phantoms follow the scans.
+        include, series: as for [`list_volumes`].
+        reading: see [`read_volume`].
 
     Raises:
         InputError: if there is no scan, or one cannot be used.
     """
 
-    def __init__(self, source: str | Path, frame: Sequence[int], phantoms: int = 0):
-        self.paths = [p for p in list_volumes(source) if not _is_mask(p)]
+    def __init__(
+        self,
+        source: str | Path,
+        frame: Sequence[int],
+        phantoms: int = 0,
+        include: Sequence[str] = (),
+        series: str | None = None,
+        **reading,
+    ):
+        self.paths = [p for p in list_volumes(source, include, series) if not _is_mask(p)]
+        self.reading = reading if series is None else {**reading, "series": series}
         self.frame, self.phantoms = tuple(frame), phantoms
         self.shapes = [self.frame] * len(self)
         self._kept: dict[int, dict] = {}
@@ -47,7 +59,7 @@ class BrainScans(Sequence):
             raise IndexError(index)
         if index not in self._kept:
             if index < len(self.paths):
-                name, data = self.paths[index].name, read_nifti(self.paths[index]).data
+                name, data = self.paths[index].name, read_volume(self.paths[index], **self.reading).data
             else:
                 number = index - len(self.paths)
                 name, data = f"brain-phantom-train-{number:03d}", brain_phantom("train", number).healthy

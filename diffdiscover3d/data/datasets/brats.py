@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume, read_nifti
-from diffdiscover3d.errors import InputError
+from diffdiscover3d.errors import InputError, without_options
 
 MODALITIES = ("flair", "t1", "t1ce", "t2")
 SPLIT_COUNTS = {"train": 180, "validation": 39, "test": 40}  # the paper's 259 cases
@@ -191,7 +191,13 @@ def read_image(case: BraTSCase, modality: str) -> NiftiVolume:
         InputError: if the file is missing or damaged.
     """
     channel = MODALITIES.index(modality) if case.edition == "MSD" else None
-    return read_nifti(case.image(modality), volume=channel)
+    try:
+        return read_nifti(case.image(modality), volume=channel)
+    except InputError as error:
+        if (problem := without_options(str(error))) == str(error):
+            raise
+        # the options for unusual files are not for published data sets
+        raise InputError(f"{problem}; download the case again.") from error
 
 
 def read_mask(case: BraTSCase, shape: Sequence[int]) -> np.ndarray:

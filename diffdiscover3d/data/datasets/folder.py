@@ -1,11 +1,11 @@
 """A folder, glob or text list of volumes as a dataset."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffdiscover3d.data.datasets.listing import list_volumes
+from diffdiscover3d.data.datasets.listing import describe_left_out, look_into
 from diffdiscover3d.data.formats.reading import read_volume
 from diffdiscover3d.data.formats.registry import volume_sha256
 from diffdiscover3d.errors import InputError
@@ -39,10 +39,11 @@ class VolumeFolder:
     Attributes:
         paths: paths of the files, sorted.
         shapes: shapes of the volumes; `None` until set by [`read_all`].
+        left_out: a line for each reason for which files were not taken as scans.
         notes: of the volumes read so far, by index: what was unusual, and what rules the intensity range.
 
     Args:
-        source: see [`list_volumes`].
+        source, include, series: see [`list_volumes`].
         reading: see [`read_volume`].
 
     Raises:
@@ -50,8 +51,10 @@ class VolumeFolder:
             changed since it was first read.
     """
 
-    def __init__(self, source: str | Path, **reading):
-        self.paths, self.reading = list_volumes(source), reading
+    def __init__(self, source: str | Path, include: Sequence[str] = (), series: str | None = None, **reading):
+        contents = look_into(source, include, series)
+        self.paths, self.left_out = list(contents.volumes), describe_left_out(contents)
+        self.reading = reading if series is None else {**reading, "series": series}
         self.shapes: list[tuple[int, ...]] | None = None
         self.notes: dict[int, list[str]] = {}
         self._cache: dict[int, torch.Tensor] = {}

@@ -1,6 +1,7 @@
 """What a folder, glob or text list holds: its volumes, and what was left out and why."""
 
 import glob
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +27,7 @@ from diffdiscover3d.data.formats.registry import (
     stem,
 )
 from diffdiscover3d.data.formats.units import display_unit
-from diffdiscover3d.errors import InputError
+from diffdiscover3d.errors import InputError, without_options
 
 # words in the names of files that mark something in a scan rather than being one
 _MASK_WORDS = (
@@ -35,6 +36,9 @@ _MASK_WORDS = (
 )
 _MASK = re.compile(rf"(?:^|[^a-z0-9])(?:{_MASK_WORDS})(?:$|[^a-z])|brain_?mask", re.IGNORECASE)
 _OWN = re.compile(r"_(?:dseg|probseg)$|_stage\d+$|_level-\d+_truth$")
+_OWN_REASON = "a result of this program by its name or sidecar; --include PATTERN takes it"
+_SIDECAR_KEYS = {"diffdiscover3d", "model", "input"}  # of a label map of `segment`
+_SIDECAR_BYTES = 2**20
 _SECOND_HALVES = (".img", ".img.gz")
 
 
@@ -58,7 +62,9 @@ def list_volumes(source: str | Path, include: Sequence[str] = (), series: str | 
 
     Args:
         source: a folder (searched with its subfolders), a glob pattern, a text file with one path a line (relative
-            to that file; empty lines and lines from # on are ignored), or one volume.
+            to that file; empty lines and lines from # on are ignored) or a JSON list of paths, or one volume. In
+            folders and globs, files that are or are named like results of this program are left out, and so are
+            files named like masks where there are others.
         include: patterns of file names that are taken though they are named like masks.
         series: of a folder with several DICOM series: the number or UID of the one to take.
 
@@ -87,6 +93,39 @@ def expand(source: str | Path, include: Sequence[str] = (), series: str | None =
     return list_volumes(source, include, series) if named or is_volume(path) else [path]
 
 
+def expand_all(sources: Sequence[str | Path], include: Sequence[str] = (), series: str | None = None) -> Contents:
+    """The volumes that all arguments of a command name, in their order.
+
+    Of several arguments, which a shell may have made of a glob, results of this program are left out.
+
+    Args:
+        sources: each as for [`expand`].
+        include, series: as for [`list_volumes`].
+
+    Raises:
+        InputError: as [`list_volumes`].
+    """
+    volumes, left_out = [], []
+    for source in sources:
+        path, inner = split(source)
+        check_reachable(path)
+        several = path.is_dir() or any(c in str(path) for c in "*?[")
+        if several and inner is None and not ome_zarr.is_store(path):
+            found = look_into(source, include, series)
+        else:
+            found = Contents(tuple(expand(source, include, series)))
+        for volume in found.volumes:
+            if len(sources) > 1 and not several and _is_own(volume) and not _is_included(volume, include):
+                left_out.append((volume, _OWN_REASON))
+            else:
+                volumes.append(volume)
+        left_out += found.left_out
+    if not volumes:
+        first = f"{left_out[0][0]}: {left_out[0][1]}" if left_out else "no volumes; give scans"
+        raise InputError(f"{first}.")
+    return Contents(tuple(volumes), tuple(left_out))
+
+
 def look_into(source: str | Path, include: Sequence[str] = (), series: str | None = None) -> Contents:
     """The same, with what was left out.
 
@@ -103,7 +142,7 @@ def look_into(source: str | Path, include: Sequence[str] = (), series: str | Non
         known = is_nifti(path) or recognise(path) is not None
         found = Contents((path,) if known else tuple(_read_list(path)))
     else:
-        found = _choose((Path(p) for p in glob.glob(str(source), recursive=True)), include, asked_for=True)
+        found = _choose((Path(p) for p in glob.glob(str(source), recursive=True)), include, by_content=True)
     if not found.volumes:
         if found.left_out:
             first, reason = found.left_out[0]
@@ -143,7 +182,7 @@ def describe_volume(path: Path) -> dict:
                 "dtype": str(source.header.get_data_dtype() if nifti else source.dtype),
             }
     except InputError as error:
-        return {**described, "fault": str(error).removeprefix(f"{path}: ")}
+        return {**described, "fault": without_options(str(error)).removeprefix(f"{path}: ")}
 
 
 def _and(count: int) -> str:
@@ -203,23 +242,27 @@ def _starts_as_dicom(path: Path) -> bool:
         return False
 
 
-def _choose(paths: Iterable[Path], include: Sequence[str], asked_for: bool = False) -> Contents:
-    """Sort volumes from what is named like a mask or result; masks are taken where nothing else is there."""
+def _choose(paths: Iterable[Path], include: Sequence[str], by_content: bool = False) -> Contents:
+    """Sort volumes from masks and own results; masks are taken where nothing else is there.
+
+    Args:
+        by_content: also take folders of DICOM files, and files that are volumes by their first bytes.
+    """
     volumes, masks, left_out = [], [], []
     for path in paths:
         known = is_nifti(path) or (format_by_name(path) is not None) or ome_zarr.is_store(path)
-        if not known and asked_for and path.exists():
+        if not known and by_content and path.exists():
             known = recognise(path) is not None
-        if not known or (path.is_dir() and not ome_zarr.is_store(path) and not asked_for):
+        if not known or (path.is_dir() and not ome_zarr.is_store(path) and not by_content):
             continue
         if path.is_dir() and is_nifti(path):
             continue
         if path.name.lower().endswith(_SECOND_HALVES) and _first_half(path).is_file():
             continue
-        if asked_for or any(fnmatch(path.name, pattern) for pattern in include):
+        if _is_included(path, include):
             volumes.append(path)
-        elif _OWN.search(stem(path)):
-            left_out.append((path, "named like a result of this program"))
+        elif _is_own(path):
+            left_out.append((path, _OWN_REASON))
         elif _MASK.search(stem(path)):
             masks.append(path)
         else:
@@ -230,16 +273,40 @@ def _choose(paths: Iterable[Path], include: Sequence[str], asked_for: bool = Fal
     return Contents(tuple(volumes), tuple(left_out))
 
 
+def _is_included(path: Path, include: Sequence[str]) -> bool:
+    return any(fnmatch(path.name, pattern) for pattern in include)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file is a result of this program, by its name or, if it has a name of its own, its sidecar."""
+    if _OWN.search(stem(path)):
+        return True
+    place = split(path)[0]
+    sidecar = place.with_name(f"{stem(place)}.json")
+    try:
+        if sidecar.stat().st_size > _SIDECAR_BYTES:
+            return False
+        written = json.loads(sidecar.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(written, dict) and written.keys() >= _SIDECAR_KEYS
+
+
 def _first_half(path: Path) -> Path:
     return path.with_name(re.sub(r"\.img(\.gz)?$", r".hdr\1", path.name, flags=re.IGNORECASE))
 
 
 def _read_list(path: Path) -> list[Path]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: neither a volume nor a text list of them ({error}); give a {NAMES} file.") from error
-    names = [line.split("#")[0].strip() for line in lines]
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":  # for names that a text list cannot hold
+            names = json.loads(text)
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError("not a list of paths")
+        else:
+            names = [line.split("#")[0].strip() for line in text.splitlines()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: neither a volume nor a list of them ({error}); give a {NAMES} file.") from error
     found = [path.parent / name for name in names if name]
     # unlike Path.exists, os.path answers for names too long to be one: the file may be no list at all
     missing = [p for p in found if not os.path.exists(split(p)[0])]

@@ -25,7 +25,7 @@ from diffdiscover3d.data.formats.volume_file import (
     pick,
 )
 from diffdiscover3d.errors import InputError
-from diffdiscover3d.utils.files import replaced_folder
+from diffdiscover3d.utils.staging import replaced_folder
 
 NAME = "OME-Zarr"
 EXTRA = "microscopy"

@@ -21,7 +21,7 @@ from diffdiscover3d.data.formats.nifti.voxels import (
     to_float32,
     without_offset,
 )
-from diffdiscover3d.data.formats.registry import open_volume, options_in, path_is_nifti, split, volume_sha256
+from diffdiscover3d.data.formats.registry import open_volume, options_in, path_is_nifti, split
 from diffdiscover3d.data.formats.volume_file import ReadOptions, VolumeFile
 from diffdiscover3d.utils.files import scratch_file
 from diffdiscover3d.utils.memory import check_memory
@@ -122,7 +122,7 @@ def read_source(
         source.header,
         source.orientation,
         tuple(notes),
-        volume_sha256(path, options.get("series")),
+        source.files.sha256(),
         source.unit,
         source.anatomical,
         source.results,
@@ -179,7 +179,7 @@ def stream_source(
             values.low,
             values.high,
             tuple(notes),
-            volume_sha256(path, options.get("series")),
+            source.files.sha256(),
             True,
             source.results,
             source.unit,

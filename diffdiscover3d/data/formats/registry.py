@@ -7,7 +7,6 @@ of these choose a channel or time point and a level of a pyramid: `cells.ome.tif
 
 import contextlib
 import glob
-import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -28,10 +27,10 @@ from diffdiscover3d.data.formats import (
 )
 from diffdiscover3d.data.formats.nifti.header import SUFFIXES as NIFTI_SUFFIXES
 from diffdiscover3d.data.formats.nifti.header import check_reachable
+from diffdiscover3d.data.formats.stamps import StampedFiles, files_sha256
 from diffdiscover3d.data.formats.units import parse_voxel_size
 from diffdiscover3d.data.formats.volume_file import ReadOptions, VolumeFile
 from diffdiscover3d.errors import InputError
-from diffdiscover3d.utils.files import sha256
 
 SEPARATOR = "::"
 # all but NIfTI, which has a reader of its own
@@ -174,7 +173,10 @@ def folder_of(path: str | Path) -> Path:
 def files_of(path: str | Path, series: str | None = None) -> list[Path]:
     """The files that a volume is stored in, sorted; `series` chooses one of several DICOM series of a folder."""
     place, inner = split(path)
-    if not place.is_dir():
+    found = recognise(place)
+    if found is ome_zarr and place.is_dir():
+        return sorted(p for p in place.rglob("*") if p.is_file())
+    if found is not dicom and not place.is_dir():
         name = place.name.lower()
         pair = []
         if name.endswith(analyze.SUFFIXES) or name.endswith((".mhd", ".nhdr")):
@@ -185,10 +187,19 @@ def files_of(path: str | Path, series: str | None = None) -> list[Path]:
                 if p.suffix in (".img", ".hdr", ".raw", ".zraw", ".gz")
             ]
         return sorted({place, *pair})
-    if ome_zarr.is_store(place):
-        return sorted(p for p in place.rglob("*") if p.is_file())
-    chosen = dicom.choose_series(series_in(place), inner or series, str(place))
-    return sorted({s.path for s in chosen.slices})
+    return sorted({s.path for s in _choose_series(place, inner or series, str(place)).slices})
+
+
+def _choose_series(place: Path, wanted: str | None, name: str) -> dicom.Series:
+    """The DICOM series of a folder; of a single file the series to which it belongs."""
+    if place.is_file():
+        only, left_out = dicom.list_series([place], name)
+        if not only:
+            raise InputError(f"{name}: is {next(iter(left_out.values()))}; give a series of images.")
+        if len(only[0].slices) > 1:  # an enhanced file holds all of them
+            return dicom.choose_series(only, only[0].uid, name)
+        wanted, place = only[0].uid, place.parent
+    return dicom.choose_series(series_in(place), wanted, name)
 
 
 def volume_sha256(path: str | Path, series: str | None = None) -> str:
@@ -197,13 +208,7 @@ def volume_sha256(path: str | Path, series: str | None = None) -> str:
     Args:
         path, series: as for [`files_of`].
     """
-    files = files_of(path, series)
-    if files == [split(path)[0]]:
-        return sha256(files[0])
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(sha256(file).encode())
-    return digest.hexdigest()
+    return files_sha256(split(path)[0], files_of(path, series))
 
 
 @contextlib.contextmanager
@@ -232,19 +237,18 @@ def open_volume(path: str | Path, options: ReadOptions | None = None) -> Iterato
     if inner is not None and found not in (dicom, hdf5, numpy_array, ome_zarr):
         raise InputError(f"{name}: a {found.NAME} file holds nothing that is named behind {SEPARATOR}.")
     with contextlib.ExitStack() as stack:
+        stamped = None if found is dicom else StampedFiles(place, lambda: files_of(place))
         if found is dicom:
-            if place.is_file():
-                only, left_out = dicom.list_series([place], name)
-                if not only:
-                    raise InputError(f"{name}: is {next(iter(left_out.values()))}; give a series of images.")
-                inner, place = only[0].uid, place.parent if len(only[0].slices) == 1 else place
-            series = series_in(place) if place.is_dir() else dicom.list_series([place], name)[0]
-            chosen = dicom.choose_series(series, inner or options.series, name)
-            volume = stack.enter_context(dicom.open_series(chosen, name, options))
+            wanted = inner or options.series
+            files = sorted({s.path for s in _choose_series(place, wanted, name).slices})
+            stamped = StampedFiles(place, lambda: files)
+            # listed again, so that headers that were read before the stamps count only if they have not changed
+            volume = stack.enter_context(dicom.open_series(_choose_series(place, wanted, name), name, options))
         elif inner is not None:
             volume = stack.enter_context(found.open_file(place, name, options, inner))
         else:
             volume = stack.enter_context(found.open_file(place, name, options))
+        volume.files = stamped
         if options.voxel_size is not None:
             volume = volume.with_spacing(*parse_voxel_size(options.voxel_size))
         yield volume

@@ -15,6 +15,7 @@ from nibabel.orientations import io_orientation
 
 from diffdiscover3d.data.formats.nifti.output import nifti_stream, output_header
 from diffdiscover3d.data.formats.nifti.voxels import pick_volume
+from diffdiscover3d.data.formats.stamps import StampedFiles
 from diffdiscover3d.data.formats.units import IN_MM
 from diffdiscover3d.errors import DiffDiscoverError, InputError
 from diffdiscover3d.utils.files import atomic_file
@@ -113,6 +114,7 @@ class VolumeFile:
         scaling: slope and intercept of the stored numbers, `None` for 1 and 0.
         header: a NIfTI header with its grid (default: made from the affine).
         notes: what was unusual, in words for the user.
+        files: what it was read from; set by [`open_volume`].
     """
 
     name: str
@@ -127,6 +129,7 @@ class VolumeFile:
     scaling: tuple[float, float] | None = None
     header: nib.Nifti1Header | None = None
     notes: list[str] = field(default_factory=list)
+    files: StampedFiles | None = None
 
     def __post_init__(self):
         self.dtype = np.dtype(self.dtype)

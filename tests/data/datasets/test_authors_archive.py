@@ -17,7 +17,7 @@ from diffdiscover3d.data.datasets.authors_archive import (
     read_archive_volume,
     read_pickled_array,
 )
-from diffdiscover3d.data.datasets.folder import list_volumes
+from diffdiscover3d.data.datasets.listing import list_volumes
 from diffdiscover3d.errors import InputError
 
 

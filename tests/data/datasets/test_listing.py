@@ -58,7 +58,7 @@ def test_all_volumes_are_found_and_the_rest_is_named(mixed):
     left_out = {p.name: reason for p, reason in found.left_out}
     assert left_out.pop("series 11").startswith("a DICOM series that lacks about 1 slice(s)")
     assert left_out == {
-        "scan_dseg.nii.gz": "named like a result of this program",
+        "scan_dseg.nii.gz": "a result of this program by its name or sidecar; --include PATTERN takes it",
         "scan_lesion.nii.gz": "named like a mask; --include PATTERN takes it",
         "T1_brainmask.nii.gz": "named like a mask; --include PATTERN takes it",
     }

@@ -14,7 +14,7 @@ import pytest
 import torch
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
-from diffdiscover3d.data.datasets.folder import list_volumes
+from diffdiscover3d.data.datasets.listing import list_volumes
 from diffdiscover3d.data.formats.nifti.reading import as_volume_tensor, read_nifti, write_like, write_volume
 from diffdiscover3d.data.loading import load_volumes
 from diffdiscover3d.errors import InputError, MemoryLimitError, OutputError
