@@ -29,7 +29,7 @@ from diffdiscover3d.utils.provenance import describe_environment
 
 CELLS, TRAINED = 24, 16
 # of the trainings: inclusions, and the order of their parts
-TRAININGS = (("compact", "size"), ("alike", "size"), ("alike", "free"), ("auto", "size"))
+TRAININGS = (("compact", "size"), ("alike", "size"), ("alike", "free"), ("auto", "auto"))
 STEPS = 300
 
 
