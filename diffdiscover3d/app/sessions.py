@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from diffdiscover3d.errors import InputError
+from diffdiscover3d.utils.files import remove_empty
 
 
 class JobStoppedError(Exception):
@@ -122,5 +123,5 @@ class Sessions:
         for path in paths:
             if not any(path in held for held in self._uploads.values()):
                 path.unlink(missing_ok=True)
-                if path.parent != self.root and not any(path.parent.iterdir()):
-                    path.parent.rmdir()
+                if path.parent != self.root:
+                    remove_empty([path.parent])

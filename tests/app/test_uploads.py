@@ -173,6 +173,11 @@ def test_uploads_and_results_go_with_their_session(tmp_path):
         assert not first.exists()  # the results of the job before
     sessions.hold("a", [shared])
     assert not own.parent.exists()
+    gone = write(tmp_path / "h3", "gone.nii", b"4")
+    sessions.hold("a", [shared, gone])
+    gone.unlink()
+    gone.parent.rmdir()
+    sessions.hold("a", [shared])
     sessions.end("a")
     assert not second.exists() and shared.exists()
     sessions.end("b")
