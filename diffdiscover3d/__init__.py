@@ -1,10 +1,14 @@
 """Unsupervised discovery of nested structures in 3D volumes with diffusion features.
 
-Public names are imported on first access, so `import diffdiscover3d` is fast.
+Public names are imported on first access, so `import diffdiscover3d` is fast. It also makes the pipelines known to
+diffusers, once that is imported: then `diffusers.DiffusionPipeline.from_pretrained` loads them.
 """
 
+import contextlib
 import importlib
 from typing import TYPE_CHECKING
+
+from diffdiscover3d.utils.import_hooks import after_import
 
 __version__ = "0.1.0"
 
@@ -56,3 +60,13 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _register_pipelines() -> None:
+    """Import the pipelines, which register themselves with diffusers; `import diffusers` must not fail for it."""
+    for name in ("diffusion_feature", "generation"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f"{__name__}.pipelines.{name}")
+
+
+after_import("diffusers.pipelines.pipeline_utils", _register_pipelines)

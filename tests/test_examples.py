@@ -151,3 +151,29 @@ def test_slurm_script_with_stand_ins(scans, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize(("first", "last"), [(1, 8), (0, 7), (11, 18)])
+def test_slurm_array_script_gives_each_task_its_share(tmp_path, first, last):
+    """A stand-in for `diffdiscover3d` that prints its arguments."""
+    tool = tmp_path / "diffdiscover3d"
+    tool.write_text("#!/bin/bash\nprintf '%s|' \"$@\"\n")
+    tool.chmod(0o755)
+    script, shares = ROOT / "examples" / "launch" / "segment_array.sh", []
+    for task in range(first, last + 1):
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": str(task)}
+        environment |= {"SLURM_ARRAY_TASK_MIN": str(first), "SLURM_ARRAY_TASK_MAX": str(last)}
+        command = ["bash", str(script), "my scans", "-o", "parts"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        words = done.stdout.split("|")
+        assert words[:5] == ["segment", "my scans", "-o", "parts", "--share"] and words[6:8] == [
+            "--summary",
+            "--resume",
+        ]
+        shares.append(words[5])
+    assert shares == [f"{i}/8" for i in range(1, 9)]
+    outside = subprocess.run(["bash", str(script)], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    assert outside.returncode != 0 and "sbatch --array=1-N" in outside.stderr
+    gaps = {**environment, "SLURM_ARRAY_TASK_COUNT": "4"}
+    done = subprocess.run(command, capture_output=True, text=True, env=gaps)
+    assert done.returncode == 2 and "without gaps" in done.stderr and not done.stdout

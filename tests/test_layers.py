@@ -22,6 +22,7 @@ WINGS = [
     "baselines",
     "evaluation",
     "workflows",
+    "app",
     "train",
     "cli",
 ]

@@ -79,6 +79,29 @@ def training_options() -> str:
     return "\n".join([*blocks, f"## Options of all trainings\n\n{_shared_table(shared, _PHASES)}"])
 
 
+def diffusers_options() -> str:
+    """The options of diffusers' example scripts and what they are here, from the table of aliases."""
+    from diffdiscover3d.train import _PHASES
+    from diffdiscover3d.training.aliases import ABSENT, ALIASES, SAME_NAMES
+
+    def trainings(name: str) -> str:
+        found = [phase for phase, kind in _PHASES.items() if name in {f.name for f in dataclasses.fields(kind)}]
+        return "" if len(found) == len(_PHASES) else "only `" + "`, `".join(found) + "`"
+
+    def row(name: str, field: str, note: str) -> tuple[str, str, str]:
+        return f"`--{name}`", f"`--{field.replace('_', '-')}`", "; ".join(filter(None, (note, trainings(field))))
+
+    rows = [row(alias.name, alias.field, alias.note) for alias in ALIASES]
+    rows += [row(name, name, "") for name in SAME_NAMES]
+    absent = [(f"`--{name}`", reason) for name, reason in sorted(ABSENT.items())]
+    return (
+        markdown_table(["diffusers", "here", "remarks"], sorted(rows))
+        + "\n\nOptions without an equivalent; the error message gives the reason:\n\n"
+        + markdown_table(["diffusers", "reason"], absent)
+        + "\n"
+    )
+
+
 def _presets(kind: type) -> dict[str, object]:
     """The config of every preset of a training."""
     from diffdiscover3d.training.config import make_config
@@ -125,7 +148,7 @@ def exit_codes() -> str:
     return markdown_table(["code", "error", "meaning"], sorted(rows, key=lambda row: row[0]))
 
 
-GENERATORS = {f.__name__: f for f in (api, commands, training_options, exit_codes)}
+GENERATORS = {f.__name__: f for f in (api, commands, training_options, diffusers_options, exit_codes)}
 
 
 def _flag(field: dataclasses.Field) -> str:

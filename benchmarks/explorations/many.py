@@ -5,7 +5,8 @@
 Level 2 of such a cell has four parts: background, cell, vesicles, mitochondria. Compact parts are wrong for it. The
 command writes 24 cells to FOLDER, divides the true cells with compact inclusions, with inclusions that are alike and
 with the rule of `--inclusions auto`, and then trains level 2 on 16 of the cells inside the level 1 network that is
-embedded, once for each of the three. Scores are of the other 8 cells. No labels are used but for the scores and, where
+embedded, with each of the three and two orders of the parts.
+Scores are of the other 8 cells. No labels are used but for the scores and, where
 nothing is trained, the true cell. Writes `results/many.json`.
 """
 
@@ -28,7 +29,8 @@ from diffdiscover3d.utils.files import write_json
 from diffdiscover3d.utils.provenance import describe_environment
 
 CELLS, TRAINED = 24, 16
-INCLUSIONS = ("compact", "alike", "auto")
+# of the trainings: inclusions, and the order of their parts
+TRAININGS = (("compact", "size"), ("alike", "size"), ("alike", "free"), ("auto", "size"))
 STEPS = 300
 
 
@@ -78,14 +80,15 @@ def without_training(cells: list) -> list[dict]:
     return [*rows, {"trained": False, "inclusions": "auto", "chosen": chosen, **scores[chosen]}]
 
 
-def with_training(folder: Path, cells: list, inclusions: str) -> dict:
+def with_training(folder: Path, cells: list, inclusions: str, order: str) -> dict:
     """Train level 2 on the first cells and score the others."""
-    output = folder / f"level2-{inclusions}"
+    output = folder / f"level2-{inclusions}-{order}"
     options = [
         *("--preset", "small", "--teacher-noise", "fixed", "--num-noise", "2", "--dropout", "0", "--selection", "last"),
         *("--objective", "assignment", "--denoised-timesteps", "25", "60", "100", "--batch-size", "2"),
         *("--learning-rate", "2e-3", "--reliable-share", "0.75", "--num-parts", "4", "--max-steps", str(STEPS)),
         *("--teacher", "synthetic-regular", "--parent", str(folder / "level1"), "--inclusions", inclusions),
+        *("--sibling-order", order),
         *("--dataset", str(folder / "train"), "--preview-every", "0", "--output-dir", str(output)),
     ]
     if not (output / "selection.json").exists() and (code := train(["discovery", *options])):
@@ -94,7 +97,7 @@ def with_training(folder: Path, cells: list, inclusions: str) -> dict:
     for volume, labels in cells[TRAINED:]:
         x = min_max_normalize(torch.from_numpy(volume)[None])
         found.append(dice_matrix(network.segment(x[None]).labels[0].numpy(), labels, 4, 4))
-    return {"trained": True, "inclusions": inclusions, "steps": STEPS, **dataset_dice(np.stack(found))}
+    return {"trained": True, "inclusions": inclusions, "order": order, "steps": STEPS, **dataset_dice(np.stack(found))}
 
 
 def main() -> None:
@@ -107,9 +110,10 @@ def main() -> None:
     for i, (volume, _) in enumerate(cells[:TRAINED]):
         nib.save(nib.Nifti1Image(volume, np.eye(4)), folder / "train" / f"cell{i:02d}.nii.gz")
     load_discovery("synthetic-regular").levels[0].save_pretrained(folder / "level1")
-    rows = without_training(cells) + [with_training(folder, cells, name) for name in INCLUSIONS]
+    rows = without_training(cells) + [with_training(folder, cells, *how) for how in TRAININGS]
     for row in rows:
-        print(f"trained {row['trained']}, {row['inclusions']}: {row['dice']:.3f} ({row['dice_one_matching']:.3f})")
+        name = f"{row['inclusions']} {row.get('order', '')}"
+        print(f"trained {row['trained']}, {name}: {row['dice']:.3f} ({row['dice_one_matching']:.3f})")
     result = {
         "command": "python -m benchmarks.explorations.many FOLDER",
         "content": "level 2 of cells with several vesicles and mitochondria; 8 cells that were not trained on",

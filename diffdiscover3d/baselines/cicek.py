@@ -89,7 +89,7 @@ class Cicek(TrainedBaseline):
 
     def predict(self, volume: torch.Tensor) -> np.ndarray:
         """Label a (1, H, W, D) volume: (H, W, D) uint8."""
-        return label_volume(self.network, volume, 2 ** (len(self.config.channels) - 1), self.device)
+        return label_in_windows(self.network, volume, self.config.crop, self.device)
 
 
 @torch.no_grad()
@@ -101,6 +101,24 @@ def label_volume(network: nn.Module, volume: torch.Tensor, stride: int, device: 
         padded = pad_to_multiple(padded, 2 * stride)
     logits = network(padded)[0, :, :h, :w, :d]
     return logits.argmax(dim=0).cpu().numpy().astype(np.uint8)
+
+
+@torch.no_grad()
+def label_in_windows(network: nn.Module, volume: torch.Tensor, crop: int, device: torch.device) -> np.ndarray:
+    """The most probable part of every voxel of a (1, H, W, D) volume, for a network that is trained on cubes.
+
+    Logits are averaged over overlapping cubes of the size of the training's. Such a network must not see a padded
+    volume: the positions of zeros relative to the cell are unlike those in training.
+
+    Returns:
+        (H, W, D) uint8.
+    """
+    from monai.inferers import sliding_window_inference
+
+    h, w, d = volume.shape[1:]
+    x, _ = pad_far(volume, torch.zeros(h, w, d), crop)
+    logits = sliding_window_inference(x[None].to(device), crop, 4, network, overlap=0.5, mode="gaussian")
+    return logits[0, :, :h, :w, :d].argmax(dim=0).cpu().numpy().astype(np.uint8)
 
 
 def draw_labelled(
@@ -126,10 +144,14 @@ def draw_labelled(
 
 def cut(volume: torch.Tensor, labels: torch.Tensor, crop: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A random cube of a (1, H, W, D) volume and of its (H, W, D) labels, from the global generator."""
-    missing = [max(0, crop - n) for n in labels.shape]
-    far = [v for n in missing[::-1] for v in (0, n)]
-    volume = torch.nn.functional.pad(volume, far)
-    labels = torch.nn.functional.pad(labels, far, value=HIDDEN)
+    volume, labels = pad_far(volume, labels, crop)
     corner = [int(torch.randint(n - crop + 1, ())) for n in labels.shape]
     window = tuple(slice(start, start + crop) for start in corner)
     return volume[(slice(None), *window)], labels[window]
+
+
+def pad_far(volume: torch.Tensor, labels: torch.Tensor, crop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad a volume by zeros and its labels by [`HIDDEN`] at the far ends to at least a cube."""
+    missing = [max(0, crop - n) for n in labels.shape]
+    far = [v for n in missing[::-1] for v in (0, n)]
+    return torch.nn.functional.pad(volume, far), torch.nn.functional.pad(labels, far, value=HIDDEN)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffdiscover3d.baselines.base import TrainedBaseline, place
-from diffdiscover3d.baselines.cicek import draw_labelled, label_volume
+from diffdiscover3d.baselines.cicek import draw_labelled, label_in_windows
 from diffdiscover3d.baselines.fitting import Schedule
 from diffdiscover3d.baselines.supervision import HIDDEN, best_numbering_loss
 from diffdiscover3d.models.cpu_kernels import precise_if_small
@@ -127,4 +127,4 @@ class Jiang(TrainedBaseline):
 
     def predict(self, volume: torch.Tensor) -> np.ndarray:
         """Label a (1, H, W, D) volume: (H, W, D) uint8."""
-        return label_volume(self.network, volume, 8, self.device)
+        return label_in_windows(self.network, volume, self.config.crop, self.device)

@@ -33,6 +33,7 @@ from diffdiscover3d.cli.options import (
 )
 from diffdiscover3d.cli.report import report
 from diffdiscover3d.cli.train import OPTIONS, train
+from diffdiscover3d.cli.web_app import start_app
 from diffdiscover3d.errors import (
     OUT_OF_MEMORY,
     DiffDiscoverError,
@@ -136,6 +137,12 @@ def segment(
     smooth: Annotated[float, typer.Option(min=0, help="Gaussian filter of the probabilities, in voxels.")] = 0.0,
     min_size: Annotated[int, typer.Option("--min-size", min=0, help="Merge pieces of fewer voxels.")] = 0,
     background: Annotated[int | None, typer.Option(min=0, help="The part to write as 0, the background.")] = None,
+    share: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Work on share I of N, as one of N separate commands.")
+    ] = None,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="Also write manifest.tsv and parts.tsv about all scans.")
+    ] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Load a Hub model from the cache only.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -157,7 +164,7 @@ def segment(
     }
     if not overwrite and not resume and all(split(source)[0].exists() for source in inputs):
         extras = Extras(preview, statistics, tables, probabilities, report)
-        refuse_taken(inputs, output, model, level is Level.ALL, extras, include or (), series)
+        refuse_taken(inputs, output, model, level is Level.ALL, extras, include or (), series, share)
     refuse_early(inputs, device, by_slabs=not fast, **reading)
     from diffdiscover3d.segmentation.driver import segment as run
 
@@ -207,6 +214,8 @@ def segment(
         smooth=smooth,
         min_size=min_size,
         background=background,
+        share=share,
+        summary=summary,
         progress=not quiet,
         on_done=done,
         on_error=failed,
@@ -245,6 +254,7 @@ def _register() -> None:
     training(train)
     listing = app.command("list", rich_help_panel=use, epilog="Example: diffdiscover3d list patient/")
     listing(list_contents)
+    app.command("app", rich_help_panel=use, epilog="Example: diffdiscover3d app --open")(start_app)
     models_app.command("list", epilog="Example: diffdiscover3d models list")(list_models)
 
 

@@ -4,7 +4,6 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,45 +13,15 @@ from diffdiscover3d.errors import ModelError, NetworkError, OutputError
 from diffdiscover3d.hub.cards import folder_kind
 from diffdiscover3d.hub.download import fetch_snapshot, is_data_file, is_repo_id
 from diffdiscover3d.hub.upload import push_folder
+from diffdiscover3d.models.embedded import DEFAULT_MODEL as DEFAULT_MODEL
+from diffdiscover3d.models.embedded import embedded_models, nested_levels
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
-from diffdiscover3d.utils.files import check_folder, read_json
+from diffdiscover3d.utils.files import check_folder
 from diffdiscover3d.utils.staging import recover_folder, replaced_folder
 
-ASSETS = Path(__file__).parent.parent / "assets"
-DEFAULT_MODEL = "synthetic-regular"
 _MODEL_CLASSES = {"diffusion": DiffusionFeaturePipeline, "discovery": StructureDiscoveryModel, "unet": UNet3DModel}
-
-
-@dataclass(frozen=True)
-class EmbeddedModel:
-    """A pretrained model of the package: a diffusion model and one nested discovery network."""
-
-    name: str
-    folder: Path
-
-    @property
-    def diffusion(self) -> Path:
-        """Folder of the diffusion pipeline; a model without its own uses the default model's."""
-        own = self.folder / "diffusion"
-        return own if own.is_dir() else ASSETS / DEFAULT_MODEL / "diffusion"
-
-    @property
-    def discovery(self) -> Path:
-        """Folder of the discovery network; it holds all levels."""
-        return self.folder / "discovery"
-
-    @property
-    def levels(self) -> tuple[int, ...]:
-        """The levels of the hierarchy, 1 the coarsest."""
-        return _nested_levels(self.discovery / "config.json")
-
-
-def embedded_models() -> dict[str, EmbeddedModel]:
-    """The pretrained models of the package, by name."""
-    folders = sorted(p for p in ASSETS.iterdir() if p.is_dir() and (p / "discovery").is_dir())
-    return {p.name: EmbeddedModel(p.name, p) for p in folders}
 
 
 def model_levels(name: str) -> tuple[int, ...]:
@@ -61,15 +30,8 @@ def model_levels(name: str) -> tuple[int, ...]:
     if name in embedded:
         return embedded[name].levels
     config = _in_folder(Path(name)) / "config.json"
-    levels = _nested_levels(config) if config.is_file() else ()
+    levels = nested_levels(config) if config.is_file() else ()
     return levels if len(levels) > 1 else ()
-
-
-def _nested_levels(file: Path) -> tuple[int, ...]:
-    config, depth = read_json(file), 1
-    while config := config.get("parent"):
-        depth += 1
-    return tuple(range(1, depth + 1))
 
 
 def load_teacher(name: str, revision: str | None = None) -> DiffusionFeaturePipeline:

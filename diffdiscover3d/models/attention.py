@@ -76,9 +76,14 @@ class LinearAttention(_Attention):
     computed whole if they take at most a quarter of its free memory. Otherwise, and on a CPU, a grid of more than
     `chunk` voxels is processed in chunks that are recomputed in the backward pass. In float16 the whole form is not
     used: the weights of fine grids would underflow.
+
+    Attributes:
+        chunk: number of voxels of a chunk.
+        always_chunk: use chunks on every device, whatever memory is free.
     """
 
-    chunk = 2**14  # voxels
+    chunk = 2**14
+    always_chunk = False
 
     def __init__(self, channels: int, heads: int, head_dim: int):
         super().__init__(channels, heads, head_dim, norm_after=True)
@@ -114,7 +119,7 @@ class LinearAttention(_Attention):
         voxels = math.prod(x.shape[2:])
         if torch.compiler.is_compiling():  # the compiler fuses what would be large
             return super().forward(x)
-        if cpu_kernels.is_on_cpu(x):
+        if cpu_kernels.is_on_cpu(x) or self.always_chunk:
             return super().forward(x) if voxels <= self.chunk else self.forward_chunks(x)
         return self.forward_tokens(x) if self._fits_whole(x, voxels) else self.forward_chunks(x)
 
@@ -129,6 +134,10 @@ class LinearAttention(_Attention):
             context, total = context + weighted, total + weights
         context = context / total
         return torch.cat([_recomputed(self._answer, c, context) for c in chunks], dim=2).reshape(x.shape)
+
+    def slice(self, voxels: int | None) -> None:
+        """Use chunks of so many voxels on every device; `None` restores the default."""
+        self.always_chunk, self.chunk = voxels is not None, voxels or type(self).chunk
 
     def _fits_whole(self, x: torch.Tensor, voxels: int) -> bool:
         """Decided once for each shape, so that a training does not change its way in the middle."""

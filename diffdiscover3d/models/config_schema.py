@@ -105,6 +105,7 @@ _SCHEDULER: dict[str, Rule] = {
     "dynamic_thresholding_ratio": number(0, 1),
     "sample_max_value": number(0, 1e6),
 }
+_OTHER_SCHEDULER = "other scheduler of diffusers"
 SCHEMAS: dict[str, dict[str, Rule]] = {
     "StructureDiscoveryModel": {
         "num_parts": integer(2, 65_536),
@@ -132,6 +133,7 @@ SCHEMAS: dict[str, dict[str, Rule]] = {
         "sample_size": optional(either(_GRID, sequence(_GRID, 3, 3))),
         "resize_before_noise": _FLAG,
     },
+    _OTHER_SCHEDULER: _SCHEDULER,
     "DDPMScheduler": {**_SCHEDULER, "variance_type": one_of("fixed_small", "fixed_small_log", "fixed_large")},
     "DDIMScheduler": {**_SCHEDULER, "set_alpha_to_one": _FLAG},
 }
@@ -160,6 +162,8 @@ def read_config(path: str | Path, kind: str | None = None) -> dict:
     if not isinstance(config, dict):
         raise ModelError(f"{path}: must hold a JSON object, got {type(config).__name__}.")
     kind = kind or config.get("_class_name")
+    if isinstance(kind, str) and kind not in SCHEMAS and kind.endswith("Scheduler"):
+        kind = _OTHER_SCHEDULER  # whether it is a class of diffusers is checked when the pipeline is loaded
     if not isinstance(kind, str) or kind not in SCHEMAS:
         raise ModelError(f"{path}: is of class {kind!r}, not one of {', '.join(SCHEMAS)}.")
     validate_config(config, kind, path)

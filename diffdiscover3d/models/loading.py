@@ -14,11 +14,13 @@ from safetensors import SafetensorError, safe_open
 import diffdiscover3d
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.models.config_schema import read_config
+from diffdiscover3d.models.embedded import embedded_folder
 from diffdiscover3d.utils.checksums import verify_checksums, write_checksums
 
 CONFIG_NAME = "config.json"
 _CHECKED_FILES = (CONFIG_NAME, "diffusion_pytorch_model*.safetensors", "*.safetensors.index.json")
 _WEIGHTS = "diffusion_pytorch_model*.safetensors"
+_EMBEDDED = {"UNet3DModel": "unet", "StructureDiscoveryModel": "discovery"}  # kinds of [`embedded_folder`]
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _LARGEST_WEIGHT = 1e6
 DOWNLOAD_OPTIONS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
@@ -26,7 +28,7 @@ DOWNLOAD_OPTIONS = ("cache_dir", "revision", "token", "local_files_only", "force
 
 def cast_weights(model: torch.nn.Module, dtype: str) -> None:
     """Cast all floating-point weights to a dtype given by name, before saving."""
-    torch.nn.Module.to(model, getattr(torch, dtype))  # diffusers' `to` warns about modules kept in float32
+    torch.nn.Module.to(model, getattr(torch, dtype))
 
 
 def check_weights(model: torch.nn.Module, source: str | Path) -> None:
@@ -108,14 +110,20 @@ class StrictLoadingMixin(PushMixin):
         """Load a model as in diffusers, from safetensors files only; files from the Hub are verified.
 
         Args:
-            pretrained_model_name_or_path: a folder or a Hub id `user/name`.
+            pretrained_model_name_or_path: the name of an embedded model (a folder of that name is `./name`), a folder,
+                or a Hub id `user/name`.
+            dtype: type of the weights; default: float32, also for files stored in half precision.
             revision, cache_dir, token, local_files_only, force_download: as in huggingface_hub.
 
         Raises:
             ModelError: if weights are missing, unexpected or of a wrong shape, or the configuration has unknown keys.
             NetworkError: if the repository cannot be downloaded completely.
         """
-        if not os.path.isdir(pretrained_model_name_or_path):
+        embedded = embedded_folder(pretrained_model_name_or_path, _EMBEDDED[cls.__name__])
+        if embedded is not None:
+            pretrained_model_name_or_path = embedded
+            kwargs.pop("subfolder", None)  # "unet", as of other pipelines
+        elif not os.path.isdir(pretrained_model_name_or_path):
             options = {k: kwargs.pop(k) for k in DOWNLOAD_OPTIONS if k in kwargs}
             pretrained_model_name_or_path = diffdiscover3d.fetch_snapshot(str(pretrained_model_name_or_path), **options)
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
@@ -136,6 +144,14 @@ class StrictLoadingMixin(PushMixin):
         verify_checksums(folder)  # after the checks that name a faulty entry or weight
         check_weights(model, folder)
         return (model, info) if return_info else model
+
+    def to(self, *args, **kwargs):
+        """Move or cast as in diffusers, without its warning about modules kept in float32: there are none."""
+        dtype = kwargs.pop("dtype", None) or next((a for a in args if isinstance(a, torch.dtype)), None)
+        if dtype is not None:
+            torch.nn.Module.to(self, dtype)
+        rest = [a for a in args if not isinstance(a, torch.dtype)]
+        return super().to(*rest, **kwargs) if rest or kwargs else self
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """Save configuration and weights as in diffusers, and their checksums, which loading verifies."""

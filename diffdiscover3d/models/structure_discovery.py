@@ -164,8 +164,8 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
             InputError: if a volume has no contrast or contains NaN or Inf; only with `check`.
         """
         if self.config.scaling == "robust":
-            return robust_scale(volume, check=check)
-        return min_max_normalize(volume, check=check)
+            return robust_scale(volume.float(), check=check)
+        return min_max_normalize(volume.float(), check=check)
 
     def scaled_logits(self, scaled: torch.Tensor, parent_labels: torch.Tensor | None = None) -> torch.Tensor:
         """Compute the logits of the parts, (B, K, H, W, D), of volumes returned by [`scale`]."""
@@ -265,7 +265,7 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         if max(padded.shape[2:]) <= self.stride:  # the coarsest grid needs more than one voxel for the norm
             padded = pad_to_multiple(view, 2 * self.stride)
         with precise_if_small(padded, self.stride):
-            logits = self.network(padded)[:, :, :h, :w, :d]
+            logits = self.network(padded.to(next(self.network.parameters()).dtype))[:, :, :h, :w, :d]
         if parent_labels is not None:
             logits = self._mask_outside_parents(logits, parent_labels)
         return logits[:, self.part_order]

@@ -14,7 +14,7 @@ from torch import nn
 
 from diffdiscover3d.data.transforms import pad_to_multiple
 from diffdiscover3d.models import cpu_kernels
-from diffdiscover3d.models.attention import ATTENTIONS, FullAttention
+from diffdiscover3d.models.attention import ATTENTIONS, FullAttention, LinearAttention
 from diffdiscover3d.models.blocks import ResidualBlock, TimeEmbedding, project_time
 from diffdiscover3d.models.channel_padding import convolve_unfolded
 from diffdiscover3d.models.cpu_kernels import Conv3d, precise_if_small
@@ -211,6 +211,25 @@ class UNet3DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         for module in self.modules():
             if hasattr(module, "kernels"):
                 module.kernels = kernels
+
+    def set_attention_slice(self, slice_size: str | int | None) -> None:
+        """Compute linear attention on slices of the volume, for `pipe.enable_attention_slicing()`.
+
+        Full attention is PyTorch's `scaled_dot_product_attention`, which needs no slices.
+
+        Args:
+            slice_size: voxels of a slice; "auto": 16384, "max" (saves most): 4096, `None`: slices only where the free
+                memory is short.
+
+        Raises:
+            ValueError: if it is none of these.
+        """
+        voxels = {"auto": LinearAttention.chunk, "max": 2**12}.get(slice_size, slice_size)
+        if voxels is not None and (not isinstance(voxels, int) or voxels < 1):
+            raise ValueError(f"`slice_size` must be auto, max, None or a number of voxels, got {slice_size!r}.")
+        for module in self.modules():
+            if isinstance(module, LinearAttention):
+                module.slice(voxels)
 
     def _mixed_precision(self, x: torch.Tensor) -> AbstractContextManager:
         # recomputation in the backward pass would find the weights in their own type

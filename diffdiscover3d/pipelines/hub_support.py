@@ -9,20 +9,19 @@ only configs and safetensors, and `model_index.json` may refer only to the expec
 import os
 from pathlib import Path
 
-from diffusers import DDIMScheduler, DDPMScheduler
+import diffusers
+from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils
 
 import diffdiscover3d
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.models.config_schema import read_config
+from diffdiscover3d.models.embedded import embedded_folder
 from diffdiscover3d.models.loading import DOWNLOAD_OPTIONS, PushMixin
 from diffdiscover3d.utils.checksums import verify_checksums, write_checksums
 
 LIBRARY = "diffdiscover3d"
-_COMPONENTS = {
-    "unet": {(LIBRARY, "UNet3DModel")},
-    "scheduler": {("diffusers", "DDPMScheduler"), ("diffusers", "DDIMScheduler")},
-}
+_COMPONENTS = {"unet": "UNet3DModel of diffdiscover3d", "scheduler": "a scheduler of diffusers"}
 
 
 def register_library() -> None:
@@ -30,6 +29,13 @@ def register_library() -> None:
     entry = {"UNet3DModel": ["save_pretrained", "from_pretrained"]}
     pipeline_loading_utils.LOADABLE_CLASSES.setdefault(LIBRARY, entry)
     pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(entry)
+
+
+def register_pipeline(pipeline: type) -> type:
+    """Let `diffusers.DiffusionPipeline.from_pretrained` find a pipeline class, which it looks up in `diffusers`."""
+    register_library()
+    setattr(diffusers, pipeline.__name__, pipeline)
+    return pipeline
 
 
 class HubPipelineMixin(PushMixin):
@@ -40,7 +46,9 @@ class HubPipelineMixin(PushMixin):
         """Load a pipeline as in diffusers, but strictly and without running code from the repository.
 
         Args:
-            pretrained_model_name_or_path: a folder or a Hub id `user/name`.
+            pretrained_model_name_or_path: the name of an embedded model (a folder of that name is `./name`), a folder,
+                or a Hub id `user/name`.
+            dtype: type of the weights; default: float32.
             revision, cache_dir, token, local_files_only, force_download: as in huggingface_hub.
 
         Raises:
@@ -51,13 +59,17 @@ class HubPipelineMixin(PushMixin):
         for name in ("custom_pipeline", "trust_remote_code"):
             if kwargs.pop(name, None):
                 raise ValueError(f"`{name}` would run code from the repository, which is not supported.")
-        folder = pretrained_model_name_or_path
+        folder = embedded_folder(pretrained_model_name_or_path, "diffusion") or pretrained_model_name_or_path
         if not os.path.isdir(folder):
             folder = cls.download(folder, **{k: kwargs.pop(k) for k in DOWNLOAD_OPTIONS if k in kwargs})
         _check_scheduler(Path(folder))
         pipeline = super().from_pretrained(folder, **{**kwargs, "use_safetensors": True})
         verify_checksums(folder)  # after the checks that name a faulty entry
         return pipeline
+
+    def to(self, *args, **kwargs):
+        """Move or cast as in diffusers, without its warning that float16 fails on a CPU: it works, slowly."""
+        return super().to(*args, **{"silence_dtype_warnings": True, **kwargs})
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """Save as in diffusers, with checksums of the files, which loading verifies."""
@@ -81,8 +93,8 @@ class HubPipelineMixin(PushMixin):
             library, kind = value if isinstance(value, list | tuple) and len(value) == 2 else (None, None)
             if str(library).startswith(f"{LIBRARY}."):
                 library = LIBRARY  # early versions recorded the module path
-            if (library, kind) not in _COMPONENTS.get(name, ()):
-                expected = sorted(_COMPONENTS.get(name, ())) or "no such entry"
+            if not _is_component(name, library, kind):
+                expected = _COMPONENTS.get(name, "no such entry")
                 raise ModelError(
                     f"{pretrained_model_name_or_path}: model_index.json has {value!r} for {name!r}, expected "
                     f"{expected}; it was written for another pipeline."
@@ -93,13 +105,32 @@ class HubPipelineMixin(PushMixin):
         return found
 
 
+def _is_component(name: str, library: object, kind: object) -> bool:
+    """Whether a class may be the component `name` of a pipeline; of diffusers, only schedulers."""
+    if not isinstance(kind, str):
+        return False
+    if name == "unet":
+        return (library, kind) == (LIBRARY, "UNet3DModel")
+    return name == "scheduler" and library == "diffusers" and _is_scheduler(getattr(diffusers, kind, None))
+
+
+def _is_scheduler(found: object) -> bool:
+    """Whether this is a scheduler class; diffusers has other classes in place of those whose libraries are missing."""
+    return isinstance(found, type) and issubclass(found, SchedulerMixin)
+
+
 def _check_scheduler(folder: Path) -> None:
     """Reject unknown scheduler options, about which diffusers only warns, because they could change the results."""
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return  # diffusers raises an error for the missing file
     config = read_config(path)
-    known = DDPMScheduler._get_init_keys(DDPMScheduler) | DDIMScheduler._get_init_keys(DDIMScheduler)
+    found = getattr(diffusers, str(config.get("_class_name")), None)
+    if not _is_scheduler(found):
+        raise ModelError(f"{path}: is of class {config.get('_class_name')!r}, expected a scheduler of diffusers.")
+    # a converted scheduler keeps the options of the original
+    classes = [DDPMScheduler, DDIMScheduler, found, *filter(_is_scheduler, found._get_compatibles())]
+    known = set().union(*(c._get_init_keys(c) for c in classes))
     unknown = sorted(k for k in config if not k.startswith("_") and k not in known)
     if unknown:
         raise ModelError(f"{path}: has unknown keys {unknown}; remove them, or upgrade diffusers.")

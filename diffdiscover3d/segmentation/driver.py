@@ -1,13 +1,10 @@
 """Segment files: label maps, tables and reports on each input's own grid."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
-
-import torch
 
 from diffdiscover3d import __version__
 from diffdiscover3d.data.datasets.listing import describe_left_out, expand_all
@@ -24,6 +21,8 @@ from diffdiscover3d.hub.registry import DEFAULT_MODEL
 from diffdiscover3d.hub.resolve import ResolvedModel, resolve_model
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.segmentation.arrays import NAME, as_scan, is_in_memory
+from diffdiscover3d.segmentation.cohort import Cohort
+from diffdiscover3d.segmentation.device import choose_device
 from diffdiscover3d.segmentation.finish import Finish
 from diffdiscover3d.segmentation.in_memory import InMemoryFinder
 from diffdiscover3d.segmentation.job import ScanJob, SegmentedFile
@@ -79,7 +78,10 @@ def segment(
     smooth: float = 0.0,
     min_size: int = 0,
     background: int | None = None,
+    share: str | None = None,
+    summary: bool = False,
     progress: bool = False,
+    on_progress: Callable[[float, str], None] | None = None,
     on_done: Callable[[SegmentedFile], None] | None = None,
     on_error: Callable[[DiffDiscoverError], None] | None = None,
     on_skip: Callable[[Path], None] | None = None,
@@ -91,7 +93,8 @@ def segment(
     A scan too large for one pass of the network stays on disk and is segmented slab by slab, in memory bounded by its
     planes (see `models/window_layout.py`); with `fast`, or a model with a working grid, it is read into memory.
 
-    If several processes were started by `accelerate launch` or torchrun, each works on its share of the inputs.
+    If several processes were started by `accelerate launch` or torchrun, each works on its share of the inputs; so do
+    separate commands with `share`.
 
     A volume in memory gets a label map in memory, of the same kind: nothing is written.
 
@@ -126,7 +129,12 @@ def segment(
         smooth: standard deviation, in voxels, of a Gaussian filter of the probabilities.
         min_size: voxels below which a connected piece of a part becomes part of what surrounds it.
         background: the part that becomes 0 and is called background; the others follow in their order.
+        share: "i/n": work on the i-th of n shares of the inputs, i from 1; each process of a launch on its part of it.
+        summary: also write `manifest.tsv`, a row for each scan, and `parts.tsv`, a row for each part of each scan, into
+            `output`; implies `statistics`. A scan that cannot be used gets a file `<stem>_dseg_error.json`.
         progress: show a progress bar with the current step and the time left.
+        on_progress: progress callback, called with the completed share in [0, 1] and the current operation; an
+            exception that it raises ends the work and leaves no files of the current input.
         on_done: called with the result of each input.
         on_estimate: called with a line about the memory that a large volume needs, before it is read.
         on_error: called with the error of an input that cannot be used, before the next one; default: raise it.
@@ -142,8 +150,9 @@ def segment(
     """
     if order not in ORDERS:
         raise ValueError(f"`order` must be one of {ORDERS}, got {order!r}.")
+    statistics = statistics or summary
     if is_in_memory(inputs):
-        if output is not None or report or preview or probabilities or statistics or tables:
+        if output is not None or report or preview or probabilities or statistics or tables or share:
             raise ValueError("a volume in memory gets labels in memory: save it to a file for other results.")
         finish = Finish(None if mask is None else Path(mask), smooth, min_size, background)
         chosen = {"model": model, "level": level, "num_parts": num_parts, "revision": revision}
@@ -159,9 +168,11 @@ def segment(
     levels = found.choose_levels(level) if num_parts is None else (_level_with(found, num_parts, level),)
     finish = Finish(None if mask is None else Path(mask), smooth, min_size, background)
     _check_options(finish, paths, output, levels, probabilities)
+    if summary and (output is None or names_a_file(output)):
+        raise ValueError("`summary` needs an `output` folder for its tables.")
     extras = Extras(preview, statistics, tables, probabilities, report)
     cases = plan_cases(paths, output, levels, extras)
-    mine = shard(cases)
+    mine = shard(cases, share)
     for folder in {case.folder for case in cases}:
         recover_folder(folder)
     check_cases(cases, mine, overwrite or resume, resume)
@@ -182,7 +193,9 @@ def segment(
     def describe() -> dict[int | None, dict]:
         return {level: _provenance(found, level, arguments) for level in levels}
 
-    with ProgressBar(total=len(mine) * (len(levels) + 2), enabled=progress) as stages:
+    cohort = Cohort(Path(output), cases, describe) if summary else None
+    shown = ProgressBar(total=len(mine) * (len(levels) + 2), enabled=progress, callback=on_progress)
+    with shown as stages, cohort or nullcontext():
         for number, case in enumerate(mine):
             stages.begin_case(f"scan {number + 1} of {len(mine)}", len(levels) + 2)
             try:
@@ -239,12 +252,16 @@ def segment(
                     )
                     result = segment_scan(job, scan)
             except DiffDiscoverError as error:
+                if cohort and not isinstance(error, ModelError | NetworkError):
+                    cohort.failed(case, error)
                 # a model that cannot be loaded fails for every input
                 if on_error is None or isinstance(error, ModelError | NetworkError):
                     raise
                 on_error(error)
                 continue
             results.append(result)
+            if cohort:
+                cohort.finished(case)
             if on_done:
                 on_done(result)
     return results
@@ -269,31 +286,6 @@ def _segment_in_memory(volume, chosen: dict, device: str, fast: bool, order: str
         if note:
             logger.warning("%s: %s", NAME, note)
     return labels if chosen["level"] == "all" else next(iter(labels.values()))
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a name; "auto" is a CUDA device if there is one, otherwise the CPU.
-
-    Raises:
-        ValueError: if the device is unknown or missing on this machine.
-    """
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        # the processes of one launch share the devices of the machine
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"`device` must be auto, cpu, cuda, cuda:N or mps, got {name!r}.") from error
-    there = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not there.get(device.type, False):
-        raise ValueError(f"`device` {name!r} is not available on this machine; use auto or cpu.")
-    return device
 
 
 def _level_with(model: ResolvedModel, num_parts: int, level: int | str | None) -> int | None:

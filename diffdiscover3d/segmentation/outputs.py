@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -256,11 +257,27 @@ def hash_outputs(files: LevelFiles, folder: Path | None = None) -> dict[str, str
     return {path.name: volume_sha256(path if folder is None else folder / path.name) for path in paths}
 
 
-def shard(cases: Sequence[CaseFiles]) -> list[CaseFiles]:
+def shard(cases: Sequence[CaseFiles], share: str | None = None) -> list[CaseFiles]:
     """The cases of this process, if `accelerate launch` or torchrun started several; otherwise all.
 
+    Args:
+        share: "i/n": only the i-th of n shares is divided among the processes.
+
     Raises:
-        ValueError: as [`rank_and_world_size`].
+        ValueError: as [`rank_and_world_size`] and [`parse_share`].
     """
+    index, count = (0, 1) if share is None else parse_share(share)
     rank, world = rank_and_world_size()
-    return list(cases[rank::world])
+    return list(cases[index::count][rank::world])
+
+
+def parse_share(share: str) -> tuple[int, int]:
+    """The index, from 0, and the number of the shares in "i/n", with i from 1 to n.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", share)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"`share` must be i/n with i in 1..n, such as 3/8, got {share!r}.")
+    return int(match[1]) - 1, int(match[2])

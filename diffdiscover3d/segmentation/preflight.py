@@ -57,13 +57,14 @@ def refuse_taken(
     extras: Extras,
     include: Sequence[str] = (),
     series: str | None = None,
+    share: str | None = None,
 ) -> None:
     """Raise what finding results in the way would raise, before anything slow is imported.
 
     The levels of a Hub model are not known yet: with all of them, nothing is looked for.
 
     Args:
-        inputs, output, model, include, series: of [`segment`].
+        inputs, output, model, include, series, share: of [`segment`].
         all_levels: files of every level are written.
         extras: what else is written.
 
@@ -76,7 +77,7 @@ def refuse_taken(
         return
     levels = tuple(range(1, count + 1)) if count > 1 else (None,)
     cases = plan_cases(expand_all(inputs, include, series).volumes, output, levels, extras)
-    check_cases(cases, shard(cases), overwrite=False)
+    check_cases(cases, shard(cases, share), overwrite=False)
 
 
 def _count_levels(model: str) -> int | None:

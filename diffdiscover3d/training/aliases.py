@@ -88,11 +88,10 @@ ALIASES = (
 ABSENT = {
     "hub_token": "a token on the command line can be read by other users; log in with `hf auth login` or set HF_TOKEN",
     "num_processes": "`accelerate launch --num_processes N -m diffdiscover3d.train PHASE` starts several processes",
-    "resolution": "the grid of the volumes is set by --sample-size (diffusion) or --volume-size",
     "center_crop": "volumes are resampled as a whole; --crop crops those of BraTS",
     "scale_lr": "the learning rate is not scaled; set --learning-rate",
     "ddpm_beta_schedule": "the noise schedule is the cosine schedule of the paper",
-    "enable_xformers_memory_efficient_attention": "PyTorch's memory-efficient attention is always used",
+    "enable_xformers_memory_efficient_attention": "the attention limits its memory by itself",
     "logging_dir": "logs are written into --output-dir",
     "cache_dir": "set HF_HOME or HF_HUB_CACHE",
     "revision": "download the model with `diffdiscover3d pull --revision`, and give its folder",

@@ -333,7 +333,7 @@ def as_dict(config: TrainingConfig) -> dict:
     left_out = {
         f.name
         for f in dataclasses.fields(config)
-        if not f.metadata["record_default"] and getattr(config, f.name) == f.default
+        if not f.metadata.get("record_default", True) and getattr(config, f.name) == f.default
     }
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
     return json.loads(json.dumps(values))

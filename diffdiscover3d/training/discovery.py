@@ -25,6 +25,7 @@ from diffdiscover3d.training.config import DiscoveryConfig
 from diffdiscover3d.training.data_order import draw_noise, draw_noise_seed
 from diffdiscover3d.training.nesting import choose_children, divided_parts, parent_masks, parent_matrix
 from diffdiscover3d.training.precision import FORMATS
+from diffdiscover3d.training.schedules import EXTENDABLE_SCHEDULES
 from diffdiscover3d.training.teacher_signals import TeacherSignals
 from diffdiscover3d.utils.files import write_json
 
@@ -89,9 +90,9 @@ class DiscoveryTraining:
         self.epoch_steps = math.ceil(len(self.volumes) / config.batch_size)
         self.best: dict[str, torch.Tensor] | None = None
         self.best_confidence, self.best_step = 0.0, 0
-        self._epoch_best: dict[str, torch.Tensor] | None = (
-            None  # the state of `best` before a last step within an epoch
-        )
+        # the state of `best` before a last step within an epoch, for a training that may be extended
+        self._epoch_best: dict[str, torch.Tensor] | None = None
+        self._may_be_extended = config.lr_schedule in EXTENDABLE_SCHEDULES
 
     def _new_model(self, parent: StructureDiscoveryModel | None, volumes: Sequence[dict]) -> StructureDiscoveryModel:
         config = self.config
@@ -204,7 +205,7 @@ class DiscoveryTraining:
         confidence = self.mean_confidence()
         better = self.best is None or confidence > self.best_confidence or self.config.selection == "last"
         if better and math.isfinite(confidence):
-            if self.config.selection == "confidence" and step % self.epoch_steps:
+            if self._may_be_extended and self.config.selection == "confidence" and step % self.epoch_steps:
                 self._epoch_best = self._packed_best()
             self.best = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
             self.best_confidence, self.best_step = confidence, step

@@ -31,7 +31,8 @@ def settle_precision(config: TrainingConfig, written: Path) -> TrainingConfig:
     """The config with "auto" replaced in `mixed_precision` and `memory_format`; the same on all processes.
 
     A resumed training keeps its earlier choice. A precision given to the launcher (`accelerate launch
-    --mixed_precision`) takes precedence over a measurement, which the main process makes.
+    --mixed_precision`) takes precedence over a measurement, which the main process makes. If bf16 was set by either and
+    is slower than float32 on a CPU without instructions for it, a warning contains the measured factor.
 
     Args:
         written: file with the options of the training in the output folder, if there is one.

@@ -162,18 +162,18 @@ def _written_options(path: Path) -> dict:
 def _check_options(config: TrainingConfig, saved: dict, source) -> None:
     now, changed = as_dict(config), {}
     for f in dataclasses.fields(config):
-        if f.name in _FREE_OPTIONS or not saved or (f.name not in saved and f.metadata["record_default"]):
+        if f.name in _FREE_OPTIONS or not saved or (f.name not in saved and f.metadata.get("record_default", True)):
             continue
         old, new = saved.get(f.name, f.default), now.get(f.name, f.default)
         if old != new:
             changed[f.name] = (old, new)
     if config.num_train_epochs is not None:  # the number of steps is known when the volumes are
         changed.pop("max_steps", None)
-    if changed.keys() == {"max_steps"} and config.max_steps > changed["max_steps"][0]:
+    before = changed.get("max_steps", (None,))[0]
+    if changed.keys() == {"max_steps"} and isinstance(before, int) and config.max_steps > before:
         reason = _why_not_extended(config)
         if reason is None:
             return
-        before = changed["max_steps"][0]
         raise ModelError(
             f"{source} is of a training of {before} steps, which cannot be extended to {config.max_steps}: {reason}; "
             f"use --max-steps {before} to resume it, or start one of {config.max_steps} steps in another --output-dir."

@@ -140,14 +140,22 @@ def recover_folder(target: str | Path) -> None:
 
 
 def _create_staging(target: Path) -> tuple[Path, int | None]:
-    """A new staging folder, and its lock if this system has locks."""
+    """A new staging folder, and the lock on it if this file system has locks.
+
+    Before it is locked, another process may take the folder for one of a killed process and delete it; then another
+    is created.
+    """
     while True:
         staging = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
         try:
-            (staging / _OWNER).touch()
-        except FileNotFoundError:  # another process has just removed it as the remains of a killed one
+            owner = _claim(staging, create=True)
+        except BlockingIOError:
             continue
-        return staging, _claim(staging)
+        if owner is None and not staging.is_dir():  # removed while it was empty
+            continue
+        if owner is None or _is_at(owner, staging / _OWNER):
+            return staging, owner
+        os.close(owner)
 
 
 def _delete(staging: Path) -> None:
@@ -162,19 +170,34 @@ def _delete(staging: Path) -> None:
         staging.rmdir()
 
 
-def _claim(staging: Path) -> int | None:
-    """Lock a staging folder; `None` if its process is running, or this file system has no locks."""
+def _claim(staging: Path, create: bool = False) -> int | None:
+    """Lock a staging folder; `None` if this file system has no locks or, unless `create`, its process is running.
+
+    Raises:
+        BlockingIOError: if another process has locked a folder that is being created.
+    """
     if fcntl is None:
         return None
-    with contextlib.suppress(OSError):
-        handle = os.open(staging / _OWNER, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(handle)
+    try:
+        handle = os.open(staging / _OWNER, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o666)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if create and isinstance(error, BlockingIOError):
             raise
-        return handle
-    return None
+        return None
+    return handle
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether a path is that of an open file, which may have been deleted."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError:
+        return False
 
 
 def _commit(staging: Path, target: Path, overwrite: bool) -> None:

@@ -207,13 +207,14 @@ def _train_all(
         def run(training: Training) -> None:
             _train(training, "selection.json", place, verbose, plan)
 
+        used = recipe
         try:
-            done = train_level(recipe, level, dataset, plan.seed, str(teacher.folder), parent, folder, run)
+            done = train_level(used, level, dataset, plan.seed, str(teacher.folder), parent, folder, run)
         except NothingToDivideError:
             tell(f"Step {level + 1} of {total}: the parts have no inclusions; dividing them by their intensities")
-            fallback = make_fallback(plan)
-            done = train_level(fallback, level, dataset, plan.seed, str(teacher.folder), parent, folder, run)
-        if (starts := recipe.starts_of(level)) > 1:
+            used = make_fallback(plan)
+            done = train_level(used, level, dataset, plan.seed, str(teacher.folder), parent, folder, run)
+        if (starts := used.starts_of(level)) > 1:
             tell(f"Of {starts} starts {Path(done[starts].options['init_from']).name} had the lowest loss")
         parent = folder
     _take_over(teacher.folder, model / "diffusion")

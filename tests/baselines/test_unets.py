@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffdiscover3d.baselines.cicek import Cicek, cut, draw_labelled
+from diffdiscover3d.baselines.cicek import Cicek, cut, draw_labelled, label_in_windows
 from diffdiscover3d.baselines.jiang import CascadedUNet, Jiang, soft_dice_losses
 from diffdiscover3d.baselines.supervision import HIDDEN, LimitedLabels
 from diffdiscover3d.evaluation.metrics import dice_matrix, matched_dice
@@ -74,3 +74,20 @@ def test_the_cascade_has_three_outputs_and_the_second_stage_sees_the_first():
     network.train()
     sum(out.square().mean() for out in network.stages(x)).backward()
     assert {name for name, p in network.named_parameters() if p.grad is not None} == used  # nothing idle
+
+
+@pytest.mark.parametrize("shape", [(20, 17, 16), (12, 30, 9)])
+def test_windows_of_the_trainings_size_label_a_volume(shape):
+    """The network sees cubes of 16 voxels only, and zeros only where a side is shorter than that."""
+    seen = []
+
+    def network(x):
+        assert x.shape[2:] == (16, 16, 16)
+        seen.append(x)
+        return torch.cat([0.5 - x, x - 0.5], dim=1)
+
+    volume = 0.1 + 0.9 * torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
+    found = label_in_windows(network, volume, 16, torch.device("cpu"))
+    np.testing.assert_array_equal(found, (volume[0] > 0.5).numpy())
+    zeros = (torch.cat(seen) == 0).any()
+    assert bool(zeros) == (min(shape) < 16)

@@ -8,6 +8,7 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import diffdiscover3d
 from diffdiscover3d.cli import app as cli
@@ -228,3 +229,20 @@ def test_memory_that_runs_out_in_torch_itself(run, tmp_path):
     code, out, err = run("generate", "--grid", 30_000, "--steps", 1, "-o", tmp_path / "out")
     assert (code, out) == (7, "") and err == "error: out of memory; resample the volume or use a larger machine.\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_train_is_the_training_command(tmp_path, monkeypatch):
+    """The same options, errors and exit codes; its help imports nothing heavy."""
+    monkeypatch.chdir(tmp_path)
+    for line, code in (("diffusion --max_steps 0", 2), ("diffusion --dataset no-such-folder", 3), ("discovery", 2)):
+        assert CliRunner().invoke(cli.app, ["train", *line.split()]).exit_code == code, line
+    result = CliRunner().invoke(cli.app, ["train", "discovery", "--help"])
+    assert result.exit_code == 0 and "--num-parts" in result.output and "accelerate launch" in result.output
+    code = (
+        "import sys\nsys.argv = ['diffdiscover3d', 'train', 'diffusion', '--help']\n"
+        "from diffdiscover3d.cli.app import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print(sorted({'torch', 'numpy', 'diffusers', 'monai', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("usage: diffdiscover3d train diffusion") and done.stdout.strip().endswith("[]")

@@ -82,6 +82,18 @@ def test_pages_run(name, tmp_path, monkeypatch):
         assert len(list((tmp_path / "parts").glob("*_level-?_dseg.nii.gz"))) == 3
 
 
+@pytest.mark.slow
+def test_the_diffusers_page_runs(tmp_path, monkeypatch):
+    """Its blocks are one script."""
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    page = DOCS / "how-to/coming-from-diffusers.md"
+    exec(compile("\n".join(code for _, code in blocks(page)), str(page), "exec"), found)
+    assert found["coarse"].shape == (2, 64, 6, 6, 6) and found["images"][0].shape == (24, 24, 24, 16)
+    assert found["volumes"].shape == (2, 1, 48, 48, 48) and [step for step, *_ in found["shown"]] == [0, 1, 2, 3]
+    assert found["row"]["volume"].shape == (50, 50, 50)
+
+
 def test_the_hub_tutorial_runs(tmp_path):
     """In one process of its own, because huggingface_hub reads its environment when it is imported."""
     code = "import sys, pathlib; from tests.docs.test_site import run_here; run_here(pathlib.Path(sys.argv[1]))"

@@ -2,7 +2,6 @@
 
 import base64
 import gzip
-import io
 import json
 import os
 import re
@@ -14,7 +13,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from PIL import Image
 
 import diffdiscover3d
 from diffdiscover3d.data.formats.nifti.reading import read_nifti, write_like
@@ -23,11 +21,10 @@ from diffdiscover3d.reporting import page as module
 from diffdiscover3d.segmentation.driver import segment
 from diffdiscover3d.segmentation.outputs import stem
 from diffdiscover3d.workflows.reports import find_label_maps, make_reports, write_report
+from tests.helpers.browser import changed, pixels, recorded_page, started_browser
 
 OBLIQUE = np.array([[0, -1.9, 0.3, 30.0], [0, 0.4, 2.9, -12.0], [-1.5, 0, 0, 44.0], [0, 0, 0, 1]])
 SCANS = os.environ.get("DIFFDISCOVER3D_TEST_SCANS")  # folder of real scans whose reports are opened as well
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
 
 
 @pytest.fixture
@@ -126,59 +123,40 @@ def test_several_scans_get_an_index(scan, tmp_path, make_nifti):
 
 @pytest.fixture(scope="session")
 def browser():
-    if not CHROMIUM:
-        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield started
-        started.close()
+    with started_browser() as browser:
+        yield browser
 
 
 def open_page(browser, path: Path, size=(700, 620)):
     """Open a report, record its requests and errors, and wait until it is drawn."""
-    page = browser.new_page(viewport={"width": size[0], "height": size[1]})
-    page.seen = {"requests": [], "errors": []}
-    page.on("request", lambda r: page.seen["requests"].append(r.url))
-    page.on("console", lambda m: page.seen["errors"].append(m.text) if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda e: page.seen["errors"].append(str(e)))
+    page = recorded_page(browser, size)
     page.goto(path.resolve().as_uri())
     page.wait_for_selector("body[data-ready]", timeout=120_000)
     return page
 
 
-def pixels(page) -> np.ndarray:
-    page.wait_for_timeout(400)  # time to render a frame in software
-    shot = page.locator("#view").screenshot(timeout=120_000)
-    return np.asarray(Image.open(io.BytesIO(shot)).convert("RGB")).astype(int)
-
-
-def changed(one: np.ndarray, two: np.ndarray) -> float:
-    """Share of the pixels that differ visibly."""
-    return float((np.abs(one - two).max(axis=-1) > 12).mean())
-
-
 def check_in_browser(page, path: Path) -> None:
     """Checks for every report of several levels."""
-    first = pixels(page)
+    view = page.locator("#view")
+    first = pixels(view)
     assert len(np.unique(first.reshape(-1, 3), axis=0)) > 100  # not blank
-    assert changed(first, pixels(page)) == 0  # and stable, so that later changes are not flicker
+    assert changed(first, pixels(view)) == 0  # and stable, so that later changes are not flicker
     part = page.locator('[data-table]:not([hidden]) input[data-part="1"]')
     part.uncheck()
-    without = pixels(page)
+    without = pixels(view)
     assert changed(first, without) > 0.002
     part.check()
-    assert changed(first, pixels(page)) == 0
+    assert changed(first, pixels(view)) == 0
     page.locator("#opacity").fill("0")
-    bare = pixels(page)
+    bare = pixels(view)
     assert changed(first, bare) > 0.002
     colourful = np.ptp(bare, axis=-1) > 60
     assert colourful.mean() < 0.01 < (np.ptp(first, axis=-1) > 60).mean()  # only the grey scan remains
     page.locator("#opacity").fill("0.5")
     page.locator('input[name="level"]').first.check()
-    assert changed(first, pixels(page)) > 0.002
+    assert changed(first, pixels(view)) > 0.002
     page.locator('input[name="view"][value="render"]').check()
-    assert changed(first, pixels(page)) > 0.02
+    assert changed(first, pixels(view)) > 0.02
     local = [url for url in page.seen["requests"] if not url.startswith(("blob:", "data:"))]
     assert local == [path.resolve().as_uri()], "the page asked for something beyond itself"
     assert page.seen["errors"] == []

@@ -263,6 +263,29 @@ def test_a_failed_run_keeps_older_results(scan, tmp_path, tiny_discovery):
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
+def test_progress_is_reported_and_can_end_the_work(scan, tmp_path, tiny_discovery):
+    calls = []
+    segment(scan, tmp_path / "out", model=str(tiny_discovery), on_progress=lambda *call: calls.append(call))
+    shares, operations = zip(*calls, strict=True)
+    assert shares[0] == 0 and shares[-1] == 1 and list(shares) == sorted(shares)
+    assert list(dict.fromkeys(operations)) == [
+        "reading the scan",
+        "loading the model",
+        "finding the parts",
+        "writing the results",
+    ]
+    for last in range(len(calls)):
+        left = iter(range(last))
+
+        def stop(share, operation, left=left):
+            if next(left, None) is None:
+                raise RuntimeError("stopped")
+
+        with pytest.raises(RuntimeError, match="stopped"):
+            segment(scan, tmp_path / "stopped", model=str(tiny_discovery), on_progress=stop)
+        assert not (tmp_path / "stopped").exists() or names(tmp_path / "stopped") == [], last
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -1,13 +1,17 @@
 """Options: presets, files, flags and validation."""
 
 import argparse
+import dataclasses
 import json
 
 import pytest
 
 from diffdiscover3d.errors import InputError
+from diffdiscover3d.train import main
+from diffdiscover3d.training.aliases import ABSENT, ALIASES, SAME_NAMES
+from diffdiscover3d.training.brain_config import BrainConfig
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, as_dict, make_config
-from diffdiscover3d.training.options import add_options
+from diffdiscover3d.training.options import add_options, with_dashes
 
 
 def test_defaults_are_the_papers():
@@ -113,3 +117,84 @@ def test_every_option_is_a_flag():
     assert config.stages == (1, 3) and config.gamma_range == (0.8, 1.2) and not config.flips
     assert config.volume_size == (32, 32, 32) and config.relative_consistency and config.resume == "latest"
     assert set(given) == {"stages", "gamma_range", "flips", "volume_size", "relative_consistency", "resume"}
+
+
+# names of diffusers' example scripts
+
+
+def parse(kind, line):
+    parser = argparse.ArgumentParser()
+    add_options(parser, kind)
+    return make_config(kind, **vars(parser.parse_args(with_dashes(line.split()))))
+
+
+def test_names_of_diffusers_set_the_same_options(monkeypatch, tmp_path):
+    theirs = (
+        "--train_data_dir some_scans --output_dir o_u_t --max_train_steps=7 --lr_scheduler polynomial --allow_tf32 "
+        "--checkpointing_steps 3 --checkpoints_total_limit 5 --validation_steps 9 --dataloader_num_workers 2 "
+        "--ddpm_num_steps 100 --no_random_flip --ema_max_decay 0.5"
+    )
+    ours = (
+        "--dataset some_scans --output-dir o_u_t --max-steps 7 --lr-schedule polynomial --tf32 --checkpoint-every 3 "
+        "--keep-checkpoints 5 --preview-every 9 --num-workers 2 --num-train-timesteps 100 --no-flips --ema-decay 0.5"
+    )
+    assert parse(DiffusionConfig, theirs) == parse(DiffusionConfig, ours)
+    # diffusers' batch size is that of a process and micro-batch
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert parse(DiffusionConfig, "--gradient_accumulation_steps 4 --train_batch_size 2").batch_size == 24
+    assert parse(DiffusionConfig, "--use_ema") == make_config(DiffusionConfig)
+    assert parse(DiffusionConfig, "--no_use_ema").ema_decay == 0
+    assert parse(DiffusionConfig, "--output_dir o --resume_from_checkpoint checkpoint-500").resume == (
+        "o/checkpoints/checkpoint-00000500"
+    )
+    assert parse(DiffusionConfig, "--resume_from_checkpoint latest").resume == "latest"
+    assert parse(DiscoveryConfig, "--pretrained_model_name_or_path user/cells").teacher == "user/cells"
+    assert parse(DiffusionConfig, "--report_to tensorboard,wandb").trackers == ("tensorboard", "wandb")
+    assert parse(DiffusionConfig, "--report_to none").trackers == ()
+    # in files too, with options taking precedence
+    file = tmp_path / "options.yaml"
+    file.write_text("max_train_steps: 5\ntrain_batch_size: 2\nuse_ema: true\nlr-scheduler: linear\n")
+    config = make_config(DiffusionConfig, file=file, gradient_accumulation_steps=2, max_train_steps=6)
+    assert (config.max_steps, config.batch_size, config.lr_schedule) == (6, 12, "linear")
+    with pytest.raises(ValueError, match="`train_batch_size` must be left out with `batch_size`"):
+        make_config(DiffusionConfig, batch_size=1, train_batch_size=4)
+
+
+def test_the_table_of_names_fits_the_options():
+    fields = {
+        kind: {f.name for f in dataclasses.fields(kind)} for kind in (DiffusionConfig, DiscoveryConfig, BrainConfig)
+    }
+    known = set().union(*fields.values())
+    assert {alias.field for alias in ALIASES} | set(SAME_NAMES) <= known
+    names = [alias.name for alias in ALIASES]
+    assert len(set(names)) == len(names) and not (set(names) | set(ABSENT)) & known
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--max_train_stepz 5", "unknown option --max-train-stepz; did you mean --max-train-steps?"),
+        ("--learning-rat=1", None),  # an abbreviation
+        ("--predction_type epsilon", "did you mean --prediction-type?"),
+        ("--timestep 3", "--timestep is not an option of this training, but of discovery"),
+        ("--hub_token=hf_secret", "--hub-token is not an option: a token on the command line can be read"),
+        ("--num_processes 2", "accelerate launch --num_processes N"),
+        ("--zzzz 5", "unknown option --zzzz ("),
+        ("stray", "unexpected arguments"),
+    ],
+)
+def test_unknown_options_are_explained(line, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = main(["diffusion", "--dataset", "no-such-folder", *line.split()])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "hf_secret" not in error
+    assert (code, error.count("no-such-folder")) == ((3, 1) if message is None else (2, 0))
+    assert message is None or message in error
+
+
+def test_later_options_are_recorded_only_if_they_are_set():
+    """Records of trainings without them, and the hashes of these records, are those of earlier versions."""
+    assert {"prediction_type", "adam_beta1", "push_to_hub", "lr_warmup_steps"} & as_dict(
+        make_config(DiffusionConfig)
+    ).keys() == set()
+    assert as_dict(make_config(DiffusionConfig, snr_gamma=5.0))["snr_gamma"] == 5.0

@@ -69,6 +69,30 @@ def test_what_was_asked_for_is_taken(measured, monkeypatch, tmp_path):
     assert settle_precision(make_config(DiffusionConfig), tmp_path / "absent.json").mixed_precision == "bf16"
 
 
+@pytest.mark.parametrize("by", ["option", "launcher"])
+def test_bf16_that_is_slower_is_told_with_its_factor(by, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(precision, "measure", lambda device, probe: seconds(2, 3, 6, 5))
+    monkeypatch.setattr(precision, "has_bf16_instructions", lambda: False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16" if by == "launcher" else "no")
+    options = {"mixed_precision": "bf16"} if by == "option" else {}
+    config = settle_precision(make_config(DiffusionConfig, **options), tmp_path / "absent.json")
+    assert config.mixed_precision == "bf16"
+    assert "bf16 takes 2.5 times as long as float32 on this CPU" in caplog.text
+    caplog.clear()
+    settle_precision(make_config(DiffusionConfig, mixed_precision="no"), tmp_path / "absent.json")
+    monkeypatch.setattr(precision, "has_bf16_instructions", lambda: True)
+    settle_precision(make_config(DiffusionConfig, mixed_precision="bf16"), tmp_path / "absent.json")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_bf16_instructions_are_read_from_the_flags(tmp_path):
+    file = tmp_path / "cpuinfo"
+    for flags, expected in (("fpu avx512f avx512_bf16 ssbd", True), ("fpu avx2 fma", False), ("asimd bf16 i8mm", True)):
+        file.write_text(f"processor : 0\nflags\t: {flags}\n")
+        assert precision.has_bf16_instructions(file) is expected
+    assert not precision.has_bf16_instructions(tmp_path / "absent")
+
+
 def test_a_resumed_training_keeps_its_choice(measured, tmp_path):
     written = tmp_path / "train_config.json"
     written.write_text(json.dumps({"mixed_precision": "no", "memory_format": "contiguous"}))

@@ -11,6 +11,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from accelerate import tracking
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 from safetensors.torch import load_file
 
 from diffdiscover3d.errors import ModelError
@@ -323,6 +326,29 @@ def test_trackers(scans, tmp_path, monkeypatch):
     config = diffusion(scans, tmp_path, max_steps=2, preview_every=0, report_to="tensorboard")
     run(config)
     assert list(tmp_path.rglob("events.out.tfevents*"))
+    rows = {}
+
+    class Recorder(GeneralTracker):
+        """In place of a service on the network."""
+
+        name, requires_logging_directory, tracker = "wandb", False, None
+
+        def __init__(self, run_name, **_):
+            super().__init__()
+
+        def store_init_configuration(self, values):
+            rows["config"] = values
+
+        def log(self, values, step=None, **_):
+            rows[step] = values
+
+    with monkeypatch.context() as patched:
+        patched.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Recorder)
+        patched.setattr(tracking, "get_available_trackers", lambda: [LoggerType.TENSORBOARD, LoggerType.WANDB])
+        both = diffusion(scans, tmp_path / "both", max_steps=2, preview_every=0, report_to="tensorboard,wandb")
+        run(both)
+    assert list((tmp_path / "both").rglob("events.out.tfevents*"))
+    assert rows["config"]["max_steps"] == 2 and rows[2]["loss"] == log(tmp_path / "both")[-1]["loss"]
     # accelerate ignores trackers that are not installed
     monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: False)
     arguments = ["diffusion", "--dataset", str(scans), "--report-to", "wandb", "--output-dir", str(tmp_path / "w")]

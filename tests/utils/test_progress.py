@@ -61,3 +61,17 @@ def test_numbers_stay_readable_on_80_columns(capsys, monkeypatch):
     lines = [line for line in re.split("[\r\n]+", text) if "scan 113" in line]
     assert lines and max(map(len, lines)) <= 80
     assert "scan 113 of 116: finding the par" in lines[-1] and re.search(r" 42/120 +left +[-:0-9]{7}", lines[-1])
+
+
+def test_the_callback_gets_share_and_operation():
+    calls = []
+    with ProgressBar(total=4, enabled=False, callback=lambda *call: calls.append(call)) as stages:
+        stages.begin_case("scan 1 of 2", 3)
+        stages.show("reading the scan", "details")
+        stages.done()
+        stages.within(1, 4, "window")
+        stages.done()
+        stages.begin_case("scan 2 of 2", 1)  # the first did not need its third step
+        stages.done()
+    read, total = "reading the scan", 3
+    assert calls == [(0, read), (1 / 4, read), (1.25 / 4, read), (2 / 4, read), (1, read)] and total == stages._total

@@ -1,6 +1,7 @@
 """Several files are replaced as one, whatever happens between the renames."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,35 @@ def test_a_journal_cannot_name_a_place_outside(tmp_path):
     (left / "journal.json").write_text('["../evil", "/tmp/evil", 3, "x"]')
     recover_folder(target)
     assert contents(target) == {"x": "new"} and not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("state", ["deleted", "locked"])
+def test_a_folder_taken_for_abandoned_before_it_is_locked(tmp_path, monkeypatch, state):
+    """Another process finds the new folder between the creation and the lock of its owner file."""
+    fcntl = pytest.importorskip("fcntl")
+    real, held, found = fcntl.flock, [], []
+
+    def flock(handle, operation):
+        if not held:
+            found.extend(tmp_path.glob(".diffdiscover3d.*"))
+            held.append(os.open(found[0] / "owner", os.O_RDWR))
+            if state == "deleted":
+                recover_folder(tmp_path)
+            else:
+                real(held[0], operation)
+        return real(handle, operation)
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    with staged_folder(tmp_path) as folder:
+        for taken in tmp_path.glob(".diffdiscover3d.*"):  # the other process deletes what it has locked
+            if taken != folder.parent:
+                shutil.rmtree(taken)
+        (folder / "a.txt").write_text("a")
+    assert folder.parent != found[0]
+    os.close(held[0])
+    assert (tmp_path / "a.txt").read_text() == "a"
+    recover_folder(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
 # kills the process before its n-th change to the file system

@@ -17,6 +17,7 @@ import torch
 
 from diffdiscover3d.data.cache import CachedVolumes
 from diffdiscover3d.data.datasets import authors_archive, brats, synthetic
+from diffdiscover3d.data.datasets.columns import VOLUME
 from diffdiscover3d.data.datasets.listing import list_volumes
 from diffdiscover3d.data.formats.nifti.reading import as_volume_tensor
 from diffdiscover3d.data.formats.reading import read_volume
@@ -25,7 +26,7 @@ from diffdiscover3d.data.formats.volume_file import nifti_header
 from diffdiscover3d.data.transforms import min_max_normalize
 from diffdiscover3d.errors import InputError
 
-_VOLUME_COLUMNS = ("volume", "image", *brats.MODALITIES)
+_VOLUME_COLUMNS = (VOLUME, "image", *brats.MODALITIES)  # the others are those of datasets of earlier versions
 
 
 class SyntheticCells(datasets.GeneratorBasedBuilder):
@@ -71,18 +72,23 @@ class _FilesConfig(datasets.BuilderConfig):
 class BraTS(datasets.GeneratorBasedBuilder):
     """A BraTS folder in any layout, with the splits of [`split_cases`].
 
-    Columns: `id`, `edition`, `grade`, one `Nifti` column per modality and, with `labels`, the `Nifti` columns `labels`
-    (as in the file) and `whole_tumour` (1 where a label is above 0).
+    Columns: `id`, `edition`, `grade`, the `Nifti` column `volume` (the first modality); of several modalities one
+    `Nifti` column each; and, with `labels`, the `Nifti` columns `labels` (as in the file) and `whole_tumour` (1 where a
+    label is above 0).
     """
 
     BUILDER_CONFIG_CLASS = _FilesConfig
 
     def _info(self):
         columns = {name: datasets.Value("string") for name in ("id", "edition", "grade")}
-        columns |= {modality: datasets.Nifti() for modality in self.config.modalities}
+        columns |= {name: datasets.Nifti() for name in (VOLUME, *self._named())}
         if self.config.labels:
             columns |= {"labels": datasets.Nifti(), "whole_tumour": datasets.Nifti()}
         return datasets.DatasetInfo(description="BraTS", features=datasets.Features(columns))
+
+    def _named(self) -> tuple[str, ...]:
+        """The modalities that have columns of their own."""
+        return self.config.modalities if len(self.config.modalities) > 1 else ()
 
     def _split_generators(self, _):
         config = self.config
@@ -106,8 +112,8 @@ class BraTS(datasets.GeneratorBasedBuilder):
         for name in ids:
             case = cases[name]
             row = {"id": case.id, "edition": case.edition, "grade": case.grade}
-            for modality in config.modalities:
-                row[modality] = _channel(case, modality) if case.edition == "MSD" else str(case.image(modality))
+            for column, modality in ((VOLUME, config.modalities[0]), *((name, name) for name in self._named())):
+                row[column] = _channel(case, modality) if case.edition == "MSD" else str(case.image(modality))
             if config.labels:
                 image = nib.load(case.image(config.modalities[0]))
                 mask = nib.load(case.require_mask())
@@ -149,7 +155,7 @@ class AuthorsArchive(datasets.GeneratorBasedBuilder):
 
 
 class NiftiFolder(datasets.GeneratorBasedBuilder):
-    """Volumes as [`list_volumes`] finds them, one split "train"; columns `name` and `image`.
+    """Volumes as [`list_volumes`] finds them, one split "train"; columns `name` and `volume`.
 
     Those of other formats become NIfTI images in canonical orientation.
     """
@@ -157,7 +163,7 @@ class NiftiFolder(datasets.GeneratorBasedBuilder):
     BUILDER_CONFIG_CLASS = _FilesConfig
 
     def _info(self):
-        columns = {"name": datasets.Value("string"), "image": datasets.Nifti()}
+        columns = {"name": datasets.Value("string"), VOLUME: datasets.Nifti()}
         return datasets.DatasetInfo(description="Volumes", features=datasets.Features(columns))
 
     def _split_generators(self, _):
@@ -166,7 +172,7 @@ class NiftiFolder(datasets.GeneratorBasedBuilder):
 
     def _generate_examples(self, paths: list[str]) -> Iterator[tuple[str, dict]]:
         for path in paths:
-            yield path, {"name": Path(path).name, "image": path if is_nifti(path) else _converted(path)}
+            yield path, {"name": Path(path).name, VOLUME: path if is_nifti(path) else _converted(path)}
 
 
 def make_builder(name_or_path: str, cache_dir: str | None, kind: str | None, **options):
@@ -194,19 +200,25 @@ def make_builder(name_or_path: str, cache_dir: str | None, kind: str | None, **o
         paths = sorted(Path(name_or_path).glob("*/*.p"))
     else:
         paths = [file for path in list_volumes(name_or_path) for file in files_of(path)]
-    stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(set(paths))]
+    stamps = [_stamp(p) for p in sorted(set(paths))]
     root = name_or_path if kind == "folder" and not Path(name_or_path).exists() else str(Path(name_or_path).resolve())
     fingerprint = datasets.fingerprint.Hasher.hash(stamps)
     where = {"cache_dir": cache_dir, "dataset_name": f"diffdiscover3d-{kind}"}
     return builders[kind](**where, root=root, fingerprint=fingerprint, **options)
 
 
+def _stamp(path: Path) -> tuple:
+    """Changes with the content of a file: a program can set the time of modification, but not that of the inode."""
+    found = path.stat()
+    return str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
 def as_training_volumes(dataset: "datasets.Dataset", cache: str | Path | None = None) -> CachedVolumes:
     """Convert to a cached map-style dataset of normalised volumes for training.
 
     Args:
-        dataset: a dataset with a column `volume` (arrays), or a column `image` or of a modality (`Nifti`, reoriented
-            to RAS+).
+        dataset: a dataset with a column `volume` of arrays, or of `Nifti` images, which are reoriented to RAS+; in
+            datasets of earlier versions it is called `image` or after a modality.
         cache: folder of the cache files.
 
     Returns:

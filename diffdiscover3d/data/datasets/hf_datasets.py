@@ -26,8 +26,10 @@ def load_dataset(
             [`BraTSOptions`].
 
     Returns:
-        A `DatasetDict` or `Dataset`, or the iterable equivalent when streaming. Synthetic cells have the array columns
-        `volume` and `labels`; files of every format are `Nifti` columns with their affine.
+        A `DatasetDict` or `Dataset`, or the iterable equivalent when streaming. The column `volume` has the volumes of
+        every dataset: arrays of synthetic cells, otherwise images with the affine of their files, which
+        `with_format("torch")` converts to (H, W, D) float32 tensors in RAS+ orientation. Of several modalities of
+        BraTS, `volume` is the first, and each is also a column of its own name.
 
     Raises:
         InputError: if the files do not exist, or a file of a BraTS case is missing.
@@ -44,15 +46,16 @@ def load_dataset(
     except ImportError as error:
         raise ImportError("load_dataset needs the datasets library: pip install 'diffdiscover3d[datasets]'.") from error
     from diffdiscover3d.data.datasets.builders import make_builder
+    from diffdiscover3d.data.datasets.columns import with_formats
     from diffdiscover3d.errors import DiffDiscoverError
 
     builder = make_builder(str(name_or_path), cache_dir, kind, **options)
     if streaming:
-        return builder.as_streaming_dataset(split=split)
+        return with_formats(builder.as_streaming_dataset(split=split))
     try:
         builder.download_and_prepare(num_proc=num_proc)
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, DiffDiscoverError):
             raise error.__cause__ from None
         raise
-    return builder.as_dataset(split=split)
+    return with_formats(builder.as_dataset(split=split))

@@ -100,7 +100,7 @@ def test_brats_in_every_layout(tmp_path, layout):
     brats = load_dataset(str(root), cache_dir=str(tmp_path / "cache"), modalities=("flair", "t1c"), grade="all")
     assert set(brats) == {"train", "validation", "test"} and sum(map(len, brats.values())) == 6
     row = brats["train"][0]
-    assert set(row) == {"id", "edition", "grade", "flair", "t1ce", "labels", "whole_tumour"}
+    assert set(row) == {"id", "edition", "grade", "volume", "flair", "t1ce", "labels", "whole_tumour"}
     assert row["edition"] == layout and (row["grade"] in ("HGG", "LGG")) == (layout == "2019")
     for name in ("flair", "t1ce", "labels", "whole_tumour"):
         np.testing.assert_array_equal(row[name].affine, AFFINE)
@@ -148,7 +148,7 @@ def test_brats_says_what_is_missing(tmp_path):
     with pytest.raises(InputError, match=r"BraTS2021_00001: has no mask .* Use labels=False"):
         load_dataset(str(root), cache_dir=cache)
     assert set(load_dataset(str(root), cache_dir=cache, labels=False)["train"].features) == {
-        "id", "edition", "grade", "flair"
+        "id", "edition", "grade", "volume"
     }  # fmt: skip
     save(root / "BraTS2021_Training_Data" / "BraTS2021_00001" / "BraTS2021_00001_seg.nii.gz", np.ones((4, 4, 4), "u1"))
     with pytest.raises(InputError, match=r"shape \(4, 4, 4\), the image \(26, 24, 19\)"):
@@ -163,7 +163,7 @@ def test_the_authors_archive_and_any_folder(tmp_path, make_nifti):
     data = np.random.default_rng(0).normal(size=(6, 5, 4)).astype(np.float32)
     make_nifti(tmp_path / "scans" / "a.nii.gz", data, np.diag([-1, 2, 3, 1]))
     scans = load_dataset(str(tmp_path / "scans"), split="train", cache_dir=cache)
-    np.testing.assert_array_equal(scans[0]["image"].affine, np.diag([-1, 2, 3, 1]))
+    np.testing.assert_array_equal(scans[0]["volume"].affine, np.diag([-1, 2, 3, 1]))
     from diffdiscover3d.data.datasets.builders import as_training_volumes
 
     volume = as_training_volumes(scans, tmp_path / "mapped")[0]["volume"]
@@ -199,7 +199,7 @@ cells = datasets.load_dataset("user/cells")
 assert set(cells) == {"train", "validation", "test"}
 assert "diffdiscover3d" not in sys.modules
 scans = datasets.load_dataset("user/scans", split="train")
-image = scans[0]["flair"]
+image = scans[0]["volume"]
 assert image.affine[1, 3] == 239 and image.get_data_dtype() == np.int16
 from diffdiscover3d.data.datasets.synthetic import synthesize
 for i, row in enumerate(cells["validation"]):
@@ -242,7 +242,86 @@ def test_a_folder_of_other_formats_becomes_nifti(tmp_path):
     stack = np.arange(5 * 6 * 7, dtype=np.uint16).reshape(5, 6, 7)
     metadata = {"axes": "ZYX", "spacing": 3, "unit": "um"}
     tifffile.imwrite(tmp_path / "scans" / "cells.tif", stack, imagej=True, resolution=(2, 4), metadata=metadata)
-    image = load_dataset(str(tmp_path / "scans"), split="train", cache_dir=str(tmp_path / "cache"))[0]["image"]
+    image = load_dataset(str(tmp_path / "scans"), split="train", cache_dir=str(tmp_path / "cache"))[0]["volume"]
     assert image.header.get_xyzt_units()[0] == "micron"
     assert np.allclose(image.header.get_zooms(), (0.5, 0.25, 3))
     assert np.array_equal(np.asarray(image.dataobj), stack.T[:, ::-1, ::-1])
+
+
+MIXED = [(6, 5, 4), (9, 4, 7), (5, 8, 6)]
+
+
+@pytest.fixture
+def mixed(tmp_path, make_nifti):
+    """Integer scans of different shapes whose first axis points left."""
+    rng = np.random.default_rng(0)
+    for i, shape in enumerate(MIXED):
+        make_nifti(tmp_path / "mixed" / f"s{i}.nii.gz", rng.integers(-99, 999, shape).astype(np.int16), AFFINE_LEFT)
+    return tmp_path / "mixed"
+
+
+AFFINE_LEFT = np.diag([-1.0, 2.0, 3.0, 1.0])
+
+
+def in_ras(folder, index) -> torch.Tensor:
+    import nibabel as nib
+
+    data = np.asarray(nib.load(folder / f"s{index}.nii.gz").dataobj)[::-1]
+    return torch.from_numpy(data.astype(np.float32))
+
+
+def test_torch_format_on_mixed_shapes(mixed, tmp_path):
+    scans = load_dataset(str(mixed), split="train", cache_dir=str(tmp_path / "cache"))
+    formatted = scans.with_format("torch")
+    for i, row in enumerate(formatted):
+        assert row["volume"].dtype == torch.float32 and torch.equal(row["volume"], in_ras(mixed, i))
+    batch = formatted[:2]["volume"]
+    assert [tuple(v.shape) for v in batch] == MIXED[:2]
+    assert np.array_equal(scans.with_format("numpy")[1]["volume"], in_ras(mixed, 1).numpy())
+    np.testing.assert_array_equal(scans[0]["volume"].affine, AFFINE_LEFT)  # without a format an image of the file
+    loader = torch.utils.data.DataLoader(formatted, batch_size=1)
+    assert torch.equal(next(iter(loader))["volume"][0], in_ras(mixed, 0))
+
+
+def test_torch_format_survives_what_is_done_with_datasets(mixed, tmp_path):
+    scans = load_dataset(str(mixed), split="train", cache_dir=str(tmp_path / "cache"))
+    measured = scans.map(lambda row: {"mean": float(np.asarray(row["volume"]).mean())}, num_proc=2)
+    assert measured["mean"][:] == pytest.approx([float(in_ras(mixed, i).mean()) for i in range(3)], rel=1e-6)
+    for dataset in (scans.select([2]), scans.filter(lambda name: name == "s2.nii.gz", input_columns="name")):
+        assert torch.equal(dataset.with_format("torch")[0]["volume"], in_ras(mixed, 2))
+    again = load_dataset(str(mixed), cache_dir=str(tmp_path / "cache"))  # from the cache
+    assert torch.equal(again.with_format("torch")["train"][1]["volume"], in_ras(mixed, 1))
+
+
+def test_transforms_and_streams_of_mixed_shapes(mixed, tmp_path):
+    cache = str(tmp_path / "cache")
+    scans = load_dataset(str(mixed), split="train", cache_dir=cache, num_proc=2)
+    scans.set_transform(lambda batch: {"volume": [as_volume_tensor(v)[0] for v in batch["volume"]]})
+    assert all(torch.equal(scans[i]["volume"][0], in_ras(mixed, i)) for i in range(3))
+    stream = load_dataset(str(mixed), split="train", streaming=True, cache_dir=cache)
+    assert [row["volume"].shape for row in stream] == MIXED
+    for i, row in enumerate(stream.with_format("torch")):
+        assert torch.equal(row["volume"], in_ras(mixed, i))
+
+
+def test_brats_columns_as_tensors(tmp_path):
+    root = make_brats(tmp_path / "data", "2021", count=3)
+    brats = load_dataset(str(root), split="test", cache_dir=str(tmp_path / "cache")).with_format("torch")
+    row = brats[0]
+    assert set(row) == {"id", "edition", "grade", "volume", "labels", "whole_tumour"}
+    assert row["volume"].dtype == torch.float32 and row["labels"].dtype == torch.int64
+    assert torch.equal(row["whole_tumour"], (row["labels"] > 0).long()) and row["volume"].shape == row["labels"].shape
+
+
+def test_a_file_changed_with_its_size_and_time_is_read_again(mixed, tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    (tmp_path / "stacks").mkdir()
+    path, cache = tmp_path / "stacks" / "cells.tif", str(tmp_path / "cache")
+    for value in (3, 7):  # of a format that is converted, so that the cache has its voxels
+        stamp = path.stat() if path.exists() else None
+        tifffile.imwrite(path, np.arange(120, dtype=np.uint16).reshape(5, 4, 6) * value, photometric="minisblack")
+        if stamp is not None:
+            assert path.stat().st_size == stamp.st_size
+            os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        stacks = load_dataset(str(tmp_path / "stacks"), split="train", cache_dir=cache).with_format("torch")
+        assert stacks[0]["volume"].max() == 119 * value
