@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from diffdiscover3d.errors import MemoryLimitError, NothingToDivideError, exit_code, expected_errors, is_out_of_memory
@@ -68,9 +69,13 @@ def run(config: TrainingConfig) -> str:
     logging.getLogger("diffdiscover3d").disabled = not accelerator.is_main_process
     push = _prepare_push(config, accelerator)
     brats = _brats_options(config)
-    volumes = load_volumes(config.dataset, "train", brats, **config.reading)
+    names = (getattr(config, name, None) for name in ("init_from", "parent"))
+    start, parent = (load_discovery(name) if name else None for name in names)
+    working = _working_grid(config, start or parent)
+    volumes = load_volumes(config.dataset, "train", brats, working, **config.reading)
     config = settle_epochs(config, len(volumes))
     read_all(volumes, accelerator)  # fail fast on unreadable files
+    config = _settle_mixed_shapes(config, volumes, common_grid(volumes), accelerator)
     identity = {"dataset": dataset_fingerprint(volumes)}
     if isinstance(config, DiffusionConfig):
         from diffdiscover3d.training.diffusion import DiffusionTraining
@@ -84,8 +89,6 @@ def run(config: TrainingConfig) -> str:
                 "`teacher` is missing: give --teacher with a folder, a Hub id or an embedded model's name."
             )
         selection = load_volumes(config.dataset, "validation", brats) if has_splits(config.dataset) else volumes
-        start = load_discovery(config.init_from) if config.init_from else None
-        parent = load_discovery(config.parent) if config.parent else None
         _check_start(config, start)
         if start is not None:
             identity["init_from"] = weights_fingerprint(start)
@@ -117,6 +120,40 @@ def _prepare_push(config: TrainingConfig, accelerator):
     from diffdiscover3d.hub.training_push import TrainingPush
 
     return TrainingPush(config)
+
+
+def _working_grid(config: TrainingConfig, network):
+    """The target spacing: that of the options, or of the network to begin with or whose parts are divided."""
+    from diffdiscover3d.data.working_grid import WorkingGrid
+
+    own = None if config.spacing is None else WorkingGrid(spacing=config.spacing, unit=config.spacing_unit)
+    if network is None or network.config.spacing is None:
+        return own
+    theirs = WorkingGrid(spacing=tuple(network.config.spacing), unit=network.config.spacing_unit)
+    if own not in (None, theirs):
+        raise ValueError(
+            f"`spacing` must be that of --init-from or --parent, {theirs.spacing} {theirs.unit}, got {config.spacing} "
+            f"{config.spacing_unit}; leave it out."
+        )
+    return theirs
+
+
+def _settle_mixed_shapes(config: TrainingConfig, volumes, shared, accelerator) -> TrainingConfig:
+    """The config, by which volumes that differ in shape at their target spacing pass through the network one by one."""
+    if not getattr(volumes, "working_grid", None):
+        return config
+    if config.volume_size:
+        raise ValueError(f"`volume_size` must be left out with --spacing, got {config.volume_size}.")
+    if isinstance(config, DiffusionConfig) or shared is not None:
+        return config
+    if config.norm == "batch" and config.batch_size > 1:
+        raise ValueError(
+            "`norm` is batch and the volumes differ in shape at this --spacing, so that they cannot form a batch; use "
+            "--norm instance."
+        )
+    steps = max(1, config.batch_size // accelerator.num_processes)
+    accelerator.gradient_accumulation_steps = steps
+    return replace(config, gradient_accumulation_steps=steps)
 
 
 def _check_start(config: DiscoveryConfig, start) -> None:

@@ -8,10 +8,9 @@ import sys
 import torch
 
 from diffdiscover3d import DiffusionFeaturePipeline, read_nifti
-from diffdiscover3d.hub import embedded_models
 
 scan = read_nifti(sys.argv[1])  # in RAS+ orientation, with scan.affine for scan.data
-pipe = DiffusionFeaturePipeline.from_pretrained(embedded_models()["synthetic-regular"].diffusion)
+pipe = DiffusionFeaturePipeline.from_pretrained("synthetic-regular")
 out = pipe(scan.data, timestep=25, stages=(1, 2, 3), generator=torch.Generator().manual_seed(0), num_noise=4)
 for stage, features in zip(out.stages, out.features, strict=True):
     print(f"stage {stage}: {tuple(features.shape)}")

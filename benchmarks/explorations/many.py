@@ -5,9 +5,8 @@
 Level 2 of such a cell has four parts: background, cell, vesicles, mitochondria. Compact parts are wrong for it. The
 command writes 24 cells to FOLDER, divides the true cells with compact inclusions, with inclusions that are alike and
 with the rule of `--inclusions auto`, and then trains level 2 on 16 of the cells inside the level 1 network that is
-embedded, with each of the three and two orders of the parts.
-Scores are of the other 8 cells. No labels are used but for the scores and, where
-nothing is trained, the true cell. Writes `results/many.json`.
+embedded, with each of the three and two orders of the parts. Scores are of the other 8 cells. No labels are used but
+for the scores and, where nothing is trained, the true cell. Writes `results/many.json`.
 """
 
 import argparse
@@ -30,7 +29,7 @@ from diffdiscover3d.utils.provenance import describe_environment
 
 CELLS, TRAINED = 24, 16
 # of the trainings: inclusions, and the order of their parts
-TRAININGS = (("compact", "size"), ("alike", "size"), ("alike", "free"), ("auto", "size"))
+TRAININGS = (("compact", "size"), ("alike", "size"), ("alike", "free"), ("auto", "auto"))
 STEPS = 300
 
 

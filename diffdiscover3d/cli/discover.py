@@ -31,6 +31,9 @@ def discover(
     ] = 3,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    spacing: Annotated[
+        str | None, typer.Option(help="Voxel size to work on, as 5,5,40nm (default: chosen from the scans).")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an earlier run.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of the trainings.")] = False,
     volume: VolumeNumber = None,
@@ -71,6 +74,7 @@ def discover(
             levels=levels,
             device=device,
             seed=seed,
+            spacing=spacing,
             volume=volume,
             nan_to_zero=nan_to_zero,
             ignore_affine=ignore_affine,

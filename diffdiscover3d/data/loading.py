@@ -1,5 +1,6 @@
 """Loading of volumes for training and evaluation, by dataset name or from files."""
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from diffdiscover3d.data.datasets.brats_volumes import BraTSVolumes
 from diffdiscover3d.data.datasets.folder import VolumeFolder
 from diffdiscover3d.data.formats.nifti.header import check_reachable
 from diffdiscover3d.data.transforms import min_max_normalize
+from diffdiscover3d.data.working_grid import WorkingGrid, spacing_on
 from diffdiscover3d.errors import DiffDiscoverError, InputError, NetworkError
 
 # "synthetic" concatenates the volumes of all variants
@@ -87,7 +89,11 @@ class JoinedVolumes(Sequence):
 
 
 def load_volumes(
-    name_or_path: str, split: str = "train", brats: BraTSOptions | None = None, **reading
+    name_or_path: str,
+    split: str = "train",
+    brats: BraTSOptions | None = None,
+    working_grid: WorkingGrid | None = None,
+    **reading,
 ) -> Sequence[dict]:
     """Load a dataset of volumes.
 
@@ -98,6 +104,7 @@ def load_volumes(
         split: "train", "validation" or "test", for a named dataset or BraTS. Other files have no splits; all of them
             are returned.
         brats: preprocessing of BraTS; default: as in the paper.
+        working_grid: to which volumes of files are resampled; named datasets, BraTS and Hub datasets keep their grids.
         reading: how files are read, see [`VolumeFolder`]; not for named, BraTS or Hub datasets.
 
     Returns:
@@ -121,7 +128,7 @@ def load_volumes(
     if is_brats(name_or_path):
         return BraTSVolumes(name_or_path, split, brats)
     try:
-        return VolumeFolder(name_or_path, **reading)
+        return VolumeFolder(name_or_path, working_grid=working_grid, **reading)
     except InputError as error:
         raise InputError(f"{error} Named datasets: {', '.join(SYNTHETIC_NAMES)}.") from error
 
@@ -156,3 +163,15 @@ def common_grid(volumes: Sequence[dict]) -> tuple[int, int, int] | None:
     """The common shape of all volumes, or `None` if they differ."""
     shapes = set(grid_shapes(volumes))
     return shapes.pop() if len(shapes) == 1 else None
+
+
+def grid_spacing(volumes: Sequence[dict], grid: Sequence[int] | None = None) -> tuple[float, float, float]:
+    """The median edge lengths of the volumes' voxels, 1 where they are unknown.
+
+    Args:
+        grid: to which the volumes are resampled with their extent kept; `None` if they are not.
+    """
+    if not hasattr(volumes, "working_grid"):  # only files have voxel sizes that differ
+        return (1.0, 1.0, 1.0)
+    found = [spacing_on(grid or shape, shape, volumes[i]["spacing_mm"]) for i, shape in enumerate(grid_shapes(volumes))]
+    return tuple(statistics.median(edges) for edges in zip(*found, strict=True))

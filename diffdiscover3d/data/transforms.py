@@ -30,6 +30,14 @@ def min_max_normalize(volume: torch.Tensor, check: bool = True) -> torch.Tensor:
     return (volume - low) / (high - low)
 
 
+def moments_within(volume: torch.Tensor, within: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of (B, 1, H, W, D) volumes where `within` is 1, each (B, 1, 1, 1, 1)."""
+    size = within.sum(dim=(2, 3, 4), keepdim=True).clamp(min=1)
+    mean = (volume * within).sum(dim=(2, 3, 4), keepdim=True) / size
+    centred = (volume - mean) * within
+    return mean, (centred.square().sum(dim=(2, 3, 4), keepdim=True) / size).sqrt()
+
+
 def resize_volume(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
     """Resample (B, C, H, W, D) volumes to `grid`, trilinearly, with Gaussian anti-aliasing when downsampling."""
     grid = tuple(grid)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from diffdiscover3d.data.domain import DOMAIN_FILE
+from diffdiscover3d.data.working_grid import WorkingGrid
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.hub.download import fetch_snapshot
 from diffdiscover3d.hub.registry import check_source, embedded_models, find_discovery, load_discovery
@@ -31,7 +32,7 @@ class ResolvedModel:
         folder: that holds `config.json` and the weights.
         commit: of the Hub snapshot; `None` for other models.
         config: the contents of `config.json`, validated.
-        working_grid: the grid that scans are resampled to first; `None` if they keep their own.
+        working_grid: to which scans are resampled first; `None` if they keep their own grid.
         domain: what is known of the scans it was trained on, see `data/domain.py`; `None` if nothing is.
     """
 
@@ -40,7 +41,7 @@ class ResolvedModel:
     folder: Path
     commit: str | None
     config: dict
-    working_grid: tuple[int, int, int] | None
+    working_grid: WorkingGrid | None
     domain: dict | None = None
 
     @property
@@ -84,6 +85,8 @@ class ResolvedModel:
         described = {"id": name, "level": level, "revision": self.revision}
         if self.commit is not None:
             described["commit"] = self.commit
+        if self.config.get("spacing"):
+            described |= {"spacing": list(self.config["spacing"]), "spacing_unit": self.working_grid.unit}
         return {**described, "sha256": self.weights_sha256}
 
 
@@ -107,7 +110,7 @@ def resolve_model(name: str, revision: str | None = None) -> ResolvedModel:
             folder = fetch_snapshot(name, revision=revision)
             commit = folder.name  # the cache names a snapshot's folder after its commit
     config = read_config(folder / "config.json", StructureDiscoveryModel.__name__)
-    return ResolvedModel(name, revision, folder, commit, config, _read_working_grid(folder), _read_domain(folder))
+    return ResolvedModel(name, revision, folder, commit, config, _working_grid(folder, config), _read_domain(folder))
 
 
 def choose_levels(name: str, known: Sequence[int], level: int | str | None) -> tuple[int | None, ...]:
@@ -131,8 +134,10 @@ def choose_levels(name: str, known: Sequence[int], level: int | str | None) -> t
     return (int(level),)
 
 
-def _read_working_grid(folder: Path) -> tuple[int, int, int] | None:
-    """The grid that [`discover`] trained the network on, if its scans were resampled to one."""
+def _working_grid(folder: Path, config: dict) -> WorkingGrid | None:
+    """The target spacing of a network, or the grid of fixed shape that earlier versions of `discover` trained on."""
+    if config.get("spacing"):
+        return WorkingGrid(spacing=tuple(config["spacing"]), unit=config.get("spacing_unit", "mm"))
     file = folder / WORKING_GRID_FILE
     if not file.is_file():
         return None
@@ -142,7 +147,7 @@ def _read_working_grid(folder: Path) -> tuple[int, int, int] | None:
             raise ValueError(f"`grid` must be three integers > 1, got {grid}")
     except (ModelError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{file}: not readable ({error}); remove it to segment at full resolution.") from error
-    return tuple(grid) if grid else None
+    return WorkingGrid(shape=tuple(grid)) if grid else None
 
 
 def _read_domain(folder: Path) -> dict | None:

@@ -10,6 +10,7 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from diffdiscover3d.data.working_grid import SPACING_UNITS
 from diffdiscover3d.errors import ModelError
 
 SCALINGS = ("min_max", "robust")
@@ -119,6 +120,8 @@ SCHEMAS: dict[str, dict[str, Rule]] = {
         "scaling": one_of(*SCALINGS),
         "frame": optional(sequence(integer(8, 1024), 3, 3)),
         "bright_part": optional(integer(0, 65_535)),
+        "spacing": optional(sequence(number(1e-9, 1e6), 3, 3)),
+        "spacing_unit": one_of(*SPACING_UNITS),
     },
     "UNet3DModel": {
         "in_channels": integer(1, 64),
@@ -221,6 +224,20 @@ def check_scaling(scaling: str, frame: Sequence[int] | None, parent: Mapping | N
         theirs = (parent.get("scaling", "min_max"), parent.get("frame"))
         if theirs[0] != scaling or tuple(theirs[1] or ()) != tuple(frame or ()):
             raise ValueError(f"`scaling` and `frame` must be the parent's, {theirs}; got {(scaling, frame)}.")
+
+
+def check_spacing(spacing: Sequence[float] | None, unit: str, frame: Sequence[int] | None, parent) -> None:
+    """Raise ValueError if a target spacing is invalid, or is not the parent's."""
+    if unit not in SPACING_UNITS or (spacing is not None and (len(spacing) != 3 or min(spacing) <= 0)):
+        raise ValueError(
+            f"`spacing` must be three positive numbers in a unit of {SPACING_UNITS}, got {spacing}, {unit!r}."
+        )
+    if spacing is not None and frame is not None:
+        raise ValueError(f"`spacing` must be left out with a frame, which has a grid of its own; got {spacing}.")
+    if parent is not None:
+        theirs = (parent.get("spacing"), parent.get("spacing_unit", "mm"))
+        if tuple(theirs[0] or ()) != tuple(spacing or ()) or theirs[1] != unit:
+            raise ValueError(f"`spacing` must be the parent's, {theirs}; got {(spacing, unit)}.")
 
 
 def check_bright_part(part: int | None, frame: Sequence[int] | None, children: Sequence[int] | None) -> None:

@@ -11,9 +11,9 @@ from diffusers.utils import BaseOutput
 
 from diffdiscover3d.data.foreground import Frame, add_brightness, find_foreground, robust_scale
 from diffdiscover3d.data.formats.nifti.reading import as_volume_tensor
-from diffdiscover3d.data.transforms import min_max_normalize, pad_to_multiple
+from diffdiscover3d.data.transforms import min_max_normalize, moments_within, pad_to_multiple
 from diffdiscover3d.models import cpu_kernels
-from diffdiscover3d.models.config_schema import check_bright_part, check_children, check_scaling
+from diffdiscover3d.models.config_schema import check_bright_part, check_children, check_scaling, check_spacing
 from diffdiscover3d.models.cpu_kernels import Conv3d, precise_if_small
 from diffdiscover3d.models.loading import StrictLoadingMixin
 from diffdiscover3d.models.mixed_precision import free_memory
@@ -64,6 +64,8 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
             [`robust_scale`]).
         frame: grid to which [`segment`] resamples the foreground box; outside it is part 0. Needs robust scaling.
         bright_part: the brighter of the two parts of a divided part; [`segment`] adds [`add_brightness`] to its logit.
+        spacing, spacing_unit: target edge lengths of a voxel, as of [`WorkingGrid`]. The command resamples scans to it;
+            the methods of this class take volumes as they are.
 
     Raises:
         ValueError: if an option is out of range, or `strides`, `children`, `scaling` or `frame` do not fit the others.
@@ -89,6 +91,8 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         scaling: str = "min_max",
         frame: Sequence[int] | None = None,
         bright_part: int | None = None,
+        spacing: Sequence[float] | None = None,
+        spacing_unit: str = "mm",
     ):
         super().__init__()
         if num_parts < 2:
@@ -96,6 +100,7 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         check_children(num_parts, parent, children)
         check_scaling(scaling, frame, parent)
         check_bright_part(bright_part, frame, children)
+        check_spacing(spacing, spacing_unit, frame, parent)
         if len(strides) != len(channels) - 1:
             raise ValueError(f"`strides` must have {len(channels) - 1} entries, one less than `channels`.")
         from monai.networks.nets import UNet  # slow import
@@ -113,10 +118,10 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
     ) -> "StructureDiscoveryModel":
         """Create a model that subdivides the parts of a trained model; `config` as for the class.
 
-        Scaling and frame default to the parent's.
+        Scaling, frame and spacing default to the parent's.
         """
         settings = {k: v for k, v in parent.config.items() if not k.startswith("_")}
-        config = {"scaling": settings["scaling"], "frame": settings["frame"], **config}
+        config = {**{k: settings[k] for k in ("scaling", "frame", "spacing", "spacing_unit")}, **config}
         model = cls(num_parts=sum(children), parent=settings, children=tuple(children), **config)
         model.parent_model.load_state_dict(parent.state_dict())
         return model
@@ -254,7 +259,7 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         for part, count in enumerate(self.config.children):
             if count > 1:
                 within = (parent_labels == part).to(normalized.dtype)
-                mean, spread = _moments(normalized, within) if moments is None else moments[part]
+                mean, spread = moments_within(normalized, within) if moments is None else moments[part]
                 centred = (normalized - mean) * within
                 view = view + (centred / spread.clamp(min=1e-6)).clamp(-_INPUT_RANGE, _INPUT_RANGE)
         return view
@@ -265,7 +270,7 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         if max(padded.shape[2:]) <= self.stride:  # the coarsest grid needs more than one voxel for the norm
             padded = pad_to_multiple(view, 2 * self.stride)
         with precise_if_small(padded, self.stride):
-            logits = self.network(padded.to(next(self.network.parameters()).dtype))[:, :, :h, :w, :d]
+            logits = self.network(padded.to(next(self.network.parameters(), padded).dtype))[:, :, :h, :w, :d]
         if parent_labels is not None:
             logits = self._mask_outside_parents(logits, parent_labels)
         return logits[:, self.part_order]
@@ -340,11 +345,3 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _moments(normalized: torch.Tensor, within: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each volume where `within` is 1, of shape (B, 1, 1, 1, 1)."""
-    size = within.sum(dim=(2, 3, 4), keepdim=True).clamp(min=1)
-    mean = (normalized * within).sum(dim=(2, 3, 4), keepdim=True) / size
-    centred = (normalized - mean) * within
-    return mean, (centred.square().sum(dim=(2, 3, 4), keepdim=True) / size).sqrt()

@@ -84,7 +84,10 @@ class NoiseSchedule:
             )
         mine, theirs = self.alphas_cumprod.cpu().float(), other.alphas_cumprod.cpu().float()
         if len(mine) != len(theirs):
-            raise ValueError(f"{name} has {len(theirs)} timesteps, the model was trained with {len(mine)}; {remedy}")
+            raise ValueError(
+                f"{name} has {len(theirs)} timesteps, the model was trained with {len(mine)}; convert the pipeline's "
+                f"own: {name}.from_config(pipe.scheduler.config, num_train_timesteps={len(mine)})."
+            )
         if (difference := float((mine - theirs).abs().max())) > _TOLERANCE:
             raise ValueError(
                 f"{name} has another noise schedule than the model was trained with (they differ by up to "

@@ -7,8 +7,10 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from diffdiscover3d.data.formats.nifti.header import length_unit
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume, as_volume_tensor
 from diffdiscover3d.data.formats.reading import read_volume
+from diffdiscover3d.data.formats.units import IN_MM
 
 OUTPUT_TYPES = ("pt", "np", "nifti")
 
@@ -31,7 +33,7 @@ def read_volumes(volume) -> tuple[list[torch.Tensor], list[np.ndarray]]:
             (B, H, W, D) or (B, 1, H, W, D), or a list of these, of equal or different shapes.
 
     Returns:
-        The volumes, each (1, 1, H, W, D) float32, and the (4, 4) affine of each; the identity for arrays.
+        The volumes, each (1, 1, H, W, D) float32, and the (4, 4) affine of each in mm; the identity for arrays.
 
     Raises:
         InputError: if a volume cannot be read.
@@ -51,6 +53,8 @@ def read_volumes(volume) -> tuple[list[torch.Tensor], list[np.ndarray]]:
         affine = image.affine
     elif isinstance(image, nib.spatialimages.SpatialImage) and image.affine is not None:
         affine = nib.as_closest_canonical(image).affine
+        if isinstance(image, nib.Nifti1Image):
+            affine = np.diag([*[IN_MM[length_unit(image.header)]] * 3, 1.0]) @ affine
     volumes = as_volume_tensor(volume)
     return [v[None] for v in volumes], [affine] * len(volumes)
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from diffdiscover3d import __version__
 from diffdiscover3d.data.datasets.listing import describe_left_out, expand_all
-from diffdiscover3d.data.domain import domain_note
-from diffdiscover3d.data.formats.reading import open_source, read_source, stream_source
+from diffdiscover3d.data.formats.reading import Source, grid_of, open_source, read_source, stream_source
 from diffdiscover3d.data.formats.registry import (
     options_in,
     stem,
@@ -36,7 +35,7 @@ from diffdiscover3d.segmentation.outputs import (
     shard,
 )
 from diffdiscover3d.segmentation.preflight import MemoryPlan, plan_memory
-from diffdiscover3d.segmentation.scan import segment_scan
+from diffdiscover3d.segmentation.scan import notes_about, segment_scan
 from diffdiscover3d.utils.files import check_folder
 from diffdiscover3d.utils.progress import ProgressBar
 from diffdiscover3d.utils.staging import recover_folder
@@ -194,8 +193,8 @@ def segment(
         return {level: _provenance(found, level, arguments) for level in levels}
 
     cohort = Cohort(Path(output), cases, describe) if summary else None
-    shown = ProgressBar(total=len(mine) * (len(levels) + 2), enabled=progress, callback=on_progress)
-    with shown as stages, cohort or nullcontext():
+    total = len(mine) * (len(levels) + 2)
+    with ProgressBar(total, progress, callback=on_progress) as stages, cohort or nullcontext():
         for number, case in enumerate(mine):
             stages.begin_case(f"scan {number + 1} of {len(mine)}", len(levels) + 2)
             try:
@@ -218,7 +217,7 @@ def segment(
                             config,
                             place.type == "cpu",
                             fast=fast,
-                            working=found.working_grid,
+                            working=_resampled(found, file),
                             whole=finish.in_memory,
                         )
                     if plan.line and on_estimate:
@@ -279,12 +278,12 @@ def _segment_in_memory(volume, chosen: dict, device: str, fast: bool, order: str
     networks = found.load(levels, choose_device(device))
     case = CaseFiles(NAME, {}, None, None, None)
     with ProgressBar(total=1, enabled=False) as stages:
-        job = ScanJob(case, networks, {}, Extras(), order, fast, found.working_grid, 0.0, stages, finish=finish)
+        own = {"finish": finish, "domain": found.domain, "model": found.name}
+        job = ScanJob(case, networks, {}, Extras(), order, fast, found.working_grid, 0.0, stages, **own)
         finder = InMemoryFinder(job, scan)
         labels = {level: back(finder.find(level).labels) for level in levels}
-    for note in [*finder.notes, domain_note(scan, found.domain, found.name)]:
-        if note:
-            logger.warning("%s: %s", NAME, note)
+    for note in filter(None, [*finder.notes, *notes_about(scan, job)]):
+        logger.warning("%s: %s", NAME, note)
     return labels if chosen["level"] == "all" else next(iter(labels.values()))
 
 
@@ -308,6 +307,15 @@ def _check_options(finish: Finish, paths: Sequence[Path], output, levels: Sequen
         raise ValueError("`mask` goes with one input, and without `probabilities`.")
     if finish.background is not None and len(levels) != 1:
         raise ValueError("`background` goes with one level.")
+
+
+def _resampled(model: ResolvedModel, file: Source) -> tuple[int, int, int] | None:
+    """The grid to which an open scan is resampled; `None` if it keeps its own."""
+    if model.working_grid is None:
+        return None
+    shape, spacing, unit = grid_of(file)
+    grid = model.working_grid.of(shape, spacing, unit, file.path)
+    return None if grid == shape else grid
 
 
 def _provenance(model: ResolvedModel, level: int | None, arguments: dict) -> dict:

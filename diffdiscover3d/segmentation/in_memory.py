@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from diffdiscover3d.data.foreground import Frame, find_foreground, looks_like_head, robust_scale
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume, write_like
+from diffdiscover3d.data.formats.units import UNKNOWN
 from diffdiscover3d.data.intensity_range import describe_volume_range
 from diffdiscover3d.data.transforms import resize_volume
+from diffdiscover3d.data.working_grid import spacing_on
 from diffdiscover3d.errors import MemoryLimitError, is_out_of_memory
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.parts import PartStatistics, count_pairs, measure_parts, number_by_size
@@ -86,6 +87,7 @@ class InMemoryFinder:
         self.job, self.scan, self.notes = job, scan, list(scan.notes)
         # by network: its labels on the grid on which they were found, and on the scan's grid
         self._found: dict[StructureDiscoveryModel, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._worked_on: tuple[int, int, int] | None = None  # the grid, if not the scan's
         self._mask = None if job.finish.mask is None else read_mask(job.finish.mask, scan)
         self._box = None if self._mask is None else bounding_box(self._mask)
         if any(getattr(n.config, "scaling", "min_max") == "min_max" for n in job.networks.values()):
@@ -106,12 +108,14 @@ class InMemoryFinder:
         if (numbers != np.arange(count)).any():
             labels = np.argsort(numbers).astype(labels.dtype)[labels]
             soft = soft[torch.as_tensor(numbers, device=soft.device)] if wanted else None
-        recorded = {} if finish.background is None else {"background": finish.background}
+        recorded = self._recorded_grid()
+        if finish.background is not None:
+            recorded["background"] = finish.background
         if self._mask is not None:
             labels = np.where(self._mask[self._box], labels + 1, 0).astype(np.uint8 if count < 256 else np.uint16)
             whole = np.zeros(self.scan.shape, labels.dtype)
             whole[self._box] = labels
-            labels, count, recorded = whole, count + 1, {"background": OUTSIDE}
+            labels, count, recorded = whole, count + 1, {**recorded, "background": OUTSIDE}
         return PartsInMemory(self.scan, labels, count, soft if wanted else None, recorded)
 
     def middle_slices(self) -> list[np.ndarray]:
@@ -150,10 +154,25 @@ class InMemoryFinder:
         self._found[network] = (found, labels)
         return soft
 
+    def _working_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The shape of the grid on which parts of the scan, or of the box around the mask in it, are found."""
+        working, scan = self.job.working_grid, self.scan
+        return shape if working is None else working.of(shape, scan.spacing_mm, scan.unit, self.job.case.input)
+
+    def _recorded_grid(self) -> dict:
+        """The sidecar's entry about the grid on which the parts were found, if it is not the scan's."""
+        if self._worked_on is None:
+            return {}
+        extent = self.scan.shape if self._box is None else [box.stop - box.start for box in self._box]
+        edges = spacing_on(self._worked_on, extent, self.scan.spacing_mm)
+        voxel = [float(f"{edge:.6g}") for edge in edges]
+        unit = "voxels" if self.scan.unit == UNKNOWN else "mm"
+        return {"working_grid": {"shape": list(self._worked_on), f"voxel_size_{unit}": voxel}}
+
     def _probabilities(self, network: StructureDiscoveryModel) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """(K, H, W, D) soft parts, the labels on the grid on which they were found, and whether it is another grid.
 
-        On a working grid, or at half the resolution, the soft parts are linearly interpolated.
+        On a working grid, or at half the resolution, the soft parts are resampled like the scan.
         """
         job = self.job
         if self._mask is None:
@@ -166,18 +185,18 @@ class InMemoryFinder:
         if network.parent_model in self._found:
             parents["parent_labels"] = self._found[network.parent_model][0]
         try:
-            size = job.working_grid or grid
+            size, self._worked_on = self._working_shape(grid), None
             framed = getattr(network.config, "frame", None) is not None  # such a network has a working grid of its own
             if job.fast and not framed and min(size) >= FAST_MIN_SIZE:
                 size = tuple((n + 1) // 2 for n in size)
             if size != grid:
+                self._worked_on = size
                 found = network.segment(resize_volume(volume[None, None].to(network.device), size), **parents)
-                soft = F.interpolate(found.probabilities, size=grid, mode="trilinear", align_corners=False)
-                return soft[0], found.labels, True
+                return resize_volume(found.probabilities, grid)[0], found.labels, True
             note = (
                 f"too small to be halved ({FAST_MIN_SIZE} voxels are needed along each axis); done at full resolution"
             )
-            if job.fast and not job.working_grid and not framed and note not in self.notes:
+            if job.fast and job.working_grid is None and not framed and note not in self.notes:
                 self.notes.append(note)
             found = network.segment(volume, **parents)
             if framed and network.parent_model is None:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from diffdiscover3d.data.working_grid import WorkingGrid
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.parts import PartStatistics
 from diffdiscover3d.segmentation.finish import Finish
@@ -25,7 +26,7 @@ class ScanJob:
         extras: what is written on request.
         order: number parts as the "model" does, or by "size".
         fast: segment at half the resolution.
-        working_grid: the grid the scan is resampled to first; `None` for its own.
+        working_grid: to which the scan is resampled first; `None` for its own grid.
         read_seconds: how long reading the scan took.
         stages: the progress bar.
         neurological: pictures have the patient's left on the left.
@@ -40,7 +41,7 @@ class ScanJob:
     extras: Extras
     order: str
     fast: bool
-    working_grid: tuple[int, int, int] | None
+    working_grid: WorkingGrid | None
     read_seconds: float
     stages: ProgressBar
     neurological: bool = False

@@ -141,6 +141,8 @@ def plan_memory(
         if working is None and needs_sliding_window(shape, network):
             at_full = streaming_bytes(shape, network) / 2**30
             remedy = {"remedy": f"without --fast it is divided slab by slab in about {at_full:.1f} GiB"}
+        elif working is not None and not network.get("frame"):
+            remedy = {"remedy": f"resample it to {' x '.join(map(str, working))} voxels, the grid the model works on"}
     else:
         needed = segmentation_bytes(shape, network)
     if on_cpu:

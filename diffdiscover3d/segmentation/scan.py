@@ -78,8 +78,7 @@ def segment_scan(job: ScanJob, scan: NiftiVolume | SlabScan) -> SegmentedFile:
             finder: PartFinder = InMemoryFinder(job, scan)
         else:
             finder = OutOfCoreFinder(job, scan, folder, scratch)
-        if note := domain_note(scan, job.domain, job.model):
-            finder.notes.append(note)
+        finder.notes += filter(None, notes_about(scan, job))
         found: dict[int | None, FoundParts] = {}
         parts: dict[int | None, list[PartStatistics]] = {}
         recorded: dict[int | None, dict] = {}
@@ -119,6 +118,12 @@ def segment_scan(job: ScanJob, scan: NiftiVolume | SlabScan) -> SegmentedFile:
         case.tree,
         case.report,
     )
+
+
+def notes_about(scan: NiftiVolume | SlabScan, job: ScanJob) -> list[str | None]:
+    """What a user must know about this scan and the model: an unknown voxel size, another domain."""
+    working = job.working_grid
+    return [working and working.note(scan.unit), domain_note(scan, job.domain, job.model)]
 
 
 def _fractions(parts: Sequence[PartStatistics]) -> tuple[float, ...]:

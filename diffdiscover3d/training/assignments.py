@@ -30,6 +30,7 @@ from diffdiscover3d.training.spatial_split import (
 )
 
 logger = logging.getLogger("diffdiscover3d")
+_MOST_FREE = 6  # parts of a structure whose every order is tried
 _IGNORED = 255  # in a label map: a structure whose assignment is not reliable enough
 
 
@@ -58,10 +59,12 @@ class Assignments:
             are the assignments, and otherwise the clusters in space of the teacher's clean prediction.
         volumes: to train on.
         grid: volumes are resampled to it; `None` leaves them.
+        spacing: edge lengths of a voxel, for the spatial losses.
 
     Attributes:
         families: groups of parts that divide one structure, the part that surrounds the others first.
         used: indices of the volumes with a reliable family, in order; the training sees only these.
+        free_order: whether the loss takes, in each volume, the order of the inclusions that fits the network best.
         contrast: standard deviation over structures and parts of the mean intensities, in standard deviations within
             a part.
     """
@@ -75,12 +78,16 @@ class Assignments:
         volumes: Sequence[dict],
         grid: tuple[int, int, int] | None,
         accelerator: Accelerator,
+        spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
     ):
+        self.spacing = spacing
         self.config, self.device = config, accelerator.device
         self.families = part_families(model)
-        if max(map(len, self.families)) > 6 and config.sibling_order == "free":
+        few = max(map(len, self.families)) <= _MOST_FREE
+        if not few and config.sibling_order == "free":
             raise ValueError(
-                "`sibling_order` must be size where a structure has more than 6 parts; 'free' tries every order."
+                f"`sibling_order` must be size where a structure has more than {_MOST_FREE} parts; 'free' tries every "
+                "order."
             )
         self._labelled = config.assign_from == "labels"
         if not self._labelled and start is None and model.parents is None:
@@ -90,7 +97,9 @@ class Assignments:
             )
         parents = model.parents
         self._parents = None if parents is None else torch.tensor([*parents, 0], device=self.device)
-        found = self._assign_all(teacher, model, start, volumes, grid, accelerator)
+        found, alike = self._assign_all(teacher, model, start, volumes, grid, accelerator)
+        # the sizes of alike inclusions give them no order
+        self.free_order = config.sibling_order == "free" or (config.sibling_order == "auto" and alike and few)
         reliability = np.stack([a.reliability for a in found])  # (volumes, families)
         keep = _best_share(reliability, config.reliable_share)
         self.used = [int(i) for i in np.flatnonzero(keep.any(axis=1))]
@@ -125,14 +134,16 @@ class Assignments:
         """The loss against the assignments of a prepared batch."""
         config, targets = self.config, batch["targets"]
         logits = model(batch["volume"], batch["parent_labels"]).logits.float()
-        free = config.sibling_order == "free"
-        terms = {"assignment": assignment_loss(logits, targets, self.families, interchangeable=free)}
+        terms = {"assignment": assignment_loss(logits, targets, self.families, interchangeable=self.free_order)}
         if config.lambda_spatial > 0 or config.lambda_smooth > 0:
-            terms |= spatial_terms(config, logits.softmax(dim=1), self.families)
+            terms |= spatial_terms(config, logits.softmax(dim=1), self.families, self.spacing)
         return {"loss": sum(terms.values()), **terms}
 
-    def _assign_all(self, teacher, model, start, volumes, grid, accelerator) -> list[Assignment]:
-        """Every process assigns its share, then all get all: no process may decide by its own share alone."""
+    def _assign_all(self, teacher, model, start, volumes, grid, accelerator) -> tuple[list[Assignment], bool]:
+        """All assignments, and whether inclusions are alike.
+
+        Every process assigns its share, then all get all: no process may decide by its own share alone.
+        """
         rank, processes = accelerator.process_index, accelerator.num_processes
         alike = None if self.config.inclusions == "auto" else self.config.inclusions == "alike"
         found = self._assign_share(teacher, model, start, volumes, grid, range(rank, len(volumes), processes), alike)
@@ -144,7 +155,7 @@ class Assignments:
             if alike:
                 share = range(rank, len(volumes), processes)
                 found = dict(gather_object(self._assign_share(teacher, model, start, volumes, grid, share, True)))
-        return [found[i] for i in range(len(volumes))]
+        return [found[i] for i in range(len(volumes))], bool(alike)
 
     def _assign_share(self, teacher, model, start, volumes, grid, indices, alike) -> list[tuple[int, Assignment]]:
         share = []
@@ -240,10 +251,10 @@ def inner(family: Sequence[int]) -> Sequence[int]:
 
 
 def spatial_terms(
-    config: DiscoveryConfig, masks: torch.Tensor, families: Sequence[Sequence[int]]
+    config: DiscoveryConfig, masks: torch.Tensor, families: Sequence[Sequence[int]], spacing: Sequence[float]
 ) -> dict[str, torch.Tensor]:
     """The weighted spatial consistency of the inclusions and the weighted smoothness of all parts."""
-    terms, spacing = {}, config.spacing or (1.0, 1.0, 1.0)
+    terms = {}
     inclusions = [family[1:] for family in families if len(family) > 2]
     if config.lambda_spatial > 0 and inclusions:
         terms["spatial"] = config.lambda_spatial * spatial_consistency(masks, inclusions, spacing)

@@ -6,6 +6,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffdiscover3d.data.working_grid import SPACING_UNITS
 from diffdiscover3d.training.aliases import as_fields
 from diffdiscover3d.training.options import added, option, read_options, require
 from diffdiscover3d.training.reading_config import ReadingConfig
@@ -54,6 +55,10 @@ class TrainingConfig(ReadingConfig):
     cuda_graphs: bool = option(False, "replay each step as a CUDA graph: one GPU, one micro-batch per step")
     tf32: bool = option(False, "compute float32 matrix products on a GPU in TF32, with 10 bits of mantissa")
     volume_size: tuple[int, ...] | None = option(None, "resample all volumes to this grid (one or three integers)")
+    spacing: tuple[float, ...] | None = added(
+        None, "voxel size to which volumes of files are resampled (1 or 3 numbers)"
+    )
+    spacing_unit: str = added("mm", "unit of --spacing: mm, or voxel for multiples of a file's voxels", SPACING_UNITS)
     modality: str | None = option(None, "BraTS modality: flair (default), t1, t1ce or t2")
     grade: str | None = option(None, "grade of BraTS 2017 to 2019: HGG (default), LGG or all", ("HGG", "LGG", "all"))
     crop: tuple[int, ...] | None = option(None, "central crop of BraTS volumes, three integers (default: 200 200 155)")
@@ -84,11 +89,13 @@ class TrainingConfig(ReadingConfig):
     extendable: typing.ClassVar[bool] = True  # whether a finished training may be resumed with more steps
 
     def __post_init__(self):
-        if isinstance(self.volume_size, int):
-            object.__setattr__(self, "volume_size", (self.volume_size,) * 3)
-        elif self.volume_size is not None:
-            size = tuple(self.volume_size)
-            object.__setattr__(self, "volume_size", size * 3 if len(size) == 1 else size)
+        for name in ("volume_size", "spacing"):
+            value = getattr(self, name)
+            if value is not None:
+                value = tuple(value) if isinstance(value, tuple | list) else (value,)
+                object.__setattr__(self, name, value * 3 if len(value) == 1 else value)
+        edges = self.spacing
+        require(not edges or (len(edges) == 3 and min(edges) > 0), "spacing", "one or three positive numbers", edges)
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("keep_checkpoints", "num_workers", "preview_every", "max_grad_norm", "seed"):
@@ -220,9 +227,10 @@ class DiscoveryConfig(TrainingConfig):
     reliable_share: float = option(0.5, "share of the volumes to train on, those with the most reliable assignments")
     recolor_probability: float = option(0.75, "probability that assigned parts are given other mean intensities")
     sibling_order: str = option(
-        "size",
-        "number of an assigned inclusion: its rank by size, or free, as the network numbers it in each volume",
-        ("size", "free"),
+        "auto",
+        "number of an assigned inclusion: its rank by size, or free, as the network numbers it in each volume; auto: "
+        "free where inclusions are alike",
+        ("auto", "size", "free"),
     )
     inclusions: str = option(
         "compact", "a part is a compact inclusion, or all that are alike; auto: by the pieces found", INCLUSIONS
@@ -230,9 +238,6 @@ class DiscoveryConfig(TrainingConfig):
     potts_strength: float = option(0.6, "attraction of neighbouring voxels where clusters are assigned; 0: none")
     lambda_spatial: float = option(0.0, "weight of the spatial consistency of inclusions (not in the paper)")
     lambda_smooth: float = option(0.0, "weight of the smoothness of the parts (not in the paper)")
-    spacing: tuple[float, ...] | None = option(
-        None, "edge lengths of a voxel in mm, one or three numbers (default: the volume's own, else 1)"
-    )
     relative_consistency: bool = option(False, "divide each consistency by the total variance of its representation")
     norm: str = option("batch", "normalisation layers of the segmentation network", ("batch", "instance"))
     dropout: float = option(0.2, "dropout probability of the segmentation network")
@@ -257,11 +262,6 @@ class DiscoveryConfig(TrainingConfig):
         for name in ("invert_probability", "recolor_probability"):
             require(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
         require(0 < self.reliable_share <= 1, "reliable_share", "in (0, 1]", self.reliable_share)
-        spacing = self.spacing
-        if spacing is not None:
-            spacing = tuple(spacing) * (3 if len(spacing) == 1 else 1)
-            object.__setattr__(self, "spacing", spacing)
-            require(len(spacing) == 3 and min(spacing) > 0, "spacing", "one or three positive numbers", spacing)
         denoised = self.denoised_timesteps
         require(len(denoised) >= 1 and min(denoised) >= 0, "denoised_timesteps", "one or more of 0, 1, ...", denoised)
         rule = "left out with --objective assignment, which trains on some of the volumes; give --max-steps"

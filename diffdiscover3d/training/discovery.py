@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import Subset
 
-from diffdiscover3d.data.loading import common_grid, grid_shapes
+from diffdiscover3d.data.loading import common_grid, grid_shapes, grid_spacing
 from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.losses import photometric_invariance, region_consistency
@@ -39,8 +39,8 @@ class DiscoveryTraining:
     Args:
         config: training options.
         teacher: the pretrained diffusion model.
-        volumes: training volumes; resampled to the median shape if their shapes differ. The attribute of this name
-            holds the volumes of the training steps: with assigned parts, the reliable ones.
+        volumes: training volumes; resampled to the median shape if their shapes differ and they have no target spacing.
+            The attribute of this name holds the volumes of the training steps: with assigned parts, the reliable ones.
         selection_volumes: volumes whose mean confidence selects the epoch to save; no labels are used.
         accelerator: the accelerator of the training.
         start: trained network that provides the initial weights; default: random initialisation.
@@ -74,17 +74,23 @@ class DiscoveryTraining:
                 f"`init_from` has {self.model.config.num_parts} parts and --num-parts is {config.num_parts}; "
                 "they must be equal."
             )
+        if getattr(volumes, "working_grid", None) and self.model.config.spacing is None:
+            raise ValueError(
+                f"`spacing` must be left out, got {config.spacing}: the network of --init-from or --parent has none."
+            )
         self.model.to(accelerator.device)
         self.teacher_signals = TeacherSignals(config, self.teacher, self.model)
         shared = common_grid(volumes)
-        self.volume_grid = config.volume_size or (None if shared else median_grid(volumes))
-        if shared is None and config.volume_size is None:
+        kept = shared or getattr(volumes, "working_grid", None)  # each volume keeps its own grid
+        self.volume_grid = config.volume_size or (None if kept else median_grid(volumes))
+        if kept is None and config.volume_size is None:
             logger.info("volumes differ in shape: resampling all to %s (set by --volume-size)", self.volume_grid)
+        self.spacing = config.spacing or grid_spacing(volumes, self.volume_grid)
         self.noise_grid = teacher.unet.noise_grid or self.volume_grid or shared
         self.selection_volumes, self.volumes, self.assignments = selection_volumes, volumes, None
         if config.objective == "assignment":
-            grid = self.volume_grid
-            self.assignments = Assignments(config, self.teacher, self.model, start, volumes, grid, accelerator)
+            given = (config, self.teacher, self.model, start, volumes, self.volume_grid, accelerator)
+            self.assignments = Assignments(*given, spacing=self.spacing)
             self.volumes = Subset(volumes, self.assignments.used)
             self.volumes.split_ids = getattr(volumes, "split_ids", None)
         self.epoch_steps = math.ceil(len(self.volumes) / config.batch_size)
@@ -97,7 +103,9 @@ class DiscoveryTraining:
     def _new_model(self, parent: StructureDiscoveryModel | None, volumes: Sequence[dict]) -> StructureDiscoveryModel:
         config = self.config
         if parent is None:
-            return StructureDiscoveryModel(config.num_parts, dropout=config.dropout, norm=config.norm)
+            working = getattr(volumes, "working_grid", None)
+            target = {} if working is None else {"spacing": working.spacing, "spacing_unit": working.unit}
+            return StructureDiscoveryModel(config.num_parts, dropout=config.dropout, norm=config.norm, **target)
         children = config.children
         if children is None:
             parent = parent.to(self.accelerator.device)
@@ -134,14 +142,14 @@ class DiscoveryTraining:
             return drawn
         if self.device.type == "cuda":  # the noise itself is drawn there
             return {**drawn, "noise_seed": draw_noise_seed(generator)}
-        return {**drawn, "noise": self.teacher_signals.draw(self.noise_grid, generator)}
+        return {**drawn, "noise": self.teacher_signals.draw(self.noise_grid or tuple(volume.shape[1:]), generator)}
 
     def prepare(self, batch: dict[str, torch.Tensor]) -> dict:
         if self.assignments is not None:
             return self.assignments.prepare(batch)
         volume = batch["volume"]
         if "noise_seed" in batch:
-            shape = self.teacher_signals.noise_shape(self.noise_grid)
+            shape = self.teacher_signals.noise_shape(self.noise_grid or tuple(volume.shape[2:]))
             batch = {**batch, "noise": draw_noise(batch["noise_seed"].tolist(), shape, volume.device)}
         prepared = {"volume": volume, "gamma": batch["gamma"], "inverted": batch["inverted"]}
         if (
@@ -183,7 +191,7 @@ class DiscoveryTraining:
             terms["invariance"] = config.lambda_invariance * distance
         if config.lambda_denoised > 0:  # not in the paper: Eq. 7 on the clean prediction of the teacher
             terms["denoised"] = config.lambda_denoised * consistency(batch["denoised"])
-        terms |= spatial_terms(config, masks, self._families)
+        terms |= spatial_terms(config, masks, self._families, self.spacing)
         return {"loss": sum(terms.values()), **terms}  # Eq. 4
 
     def compile(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from diffdiscover3d.data.datasets.listing import list_volumes
@@ -15,13 +16,13 @@ from diffdiscover3d.data.domain import DOMAIN_FILE, signature, summarise
 from diffdiscover3d.data.formats.nifti.reading import write_like
 from diffdiscover3d.data.formats.reading import read_volume
 from diffdiscover3d.data.formats.registry import SEPARATOR, volume_sha256, with_options
+from diffdiscover3d.data.formats.units import IN_MM, UNKNOWN, parse_voxel_size
 from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, NothingToDivideError, OutputError
-from diffdiscover3d.hub.resolve import WORKING_GRID_FILE
 from diffdiscover3d.segmentation.arrays import as_scan
 from diffdiscover3d.segmentation.driver import SegmentedFile, choose_device, segment
 from diffdiscover3d.segmentation.outputs import Extras, check_cases, plan_cases
 from diffdiscover3d.training.recipes import Training, diffusion_training, train_level
-from diffdiscover3d.utils.files import atomic_folder, check_folder, write_json
+from diffdiscover3d.utils.files import atomic_file, atomic_folder, check_folder, write_json
 from diffdiscover3d.utils.memory import free_memory
 from diffdiscover3d.utils.signals import run_child
 from diffdiscover3d.workflows.discover_plan import Plan, describe_plan, make_fallback, make_plan, make_recipe, read_plan
@@ -35,6 +36,7 @@ def discover(
     levels: int = 3,
     device: str = "auto",
     seed: int = 0,
+    spacing: str | Sequence[float] | None = None,
     volume: int | None = None,
     resolution: int | None = None,
     nan_to_zero: bool = False,
@@ -62,6 +64,9 @@ def discover(
         levels: number of levels, 1 to 3 (2, 4, 8 parts); each divides the parts of the level before.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         seed: of everything random.
+        spacing: target size of a voxel along the canonical axes, to which all scans are resampled: three numbers in mm,
+            or one length or three with a unit as "5,5,40nm". Default: that of nnU-Net, see [`target_spacing`],
+            coarsened until the preset can process a scan. If a scan gives no voxel size, it is counted in voxels.
         volume: of files with several channels or time points, which one.
         resolution: of files with several resolutions, which one, 0 the finest.
         nan_to_zero, ignore_affine, missing_chunks, voxel_size, series, include: as for [`segment`].
@@ -88,9 +93,10 @@ def discover(
     else:
         paths = _keep_volumes(source, output / "scans", nan_to_zero)
     paths = [with_options(path, volume=volume, resolution=resolution) for path in paths]
+    given = _target_in_mm(spacing)
     reading = {"nan_to_zero": nan_to_zero, "ignore_affine": ignore_affine, "missing_chunks": missing_chunks}
     reading = {name: value for name, value in {**reading, "voxel_size": voxel_size}.items() if value}
-    scans, shapes, spacings, sha256, domain = _read_all(paths, reading, on_error)
+    scans, shapes, spacings, units, sha256, domain = _read_all(paths, reading, on_error)
     if plan_file.exists():
         plan = read_plan(plan_file)
         if plan.scans != tuple(scans):
@@ -103,7 +109,11 @@ def discover(
         _check_unchanged(plan, sha256)
     else:
         memory = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else free_memory()
-        plan = make_plan(shapes, spacings, scans, preset=preset, memory_bytes=memory, levels=levels, seed=seed)
+        unit = "voxel" if UNKNOWN in units else "mm"
+        if given is not None and unit != "mm":
+            raise ValueError("`spacing` needs the voxel size of every scan, and one gives none; leave it out.")
+        options = {"preset": preset, "levels": levels, "seed": seed, "spacing": given, "spacing_unit": unit}
+        plan = make_plan(shapes, spacings, scans, memory_bytes=memory, **options)
         plan = replace(plan, sha256=tuple(sha256), reading=reading)
         write_json(plan_file, asdict(plan))
     tell(describe_plan(plan))
@@ -151,9 +161,11 @@ def _check_unchanged(plan: Plan, sha256: Sequence[str] | None = None) -> None:
             )
 
 
-def _read_all(paths: Sequence[Path], reading: dict, on_error) -> tuple[list[str], list, list, list[str], dict]:
+def _read_all(
+    paths: Sequence[Path], reading: dict, on_error
+) -> tuple[list[str], list, list, set[str], list[str], dict]:
     """Read every scan once, so that a damaged one is reported before the trainings."""
-    scans, shapes, spacings, hashes, signatures = [], [], [], [], []
+    scans, shapes, spacings, units, hashes, signatures = [], [], [], set(), [], []
     for path in paths:
         try:
             volume = read_volume(path, **reading)
@@ -166,24 +178,48 @@ def _read_all(paths: Sequence[Path], reading: dict, on_error) -> tuple[list[str]
         scans.append(str(Path(place).resolve()) + (f"{SEPARATOR}{inner}" if inner else ""))
         shapes.append(volume.data.shape)
         spacings.append(volume.spacing_mm)
+        units.add(volume.unit)
         hashes.append(volume.sha256)
         signatures.append(signature(volume))
     if not scans:
         raise InputError("none of the scans can be read.")
-    return scans, shapes, spacings, hashes, summarise(signatures)
+    return scans, shapes, spacings, units, hashes, summarise(signatures)
+
+
+def _target_in_mm(spacing: str | Sequence[float] | None) -> tuple[float, ...] | None:
+    """A target spacing in mm, from three numbers in mm or lengths with a unit.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(spacing, str):
+        edges, unit = parse_voxel_size(spacing, "spacing")
+        return tuple(edge * IN_MM[unit] for edge in edges)
+    if spacing is not None and (len(spacing) != 3 or not min(spacing) > 0):
+        raise ValueError(f"`spacing` must be three positive numbers, got {spacing}.")
+    return None if spacing is None else tuple(map(float, spacing))
 
 
 def _keep_volumes(volumes: Sequence, folder: Path, nan_to_zero: bool) -> list[Path]:
-    """Write volumes in memory as NIfTI files, so that a run can be continued; those that are there stay."""
+    """Write volumes in memory as files, so that a run can be continued; those that are there stay.
+
+    Images become NIfTI; arrays, which have no voxel size, NumPy files.
+    """
     paths = []
     for number, one in enumerate(volumes):
-        path = folder / f"scan-{number:03d}.nii.gz"
         if isinstance(one, str | Path):
-            path = Path(one)
-        elif not path.exists():
-            scan, _ = as_scan(one, nan_to_zero=nan_to_zero)
-            write_like(path, scan.data, scan)
-        paths.append(path)
+            paths.append(Path(one))
+            continue
+        scan, _ = as_scan(one, nan_to_zero=nan_to_zero)
+        sized = scan.unit != UNKNOWN
+        paths.append(folder / f"scan-{number:03d}.{'nii.gz' if sized else 'npy'}")
+        if paths[-1].exists():
+            continue
+        if sized:
+            write_like(paths[-1], scan.data, scan)
+        else:
+            with atomic_file(paths[-1], ".npy") as temporary:
+                np.save(temporary, scan.data)
     return paths
 
 
@@ -219,7 +255,7 @@ def _train_all(
         parent = folder
     _take_over(teacher.folder, model / "diffusion")
     # beside the network, which needs it
-    _take_over(parent, model / "discovery", {WORKING_GRID_FILE: {"grid": plan.working_grid}, DOMAIN_FILE: domain})
+    _take_over(parent, model / "discovery", {DOMAIN_FILE: domain})
 
 
 def _take_over(trained: Path, target: Path, also: dict[str, dict] | None = None) -> None:

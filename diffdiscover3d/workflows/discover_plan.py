@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
-from diffdiscover3d.data.formats.units import display_unit
+from diffdiscover3d.data.working_grid import coarsen_spacing, describe_spacing, resampled_shape, target_spacing
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.training.recipes import RECIPES, Recipe
 
@@ -66,8 +66,8 @@ class Plan:
         scans: absolute paths.
         preset: of `PRESETS`.
         median_shape, median_spacing_mm: of the scans in canonical orientation.
+        spacing, spacing_unit: target spacing, to which scans are resampled; see [`WorkingGrid`].
         diffusion_grid: internal grid of the diffusion model.
-        working_grid: scans are resampled to it for the segmentation network; `None` if all have one shape that fits.
         batch_size: volumes in a step of the diffusion model.
         diffusion_steps: optimiser steps of the diffusion model.
         discovery_steps: for each level, the optimiser steps of its consecutive trainings.
@@ -82,8 +82,9 @@ class Plan:
     preset: str
     median_shape: tuple[int, int, int]
     median_spacing_mm: tuple[float, float, float]
+    spacing: tuple[float, float, float]
+    spacing_unit: str
     diffusion_grid: tuple[int, int, int]
-    working_grid: tuple[int, int, int] | None
     batch_size: int
     diffusion_steps: int
     discovery_steps: tuple[tuple[int, ...], ...]
@@ -103,11 +104,22 @@ def make_plan(
     memory_bytes: int,
     levels: int = 3,
     seed: int = 0,
+    spacing: Sequence[float] | None = None,
+    spacing_unit: str = "mm",
 ) -> Plan:
-    """Choose grids, batch size and steps for a folder of scans.
+    """Choose target spacing, grid, batch size and steps for a folder of scans.
 
-    The grids have the proportions of the median scan and at most as many voxels as the preset's cube. The batch size,
-    and then the grid, are reduced until a training step fits into half of the memory.
+    The target spacing is nnU-Net's, see [`target_spacing`] and [`coarsen_spacing`]: the median scan has at most as many
+    voxels as the preset's cube. The diffusion model's grid has the proportions of the median scan at that spacing.
+    Batch size, grid and spacing are changed until a training step fits into half of the memory.
+
+    Args:
+        shapes, spacings_mm, scans: of every scan, in canonical orientation.
+        preset: of `PRESETS`.
+        memory_bytes: free memory of the device.
+        levels, seed: of [`discover`].
+        spacing: a target spacing to use instead, in `spacing_unit`.
+        spacing_unit: "voxel" if the voxel size of a scan is unknown, so that lengths are counted in voxels.
 
     Raises:
         ValueError: for an unknown preset, or a number of levels out of range.
@@ -118,7 +130,17 @@ def make_plan(
         raise ValueError(f"`levels` must be 1 to {len(LEVEL_PARTS)}, got {levels}.")
     options = PRESETS[preset]
     median = tuple(int(n) for n in np.median(np.asarray(shapes), axis=0))
-    grid = _shrink(median, options["grid"], multiple=_STRIDE)
+    edges = np.asarray(spacings_mm if spacing_unit == "mm" else np.ones((len(shapes), 3)), float)
+    if spacing is None:
+        target = target_spacing(edges, shapes)
+        most = max(16**3, memory_bytes / 2 / _BYTES_PER_VOXEL)
+        target = coarsen_spacing(target, edges, shapes, min(options["volume"] ** 3, most), most)
+    else:
+        target = tuple(map(float, spacing))
+    median_at_target = tuple(
+        int(n) for n in np.median([resampled_shape(n, s, target) for n, s in zip(shapes, edges, strict=True)], axis=0)
+    )
+    grid = _shrink(median_at_target, options["grid"], multiple=_STRIDE)
     # the paper's network has 4 times the channels, so about 4 times the activations
     bytes_per_voxel = _BYTES_PER_VOXEL * (4 if options["network"] == "paper" else 1)
     batch = min(options["batch"], max(1, len(shapes)))
@@ -127,24 +149,20 @@ def make_plan(
     edge = options["grid"]
     while max(grid) > 2 * _STRIDE and math.prod(grid) * bytes_per_voxel > memory_bytes / 2:
         edge -= _STRIDE
-        grid = _shrink(median, edge, multiple=_STRIDE)
-    edge = options["volume"]
-    while edge > 16 and edge**3 * _BYTES_PER_VOXEL > memory_bytes / 2:
-        edge -= 8
-    working = _shrink(median, edge)
+        grid = _shrink(median_at_target, edge, multiple=_STRIDE)
     steps = [
         [max(1, round(step["max_steps"] * options["rounds"])) for step in RECIPES[options["recipe"]].levels[level]]
         for level in range(1, levels + 1)
     ]
     steps[0][0] = options["first"]
-    same = all(tuple(s) == working for s in shapes)
     return Plan(
         tuple(scans),
         preset,
         median,
         tuple(float(f"{s:.4g}") for s in np.median(np.asarray(spacings_mm), axis=0)),
+        target,
+        spacing_unit,
         grid,
-        None if same else working,
         batch,
         options["diffusion"],
         tuple(map(tuple, steps)),
@@ -168,11 +186,12 @@ def read_plan(path: Path) -> Plan:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        plan = Plan(**{k: _as_tuple(v) for k, v in values.items() if k != "recipe"}, recipe=values.get("recipe", ""))
-        digest = _digest(plan.preset)
+        digest = _digest(values["preset"])
+        earlier = values.get("recipe") != digest or "working_grid" in values  # a grid of fixed shape, no spacing
+        plan = None if earlier else Plan(**{k: _as_tuple(v) for k, v in values.items()})
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ModelError(f"{path}: not a readable plan ({error}); choose another --output folder.") from error
-    if plan.recipe != digest:
+    if plan is None:
         raise ModelError(
             f"{path}: its trainings were begun by another version of diffdiscover3d, with other options; finish them "
             "with that version, or choose another --output folder."
@@ -186,16 +205,13 @@ def _as_tuple(value):
 
 def describe_plan(plan: Plan) -> str:
     """The plan in a sentence or two."""
-    unit = display_unit(plan.median_spacing_mm)
-    shape, spacing = (
-        "×".join(map(str, plan.median_shape)),
-        "×".join(f"{s * unit.per_mm:.3g}" for s in plan.median_spacing_mm),
-    )
-    working = "at full resolution" if plan.working_grid is None else "on " + "×".join(map(str, plan.working_grid))
+    shape, spacing = "×".join(map(str, plan.median_shape)), "of unknown size"
+    if plan.spacing_unit == "mm":
+        spacing = f"of {describe_spacing(plan.median_spacing_mm)}"
     return (
-        f"{len(plan.scans)} scans, typically {shape} voxels of {spacing} {unit.length}; preset {plan.preset}: "
+        f"{len(plan.scans)} scans, typically {shape} voxels {spacing}; preset {plan.preset}: "
         f"diffusion model on {'×'.join(map(str, plan.diffusion_grid))} voxels, {plan.batch_size} at a time, "
-        f"parts {working}"
+        f"parts on voxels of {describe_spacing(plan.spacing, plan.spacing_unit)}"
     )
 
 
@@ -219,6 +235,8 @@ def make_recipe(plan: Plan) -> Recipe:
         "max_steps": plan.diffusion_steps,
         "batch_size": plan.batch_size,
         "sample_size": plan.diffusion_grid,
+        "spacing": plan.spacing,
+        "spacing_unit": plan.spacing_unit,
     }
     shared = _shared_options(plan)
     levels = {
@@ -232,15 +250,18 @@ def make_recipe(plan: Plan) -> Recipe:
 
 
 def make_fallback(plan: Plan) -> Recipe:
-    """The recipe for the levels from 2 where no volume has inclusions to assign: the consistencies alone."""
+    """The recipe for a level where no volume has parts to assign: the consistencies alone.
+
+    At level 1 it goes on from the better one of the starts, which are finished.
+    """
     options, shared = PRESETS[plan.preset], _shared_options(plan)
     levels = {
         level: [{**step, **shared, "max_steps": max(1, round(step["max_steps"] * options["rounds"]))} for step in steps]
         for level, steps in _FALLBACK.levels.items()
     }
-    return Recipe({}, levels, nested=True)
+    return Recipe({}, levels, nested=True, starts=_FALLBACK.starts)
 
 
 def _shared_options(plan: Plan) -> dict:
     """Options of all discovery trainings."""
-    return {**_RESUMED, **plan.reading, **({"volume_size": plan.working_grid} if plan.working_grid else {})}
+    return {**_RESUMED, **plan.reading, "spacing": plan.spacing, "spacing_unit": plan.spacing_unit}

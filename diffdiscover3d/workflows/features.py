@@ -12,6 +12,7 @@ from diffdiscover3d.data.formats.reading import read_volume
 from diffdiscover3d.data.formats.registry import stem
 from diffdiscover3d.data.formats.units import IN_MM
 from diffdiscover3d.hub.registry import DEFAULT_MODEL, load_teacher
+from diffdiscover3d.pipelines.volumes import feature_affine
 from diffdiscover3d.reporting.frames import frame_of
 from diffdiscover3d.reporting.pictures import save_slices
 from diffdiscover3d.reporting.plots import components_as_rgb
@@ -93,8 +94,7 @@ def _rgb_on_scan(features: torch.Tensor, extent: Sequence[int], shape: tuple[int
 
 def _on_grid(scan: NiftiVolume, grid: tuple[int, ...], extent: Sequence[int]) -> NiftiVolume:
     """A volume whose affine puts `grid` over the scan, the centres of corner voxels on those of the extent."""
-    scale = [(e - 1) / (n - 1) if n > 1 else float(e) for e, n in zip(extent, grid, strict=True)]
-    affine = scan.affine @ np.diag([*scale, 1.0])
+    affine = feature_affine(scan.affine, grid, extent)
     template = NiftiVolume(scan.data, affine, scan.header.copy(), np.array([[0, 1], [1, 1], [2, 1]], dtype=float))
     per_mm = 1 / IN_MM[length_unit(scan.header)]
     template.header.set_sform(np.diag([per_mm] * 3 + [1]) @ affine, int(scan.header["sform_code"]) or 1)

@@ -142,7 +142,7 @@ def test_a_tiff_and_what_cannot_be_used(running, browser, tmp_path):
     (tmp_path / "large.nii").write_bytes(bytes(2**21 + 1))
     page = recorded_page(browser, (1300, 1000))
     upload(page, url, tmp_path / "large.nii")
-    assert "2097152 bytes" in message(page)
+    assert "exceed the maximum allowed size of 2.0 Mb" in message(page)
     page.close()
 
 

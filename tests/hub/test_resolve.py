@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from diffdiscover3d.data.working_grid import WorkingGrid
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.hub import resolve as module
 from diffdiscover3d.hub.registry import embedded_models, load_discovery
@@ -58,7 +59,7 @@ def test_working_grid(tmp_path, text, grid):
         with pytest.raises(ModelError, match=r"working_grid\.json: not readable.*remove it"):
             resolve_model(str(tmp_path))
     else:
-        assert resolve_model(str(tmp_path)).working_grid == grid
+        assert resolve_model(str(tmp_path)).working_grid == (grid and WorkingGrid(shape=grid))
 
 
 def test_an_embedded_model_is_described_by_its_weights():

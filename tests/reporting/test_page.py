@@ -171,6 +171,50 @@ def test_report_in_a_browser(scan, browser):
 
 
 @pytest.mark.slow
+def test_background_and_sides_in_a_browser(tmp_path, make_nifti, browser):
+    """Every part is drawn by default, one can be chosen as background, and left and right can be exchanged."""
+    labels = np.zeros((28, 36, 20), np.uint8)
+    labels[3:13, 6:30, 4:16], labels[15:19, 12:20, 6:14] = 1, 2  # the right half and the left half differ
+    values = np.random.default_rng(0).normal(100, 10, labels.shape) + 100 * labels
+    scan = make_nifti(tmp_path / "scan.nii.gz", values.astype(np.float32), np.diag([2.0, 2, 3, 1]))
+    write_like(tmp_path / "scan_dseg.nii.gz", labels, read_nifti(scan), labels=True)
+    (path,) = make_reports(scan)
+    page = open_page(browser, path)
+    view = page.locator("#view")
+    boxes = page.locator("[data-table]:not([hidden]) input[data-part]")
+    shown = lambda: [boxes.nth(i).is_checked() for i in range(boxes.count())]  # noqa: E731
+    page.locator('input[name="view"][value="axial"]').check()
+    page.locator("#opacity").fill("1")
+    assert shown() == [True] * 3 and page.locator("#background").input_value() == ""
+    everything = pixels(view)
+    page.locator("#background").select_option("0")
+    assert shown() == [False, True, True]
+    inside = pixels(view)
+    assert changed(everything, inside) > 0.05 and (np.ptp(inside, axis=-1) > 60).mean() > 0.01  # part 0 is grey
+    page.locator("#background").select_option("2")
+    assert shown() == [True, True, False]
+    page.locator("#background").select_option("")
+    assert shown() == [True] * 3 and changed(everything, pixels(view)) == 0
+    boxes.nth(1).uncheck()  # by hand: not the background, though the list follows when the level changes
+    assert changed(everything, pixels(view)) > 0.01
+    boxes.nth(1).check()
+    # radiological: the patient's right is on the left of the picture
+    page.locator("#background").select_option("0")
+    radiological, text = np.ptp(pixels(view), axis=-1) > 60, page.locator("#convention").text_content()
+    assert page.locator("#radiological").is_checked() and "right is on the left" in text
+    page.locator("#radiological").uncheck()
+    neurological = np.ptp(pixels(view), axis=-1) > 60
+    assert "right is on the right" in page.locator("#convention").text_content()
+    middle = lambda mask: np.nonzero(mask)[1].mean() / mask.shape[1]  # noqa: E731
+    # RAS+: larger indices are further to the right, and the larger part has the smaller ones, so it is on the left side
+    assert middle(neurological) < 0.5 < middle(radiological)
+    both = (neurological & radiological[:, ::-1]).sum() / neurological.sum()
+    assert both > 0.9 > (neurological & radiological).sum() / neurological.sum()
+    assert page.seen["errors"] == []
+    page.close()
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not SCANS, reason="DIFFDISCOVER3D_TEST_SCANS names no folder of real scans")
 def test_reports_of_real_scans_in_a_browser(tmp_path, browser):
     results = segment(SCANS, tmp_path, level="all", report=True, fast=True)

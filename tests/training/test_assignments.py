@@ -51,8 +51,12 @@ def teacher(scans, tmp_path_factory):
 class Threshold(torch.nn.Module):
     """A network of two parts that divides by intensity: a parent whose parts are known."""
 
+    def __init__(self):
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.tensor(20.0))
+
     def forward(self, x):
-        return torch.cat([-20 * (x - 0.28), 20 * (x - 0.28)], dim=1)
+        return torch.cat([-self.slope * (x - 0.28), self.slope * (x - 0.28)], dim=1)
 
 
 def by_threshold():
@@ -170,12 +174,14 @@ def test_many_pieces_are_taken_to_be_alike(scans, teacher, clean_is_raw, monkeyp
     monkeypatch.setattr(Assignments, "_from_clusters", noted)
     model = inside_of_it((1, 3))
     pieces = 5
-    assign(scans, teacher, model, inclusions="auto")
-    assert asked == [False] * 4 + [True] * 4
+    found = assign(scans, teacher, model, inclusions="auto")
+    assert asked == [False] * 4 + [True] * 4 and found.free_order
+    assert not assign(scans, teacher, model, inclusions="auto", sibling_order="size").free_order
     asked.clear()
     pieces = 2
-    assign(scans, teacher, model, inclusions="auto")
-    assert asked == [False] * 4
+    found = assign(scans, teacher, model, inclusions="auto")
+    assert asked == [False] * 4 and not found.free_order
+    assert assign(scans, teacher, model, sibling_order="free").free_order
 
 
 def test_recolored_parts_keep_their_noise():

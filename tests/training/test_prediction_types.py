@@ -8,10 +8,13 @@ import torch
 from diffusers.training_utils import compute_snr
 
 from diffdiscover3d.hub.registry import load_teacher
+from diffdiscover3d.pipelines.schedulers import PREDICTION_TYPES
+from diffdiscover3d.training import config
 from diffdiscover3d.training.config import DiffusionConfig, make_config
 from diffdiscover3d.training.diffusion import DiffusionTraining, make_unet, min_snr_weights
 
 TYPES = ("sample", "epsilon", "v_prediction")
+assert TYPES == PREDICTION_TYPES == config.PREDICTION_TYPES  # of pipelines and of trainings
 STEPS = 50
 
 

@@ -12,13 +12,24 @@ import pytest
 import torch
 
 from diffdiscover3d.data.datasets.listing import list_volumes
+from diffdiscover3d.data.working_grid import resampled_shape
 from diffdiscover3d.errors import InputError, ModelError, NothingToDivideError, OutputError
 from diffdiscover3d.hub.registry import load_discovery, load_teacher
+from diffdiscover3d.segmentation.driver import segment
+from diffdiscover3d.train import run
+from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
 from diffdiscover3d.utils.files import write_json
 from diffdiscover3d.workflows import discover as module
 from diffdiscover3d.workflows import discover_plan as discovery_plan
 from diffdiscover3d.workflows.discover import discover
-from diffdiscover3d.workflows.discover_plan import PRESETS, describe_plan, make_plan, read_plan
+from diffdiscover3d.workflows.discover_plan import (
+    PRESETS,
+    describe_plan,
+    make_fallback,
+    make_plan,
+    make_recipe,
+    read_plan,
+)
 
 PLENTY = 2**40
 
@@ -35,11 +46,13 @@ def test_grids_follow_the_scans(preset, shape):
     grid, options = found.diffusion_grid, PRESETS[preset]
     assert all(n % 8 == 0 and n >= 8 for n in grid)
     assert math.prod(grid) <= 1.6 * max(options["grid"], 8) ** 3  # rounding to multiples of 8 included
-    if found.working_grid is None:
-        assert math.prod(shape) <= options["volume"] ** 3
-    else:
-        ratios = np.array(found.working_grid) / shape
-        assert ratios.max() / ratios.min() < 1.1 and math.prod(found.working_grid) <= 1.1 * options["volume"] ** 3
+    working = resampled_shape(shape, (1, 1, 2), found.spacing)
+    assert math.prod(working) <= options["volume"] ** 3
+    if math.prod(shape) <= options["volume"] ** 3:
+        assert working == shape and found.spacing == (1, 1, 2)
+    else:  # as fine as allowed: 3% less in every direction would be too fine
+        assert math.prod(resampled_shape(shape, (1, 1, 2), np.array(found.spacing) / 1.06)) > options["volume"] ** 3
+        assert max(found.spacing) / min(found.spacing) <= 2.1
     assert found.diffusion_steps == options["diffusion"]
     quick = preset == "quick"  # one round of assignments less at levels 1 and 2
     assert [len(steps) for steps in found.discovery_steps] == ([4, 1, 1] if quick else [5, 2, 1])
@@ -47,10 +60,24 @@ def test_grids_follow_the_scans(preset, shape):
     assert sum(map(sum, found.discovery_steps)) == options["first"] + options["rounds"] * steps
 
 
-def test_mixed_shapes_get_the_median_grid():
+def test_mixed_shapes_of_one_spacing_are_not_resampled():
     found = plan([(40, 50, 30), (42, 52, 32), (60, 70, 50)])
-    assert found.median_shape == found.working_grid == (42, 52, 32) and found.median_spacing_mm == (1, 1, 2)
+    assert found.median_shape == (42, 52, 32) and found.median_spacing_mm == found.spacing == (1, 1, 2)
     assert "3 scans, typically 42×52×32 voxels of 1×1×2 mm" in describe_plan(found)
+    assert "parts on voxels of 1×1×2 mm" in describe_plan(found)
+
+
+def test_the_target_spacing_of_a_plan_reaches_every_training():
+    shapes, options = [(40, 50, 30), (80, 100, 30)], {"preset": "quick", "memory_bytes": PLENTY, "levels": 3}
+    found = make_plan(shapes, [(2, 2, 3), (1, 1, 3)], ["a", "b"], **options, spacing=(2, 2, 4))
+    assert (found.spacing, found.spacing_unit) == ((2, 2, 4), "mm")
+    recipe = make_recipe(found)
+    steps = [recipe.diffusion, *(step for steps in recipe.levels.values() for step in steps)]
+    steps += [step for steps in make_fallback(found).levels.values() for step in steps]
+    assert len(steps) > 8 and all((s["spacing"], s["spacing_unit"]) == ((2, 2, 4), "mm") for s in steps)
+    unknown = make_plan(shapes, [(1, 1, 1)] * 2, ["a", "b"], **options, spacing_unit="voxel")
+    assert unknown.spacing == pytest.approx((1.03**3,) * 3, rel=0.2) and "of unknown size" in describe_plan(unknown)
+    assert math.prod(np.median([resampled_shape(s, (1, 1, 1), unknown.spacing) for s in shapes], axis=0)) <= 50**3
 
 
 def test_little_memory_shrinks_batch_then_grid():
@@ -65,7 +92,9 @@ def test_a_plan_of_another_recipe_is_not_resumed(tmp_path):
     found = plan([(20, 20, 20)])
     write_json(tmp_path / "plan.json", asdict(found))
     assert read_plan(tmp_path / "plan.json") == found
-    for values in ({**asdict(found), "recipe": "0" * 64}, {k: v for k, v in asdict(found).items() if k != "recipe"}):
+    older = {k: v for k, v in asdict(found).items() if not k.startswith("spacing")} | {"working_grid": [9, 9, 9]}
+    unnamed = {k: v for k, v in asdict(found).items() if k != "recipe"}
+    for values in ({**asdict(found), "recipe": "0" * 64}, unnamed, older):
         write_json(tmp_path / "plan.json", values)
         with pytest.raises(ModelError, match="another version of diffdiscover3d"):
             read_plan(tmp_path / "plan.json")
@@ -88,7 +117,7 @@ def test_a_level_without_inclusions_is_divided_by_its_intensities(tmp_path, monk
     assert names[-2:] == ["level2", "level3"] and "level2-step1" not in names
     level2, level3 = (options for _, options in trained[-2:])
     assert level2.get("objective", "consistency") == "consistency" and level2["max_steps"] == 400
-    assert level2["volume_size"] == found.working_grid and Path(level2["parent"]).name == "level1"
+    assert level2["spacing"] == found.spacing and Path(level2["parent"]).name == "level1"
     assert level3["objective"] == "assignment" and level3["inclusions"] == "auto"
     assert any("no inclusions" in line for line in lines)
 
@@ -119,6 +148,54 @@ def test_folder_without_a_readable_scan(tmp_path):
     assert len(errors) == 1 and not (tmp_path / "out").exists()
 
 
+def few_steps(monkeypatch):
+    """Every training in this process, of a step or two."""
+    few = {**PRESETS["quick"], "grid": 16, "diffusion": 2, "first": 1, "rounds": 0.001}
+    monkeypatch.setitem(PRESETS, "quick", few)
+
+    def train(training, result, *_):
+        kind = {"diffusion": DiffusionConfig, "discovery": DiscoveryConfig}[training.phase]
+        options = {**training.options, "mixed_precision": "no", "memory_format": "channels_last", "preview_every": 0}
+        if not (training.folder / result).exists():
+            run(make_config(kind, **{k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
+                            output_dir=str(training.folder)))  # fmt: skip
+
+    monkeypatch.setattr(module, "_train", train)
+
+
+def test_volumes_in_memory(tmp_path, monkeypatch):
+    """Arrays, images of nibabel and of SimpleITK: the results are on their grids and at their places in space."""
+    sitk = pytest.importorskip("SimpleITK")
+    few_steps(monkeypatch)
+    rng = np.random.default_rng(0)
+    array = rng.normal(0, 0.1, (14, 12, 10)).astype(np.float32)
+    array[4:10, 4:9, 3:8] += 1
+    affine = np.array([[0, 0, 2, 5], [-1.5, 0, 0, 3], [0, -1.5, 0, 1], [0, 0, 0, 1.0]])
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
+    image.SetSpacing((2.0, 1.5, 1.5)), image.SetOrigin((7.0, -3.0, 1.0))
+    results = discover(
+        [nib.Nifti1Image(array, affine), image], tmp_path / "images", preset="quick", levels=1, device="cpu"
+    )
+    assert len(results) == 2 and (tmp_path / "images" / "index.html").exists()
+    lps = np.array([[-2.0, 0, 0, -7], [0, -1.5, 0, 3], [0, 0, 1.5, 1], [0, 0, 0, 1]])
+    for result, expected in zip(results, (affine, lps), strict=True):
+        found = nib.load(result.labels)
+        assert found.shape == (14, 12, 10) and np.allclose(found.affine, expected, atol=1e-5)
+    config = json.loads((tmp_path / "images" / "model" / "discovery" / "config.json").read_text())
+    assert (config["spacing"], config["spacing_unit"]) == ([2, 1.5, 1.5], "mm")
+    # arrays have no voxel size, so lengths are counted in voxels
+    discover(
+        [array, torch.from_numpy(array[:, ::-1].copy())], tmp_path / "arrays", preset="quick", levels=1, device="cpu"
+    )
+    model = tmp_path / "arrays" / "model"
+    config = json.loads((model / "discovery" / "config.json").read_text())
+    assert (config["spacing"], config["spacing_unit"]) == ([1, 1, 1], "voxel")
+    labels = np.load(tmp_path / "arrays" / "parts" / "scan-000_dseg.npy")
+    np.testing.assert_array_equal(segment(array, model=str(model)), labels)
+    with pytest.raises(ValueError, match="`spacing` needs the voxel size of every scan"):
+        discover([array], tmp_path / "other", preset="quick", spacing="2mm")
+
+
 @pytest.mark.slow
 def test_from_scans_to_pictures_and_resumed(scans, tmp_path, monkeypatch, make_nifti):
     monkeypatch.setitem(PRESETS, "quick", {**PRESETS["quick"], "grid": 16, "diffusion": 3, "first": 2, "rounds": 0.005})
@@ -147,8 +224,9 @@ def test_from_scans_to_pictures_and_resumed(scans, tmp_path, monkeypatch, make_n
     assert finished == (out / "training" / "level1" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
     assert len(results) == 3 and [list(r.levels) for r in results] == [[1, 2]] * 3
     assert (out / "index.html").read_text().count("_report.html") == 3
-    working = json.loads((out / "model" / "discovery" / "working_grid.json").read_text())["grid"]
-    assert tuple(working) == read_plan(out / "plan.json").working_grid == (18, 16, 15)
+    config = json.loads((out / "model" / "discovery" / "config.json").read_text())
+    spacing = list(read_plan(out / "plan.json").spacing)
+    assert spacing == config["spacing"] == config["parent"]["spacing"] == [2, 2, 3] and config["spacing_unit"] == "mm"
     assert any(line.startswith("Step 4 of 4") for line in lines)
     assert sum(line.startswith("Of 2 starts level1-step1") for line in lines) == 2
     for folder in (*starts, "level1", "level2"):
@@ -159,8 +237,7 @@ def test_from_scans_to_pictures_and_resumed(scans, tmp_path, monkeypatch, make_n
     coarse, fine = load_discovery(str(out / "model")).levels
     assert (coarse.config.num_parts, fine.config.num_parts) == (2, 4)
     one, two = (np.asarray(nib.load(results[0].levels[level].labels).dataobj) for level in (1, 2))
-    # after interpolation from the working grid, borders of the levels may differ by some voxels
-    assert np.mean(np.array(fine.parents)[two] == one) > 0.9
+    assert (np.array(fine.parents)[two] == one).all()
     load_teacher(str(out / "model"))
     make_nifti(scans / "new.nii.gz", np.random.default_rng(5).normal(size=(9, 8, 7)).astype(np.float32))
     with pytest.raises(ModelError, match="other scans"):

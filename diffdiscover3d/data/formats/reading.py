@@ -6,8 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
-from nibabel.orientations import apply_orientation, inv_ornt_aff
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
+from diffdiscover3d.data.formats.nifti.header import read_affine
 from diffdiscover3d.data.formats.nifti.raw_grid import SLAB_VOXELS, RawGrid
 from diffdiscover3d.data.formats.nifti.reading import NiftiVolume, read_voxels
 from diffdiscover3d.data.formats.nifti.slabs import SlabScan, ValueRange, stream_volume, write_all
@@ -63,6 +64,18 @@ def open_scan(path: str | Path, scratch: str | Path, **reading) -> Iterator[Slab
     reading |= options_in(path)
     with open_source(path, **reading) as source, stream_source(source, scratch, **reading) as scan:
         yield scan
+
+
+def grid_of(source: Source) -> tuple[tuple[int, int, int], tuple[float, float, float], str]:
+    """Shape and edge lengths in mm of an open volume in canonical orientation, and the unit of its file."""
+    if isinstance(source, NiftiFile):
+        affine, unit = read_affine(source.path, source.header, True, []), "mm"
+        orientation = io_orientation(affine)
+    else:
+        affine, unit, orientation = source.affine, source.unit, source.orientation
+    order = np.argsort(orientation[:, 0])  # the file's axis along each canonical one
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    return tuple(int(source.shape[axis]) for axis in order), tuple(float(lengths[axis]) for axis in order), unit
 
 
 @contextmanager

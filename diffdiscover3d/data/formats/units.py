@@ -29,8 +29,8 @@ def parse_unit(name: str | None) -> str | None:
     return None if name is None else _UNIT_OF.get(str(name).strip().strip("\0").lower())
 
 
-def parse_voxel_size(text: str) -> tuple[tuple[float, float, float], str]:
-    """Edge lengths of a voxel along x, y, z and their unit, from one length or three.
+def parse_voxel_size(text: str, name: str = "voxel_size") -> tuple[tuple[float, float, float], str]:
+    """Edge lengths of a voxel along x, y, z and their unit, from one length or three; `name` is for messages.
 
     Raises:
         ValueError: if it is not of that form.
@@ -45,7 +45,7 @@ def parse_voxel_size(text: str) -> tuple[tuple[float, float, float], str]:
     except ValueError:
         lengths = []
     if len(lengths) not in (1, 3) or not all(0 < length < float("inf") for length in lengths):
-        raise ValueError(f"`voxel_size` must be one length or three with a unit, as 0.1,0.1,0.3um, got {text!r}.")
+        raise ValueError(f"`{name}` must be one length or three with a unit, as 0.1,0.1,0.3um, got {text!r}.")
     return tuple(lengths * 3 if len(lengths) == 1 else lengths), unit
 
 
