@@ -7,6 +7,9 @@ import sys
 if "DIFFDISCOVER3D_TEST_CUDA" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests outside tests/cuda compare bits and times of a CPU
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a worker for each core
+
 import nibabel as nib
 import numpy as np
 import pytest

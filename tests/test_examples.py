@@ -51,7 +51,7 @@ def test_train_on_your_folder(scans, tmp_path):
 
 def test_the_readmes_test_command_is_the_one_of_ci():
     readme = (ROOT / "README.md").read_text()
-    test_command = 'pip install -e ".[test]" && pytest -q'
+    test_command = 'pip install -e ".[test]" && pytest -q -n logical'
     assert test_command in readme
     assert test_command in (ROOT / ".ci" / "run").read_text()
 
