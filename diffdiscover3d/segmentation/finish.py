@@ -14,6 +14,7 @@ from diffdiscover3d.data.formats.registry import split, volume_sha256
 from diffdiscover3d.errors import InputError
 
 OUTSIDE = "outside the mask"
+_MOST_ROUNDS = 10  # of merging small pieces; two or three suffice for most maps
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def without_small_pieces(
     """A label map whose pieces of fewer voxels have become part of what surrounds them.
 
     A piece is what is connected through voxel faces. Each voxel of a small one takes the number of the nearest voxel
-    that belongs to none, in the same coarser part. Where all pieces are small, nothing changes.
+    that belongs to none, in the same coarser part; this is repeated where the voxels that changed are small pieces
+    again. Where all pieces of a coarser part are small, nothing changes.
 
     Args:
         labels: (H, W, D) part numbers.
@@ -96,6 +98,16 @@ def without_small_pieces(
         num_parts: number of parts.
         parents: (H, W, D) numbers of the coarser parts in which the parts are nested; default: one for all.
     """
+    parents = np.zeros(labels.shape, np.uint8) if parents is None else parents
+    for _ in range(_MOST_ROUNDS):
+        merged = _merge_small_pieces(labels, min_size, num_parts, parents)
+        if np.array_equal(merged, labels):
+            break
+        labels = merged
+    return labels
+
+
+def _merge_small_pieces(labels: np.ndarray, min_size: int, num_parts: int, parents: np.ndarray) -> np.ndarray:
     small = np.zeros(labels.shape, bool)
     for part in range(num_parts):
         pieces, count = ndimage.label(labels == part)
@@ -104,10 +116,7 @@ def without_small_pieces(
             marked = sizes < min_size
             marked[0] = False
             small |= marked[pieces]
-    if not small.any():
-        return labels
     found = labels.copy()
-    parents = np.zeros(labels.shape, np.uint8) if parents is None else parents
     for parent in np.unique(parents[small]):
         inside = parents == parent
         box = ndimage.find_objects(inside.astype(np.uint8))[0]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffdiscover3d.data.datasets.listing import list_volumes
 from diffdiscover3d.data.working_grid import resampled_shape
 from diffdiscover3d.errors import InputError, ModelError, NothingToDivideError, OutputError
 from diffdiscover3d.hub.registry import load_discovery, load_teacher
@@ -243,3 +245,59 @@ def test_from_scans_to_pictures_and_resumed(scans, tmp_path, monkeypatch, make_n
     make_nifti(scans / "new.nii.gz", np.random.default_rng(5).normal(size=(9, 8, 7)).astype(np.float32))
     with pytest.raises(ModelError, match="other scans"):
         discover(scans, out, resume=True, **options)
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_scan_changed_since_the_run_began(scans, tmp_path, monkeypatch):
+    """Same size, same ends, same modification time."""
+    monkeypatch.setattr(module, "_train", stop)
+    folder = scans.rename(tmp_path / "study #1")
+    options = {"preset": "quick", "levels": 1, "device": "cpu"}
+    with pytest.raises(KeyboardInterrupt):
+        discover(folder, tmp_path / "out", **options)
+    # what the trainings read
+    assert list_volumes(tmp_path / "out" / "scans.json") == sorted(folder.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        discover(folder, tmp_path / "out", resume=True, **options)
+    with pytest.raises(ModelError, match="read with the options"):
+        discover(folder, tmp_path / "out", resume=True, nan_to_zero=True, **options)
+    path, kept = folder / "s1.nii.gz", (folder / "s1.nii.gz").stat()
+    image = nib.load(path)
+    values = np.asarray(image.dataobj).copy()
+    values[8, 8, 7] += 0.25
+    nib.save(nib.Nifti1Image(values, image.affine), path)
+    os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    with pytest.raises(InputError, match=r"s1\.nii\.gz: has changed since this run began; restore it"):
+        discover(folder, tmp_path / "out", resume=True, **options)
+
+
+def test_a_scan_that_changes_between_two_trainings(scans, tmp_path, monkeypatch):
+    children = []
+
+    def train(command, environment):
+        options = json.loads(Path(command[command.index("--config") + 1]).read_text())
+        children.append(options)
+        (Path(options["output_dir"]) / "model_index.json").touch()
+        (scans / "s0.nii.gz").write_bytes((scans / "s2.nii.gz").read_bytes())
+        return 0, False
+
+    monkeypatch.setattr(module, "run_child", train)
+    with pytest.raises(InputError, match=r"s0\.nii\.gz: has changed since this run began"):
+        discover(scans, tmp_path / "out", preset="quick", device="cpu", nan_to_zero=True)
+    assert [options["nan_to_zero"] for options in children] == [True]
+
+
+def test_results_that_collide_are_refused_before_the_trainings(scans, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_train", stop)
+    for number in (1, 2):
+        (tmp_path / "study" / f"sub-{number}").mkdir(parents=True)
+        (scans / f"s{number}.nii.gz").rename(tmp_path / "study" / f"sub-{number}" / "T1w.nii.gz")
+    with pytest.raises(KeyboardInterrupt):  # the results keep the folders
+        discover(tmp_path / "study", tmp_path / "out", preset="quick", device="cpu")
+    nib.save(nib.load(scans / "s0.nii.gz"), tmp_path / "study" / "sub-1" / "T1w.nii")
+    with pytest.raises(OutputError, match="would both write"):
+        discover(tmp_path / "study", tmp_path / "new", preset="quick", device="cpu")
+    assert not (tmp_path / "new" / "training").exists()

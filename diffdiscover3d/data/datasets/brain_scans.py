@@ -1,5 +1,6 @@
 """Brain-extracted scans in their frames, and brain phantoms beside them, for the training of `brain-flair`."""
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 import torch
 
 from diffdiscover3d.data.datasets.brain_phantom import PHANTOM_VERSION, brain_phantom
-from diffdiscover3d.data.datasets.folder import files_fingerprint
 from diffdiscover3d.data.datasets.listing import list_volumes
 from diffdiscover3d.data.foreground import Frame, find_foreground, robust_scale
 from diffdiscover3d.data.formats.reading import read_volume
+from diffdiscover3d.data.formats.registry import volume_sha256
+from diffdiscover3d.errors import InputError
 
 logger = logging.getLogger("diffdiscover3d")
 
@@ -45,21 +47,32 @@ class BrainScans(Sequence):
         self.frame, self.phantoms = tuple(frame), phantoms
         self.shapes = [self.frame] * len(self)
         self._kept: dict[int, dict] = {}
+        self._sha256: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.paths) + self.phantoms
 
     def fingerprint(self) -> str:
         """What the volumes are, in a line."""
-        files = files_fingerprint((p.name, p) for p in self.paths)
-        return f"brain scans {files} frame {self.frame} phantoms {self.phantoms} version {PHANTOM_VERSION}"
+        digest = hashlib.sha256()
+        for index, path in enumerate(self.paths):
+            digest.update(f"{path.name}\0{self._sha256_of(index)}\0".encode(errors="surrogateescape"))
+        return f"brain scans {digest.hexdigest()} frame {self.frame} phantoms {self.phantoms} version {PHANTOM_VERSION}"
+
+    def _sha256_of(self, index: int) -> str:
+        if index not in self._sha256:
+            self._sha256[index] = volume_sha256(self.paths[index])
+        return self._sha256[index]
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(index)
         if index not in self._kept:
             if index < len(self.paths):
-                name, data = self.paths[index].name, read_volume(self.paths[index], **self.reading).data
+                scan = read_volume(self.paths[index], **self.reading)
+                if self._sha256.setdefault(index, scan.sha256) != scan.sha256:
+                    raise InputError(f"{self.paths[index]}: has changed since the training began; restore it.")
+                name, data = self.paths[index].name, scan.data
             else:
                 number = index - len(self.paths)
                 name, data = f"brain-phantom-train-{number:03d}", brain_phantom("train", number).healthy

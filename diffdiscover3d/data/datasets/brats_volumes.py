@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from diffdiscover3d.data.cache import CachedVolumes
+from diffdiscover3d.data.content_hashes import content_hashes
 from diffdiscover3d.data.datasets.brats import (
     BraTSOptions,
     crop_box,
@@ -19,9 +20,9 @@ from diffdiscover3d.data.datasets.brats import (
     split_cases,
     true_parts,
 )
-from diffdiscover3d.data.datasets.folder import files_fingerprint
+from diffdiscover3d.errors import InputError
 
-_CACHE_VERSION = 1  # increment when the cached content changes
+_CACHE_VERSION = 2  # increment when the cached content changes
 
 
 class BraTSVolumes(Sequence):
@@ -55,9 +56,9 @@ class BraTSVolumes(Sequence):
         self.cases = splits[split]
         self.split_ids = {name: [case.id for case in side] for name, side in splits.items()}
         files = [case.image(self.options.modality) for case in self.cases]  # fail fast on missing files
-        stamps = [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+        self._sha256 = content_hashes(files, None if cache is None else Path(cache) / "sha256")
         chosen = [self.options.modality, self.options.crop, self.options.clip_percentiles]
-        self._items = CachedVolumes(len(self.cases), self._make, [_CACHE_VERSION, chosen, stamps], cache)
+        self._items = CachedVolumes(len(self.cases), self._make, [_CACHE_VERSION, chosen, self._sha256], cache)
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -67,7 +68,8 @@ class BraTSVolumes(Sequence):
 
     def fingerprint(self) -> str:
         """Fingerprint of the ids of all splits and of the files of this split, independent of their location."""
-        files = files_fingerprint((case.id, case.image(self.options.modality)) for case in self.cases)
+        listed = [[case.id, digest] for case, digest in zip(self.cases, self._sha256, strict=True)]
+        files = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
         return f"BraTS {hashlib.sha256(json.dumps(self.split_ids).encode()).hexdigest()} {files}"
 
     def require_masks(self) -> None:
@@ -97,5 +99,10 @@ class BraTSVolumes(Sequence):
     def _make(self, index: int) -> dict:
         case = self.cases[index]
         image = read_image(case, self.options.modality)
+        if image.sha256 != self._sha256[index]:
+            raise InputError(
+                f"{case.image(self.options.modality)}: has changed since it was listed; run again when it is no longer "
+                "written to."
+            )
         volume = prepare(image.data, self.options, case.id)
         return {"volume": torch.from_numpy(volume)[None], "name": case.id, "spacing_mm": list(image.spacing_mm)}

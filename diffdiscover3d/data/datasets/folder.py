@@ -1,7 +1,7 @@
 """A folder, glob or text list of volumes as a dataset."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,20 +15,6 @@ if TYPE_CHECKING:
     pass
 
 _CACHE_BYTES = 4 * 2**30  # maximum size of the volumes of a dataset kept in memory
-_END_BYTES = 4096
-
-
-def files_fingerprint(files: Iterable[tuple[str, Path]]) -> str:
-    """The sha256 over names, sizes, and the first and last 4 KiB of files, in the given order."""
-    digest = hashlib.sha256()
-    for name, path in files:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(_END_BYTES)
-            file.seek(max(0, size - _END_BYTES))
-            ends = head + file.read(_END_BYTES)
-        digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape") + hashlib.sha256(ends).digest())
-    return digest.hexdigest()
 
 
 class VolumeFolder:
