@@ -12,7 +12,6 @@ import numpy as np
 from diffdiscover3d.data.formats.units import UNKNOWN, display_unit
 from diffdiscover3d.errors import InputError
 
-SPACING_UNITS = ("mm", "voxel")
 ANISOTROPY = 3.0  # nnU-Net's threshold: a stack is anisotropic if an axis is so much coarser than the others
 _LOWEST = 10  # percentile of the spacings along that axis
 _COARSER = 1.03  # factor by which nnU-Net coarsens a spacing, until the volumes are small enough

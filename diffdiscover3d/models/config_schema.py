@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from diffdiscover3d.data.working_grid import SPACING_UNITS
+from diffdiscover3d.data.formats.units import SPACING_UNITS
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.utils.files import read_json
 

@@ -6,7 +6,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffdiscover3d.data.working_grid import SPACING_UNITS
+from diffdiscover3d.data.formats.units import SPACING_UNITS
 from diffdiscover3d.training.aliases import as_fields
 from diffdiscover3d.training.options import added, option, read_options, require
 from diffdiscover3d.training.reading_config import ReadingConfig

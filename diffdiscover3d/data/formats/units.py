@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+SPACING_UNITS = ("mm", "voxel")  # of a target spacing: lengths, or voxels of each scan
 UNKNOWN = "voxel"  # the file gives no physical size
 
 # length of each unit in mm
