@@ -310,10 +310,9 @@ def mean_over_seeds(rows: Iterable[dict]) -> list[dict]:
                 "dice_one_matching": float(one.mean()),
                 "seconds": float(np.mean([row["seconds"] for row in group])),
                 "training_seconds": float(np.mean([row["training_seconds"] for row in group])),
-                # rows of earlier versions lack these
-                "kind": group[0].get("kind"),
-                "labels": group[0].get("labels"),
-                "published": group[0].get("published"),
+                "kind": METHODS[method].kind,
+                "labels": METHODS[method].labels,
+                "published": published_dice(method, variant, level),
                 "peak_memory_mib": max((row.get("peak_memory_mib") or 0.0 for row in group), default=0.0) or None,
             }
         )

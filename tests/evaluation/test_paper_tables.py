@@ -214,7 +214,7 @@ def test_recipes_are_command_lines(recipe, level, tmp_path):
 
 
 def test_summary_is_mean_and_spread_over_seeds():
-    common = {"variant": "regular", "method": "m", "title": "M", "level": 1, "seconds": 1.0, "training_seconds": 2.0}
+    common = {"variant": "regular", "method": "ours", "title": "M", "level": 1, "seconds": 1.0, "training_seconds": 2.0}
     rows = [
         {**common, "seed": seed, "dice": dice, "dice_one_matching": dice - 0.1}
         for seed, dice in enumerate((0.5, 0.7, 0.9))
