@@ -121,7 +121,7 @@ class PaperTable:
             "seed": cell.seed,
             **scores,
             "published": published_dice(cell.method, cell.variant, cell.level),
-            "training_seconds": round(seconds, 1),
+            "training_seconds": round(seconds, 3),
             "peak_memory_mib": memory.peak_mib,
             "commands": commands,
             "weights_sha256": sources,
