@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffdiscover3d.data.cache import cache_folder
 from diffdiscover3d.errors import InputError, OutputError
-from diffdiscover3d.utils.files import sha256, write_json
+from diffdiscover3d.utils.files import read_json_object, sha256, write_json
 
 _COARSEST_NS = 2 * 10**9  # a file that was changed more recently may change again with equal times
 
@@ -29,7 +29,7 @@ def content_hashes(paths: Sequence[Path], folder: str | Path | None = None) -> l
     places = [str(path.resolve()) for path in paths]
     name = hashlib.sha256(json.dumps(sorted(set(places))).encode()).hexdigest()[:24]
     store = Path(folder or cache_folder() / "sha256") / f"{name}.json"
-    known = _read(store)
+    known = read_json_object(store)
     found = {place: _hash(Path(place), known.get(place)) for place in dict.fromkeys(places)}
     if (lasting := {place: entry for place, entry in found.items() if entry[2]}) != known:
         with contextlib.suppress(OutputError):
@@ -48,11 +48,3 @@ def _hash(path: Path, known) -> list:
         return [stamp, sha256(path), lasting]
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); copy it again.") from error
-
-
-def _read(store: Path) -> dict:
-    try:
-        known = json.loads(store.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return known if isinstance(known, dict) else {}

@@ -1,3 +1,3 @@
 from diffdiscover3d.utils.environment import complete_user
 
-complete_user()  # MONAI asks for the name of the user when it is imported
+complete_user()  # importing MONAI looks up the name of the user

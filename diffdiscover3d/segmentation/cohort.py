@@ -15,7 +15,7 @@ from pathlib import Path
 from diffdiscover3d.data.formats.registry import display_name
 from diffdiscover3d.errors import DiffDiscoverError, OutputError
 from diffdiscover3d.segmentation.outputs import CaseFiles
-from diffdiscover3d.utils.files import atomic_file, write_json
+from diffdiscover3d.utils.files import atomic_file, read_json_object, write_json
 
 MANIFEST, PARTS = "manifest.tsv", "parts.tsv"
 MANIFEST_COLUMNS = ("scan", "status", "input", "input_sha256", "labels", "seconds", "notes", "error")
@@ -134,7 +134,7 @@ class Cohort:
             notes = "; ".join(first.get("notes", []))
             row |= {"status": "done", "input_sha256": first["input"]["sha256"], "seconds": first.get("seconds")}
             return row | ({"notes": notes} if notes else {})
-        error = _read_json(_error_file(case)).get("error")
+        error = read_json_object(_error_file(case)).get("error")
         return row | ({"status": "pending"} if error is None else {"status": "failed", "error": error})
 
 
@@ -147,7 +147,7 @@ def _sidecars(case: CaseFiles, described: list[dict]) -> list[dict]:
     """The sidecars of all levels, if all results exist and are of this model and these arguments; otherwise none."""
     if not all(target.exists() for target in case):
         return []
-    sidecars = [_read_json(files.sidecar) for files in case.levels.values()]
+    sidecars = [read_json_object(files.sidecar) for files in case.levels.values()]
     for written, expected in zip(sidecars, described, strict=True):
         for key in ("model", "arguments"):
             old, new = written.get(key), expected[key]
@@ -196,11 +196,3 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return ""
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

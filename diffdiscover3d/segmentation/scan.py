@@ -121,7 +121,7 @@ def segment_scan(job: ScanJob, scan: NiftiVolume | SlabScan) -> SegmentedFile:
 
 
 def notes_about(scan: NiftiVolume | SlabScan, job: ScanJob) -> list[str | None]:
-    """What a user must know about this scan and the model: an unknown voxel size, another domain, stretched voxels."""
+    """Notes for the user about this scan and the model: an unknown voxel size, another domain, stretched voxels."""
     working, about = job.working_grid, (scan, job.domain, job.model)
     return [
         working and working.note(scan.unit),

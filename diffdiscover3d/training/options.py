@@ -138,7 +138,7 @@ def with_dashes(arguments: Sequence[str]) -> list[str]:
 
 
 def check_unknown(words: Sequence[str], kind: type, others: Mapping[str, type]) -> None:
-    """Explain arguments that the parser of a training does not know. Values are not repeated: they may be secret.
+    """Explain arguments that are no options of a training. Values are not repeated: they may be secret.
 
     Raises:
         ValueError: if there are any.

@@ -198,6 +198,15 @@ def read_json(path: str | Path):
         raise ValueError("nested too deeply") from error
 
 
+def read_json_object(path: Path) -> dict:
+    """Read a JSON object; empty if the file is missing, damaged or holds something else."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def read_model_json(path: Path) -> dict:
     """Read a JSON object from a model folder.
 

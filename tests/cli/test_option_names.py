@@ -30,7 +30,7 @@ def options_of(command: str) -> set[str]:
 
 
 def messages(capsys, command: str, *arguments) -> str:
-    """Everything that a failing command says."""
+    """The output of a failing command."""
     capsys.readouterr()
     try:
         COMMANDS[command].main([str(a) for a in arguments], prog_name=command, standalone_mode=False)
