@@ -23,7 +23,7 @@ from diffdiscover3d.training.options import add_options, check_unknown, with_das
 from diffdiscover3d.utils.environment import prepare_environment
 from diffdiscover3d.utils.files import check_folder
 from diffdiscover3d.utils.locks import locked_folder
-from diffdiscover3d.utils.processes import forget_other_launches
+from diffdiscover3d.utils.processes import exit_process, forget_other_launches
 from diffdiscover3d.utils.signals import end_children, interrupt_on_termination
 from diffdiscover3d.utils.terminal import prepare_streams, say
 
@@ -227,6 +227,7 @@ def main(arguments: list[str] | None = None, program: str = "diffdiscover3d.trai
 if __name__ == "__main__":
     try:
         with interrupt_on_termination():
-            sys.exit(main())
+            code = main()
     finally:
         end_children()
+    exit_process(code)

@@ -1,7 +1,10 @@
 """Rank and number of the processes that a launcher started together."""
 
+import contextlib
 import functools
+import logging
 import os
+import sys
 from datetime import timedelta
 
 _LEFT_BEHIND = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -30,6 +33,23 @@ def forget_other_launches() -> str | None:
         return None
     values = ", ".join(f"{name}={os.environ.pop(name)}" for name in left_over)
     return f"{values} without a launcher: this process works alone"
+
+
+def exit_process(code: int) -> None:
+    """End this process with an exit code: one that is alone as usual, one of a launch without finalization.
+
+    Threads of PyTorch that outlive a training of several processes can deadlock while the interpreter is finalized
+    (https://github.com/pytorch/pytorch/issues/190489), and the launcher then waits for ever. Call it last: trackers
+    are finished, files closed and the process group destroyed.
+    """
+    if not is_launched():
+        sys.exit(code)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        # a reader that has gone, or a stream that was closed
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
 
 
 def rank_and_world_size(timeout_seconds: float = 120) -> tuple[int, int]:

@@ -259,7 +259,7 @@ def test_two_processes_assign_and_train_as_one(scans, teacher, coarse, tmp_path)
         "--teacher", str(teacher), "--dataset", str(scans), "--parent", str(coarse),
         "--output-dir", str(tmp_path / "two"),
     ]  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29573"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "-m", "diffdiscover3d.train", *words], check=True, env=environment, timeout=300)
     losses = [

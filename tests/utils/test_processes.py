@@ -1,5 +1,6 @@
 """Work is shared only among processes that really joined."""
 
+import os
 import subprocess
 import sys
 
@@ -28,3 +29,15 @@ def test_two_launched_processes():
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
     done = subprocess.run([*launch, sys.executable, "-c", CODE], capture_output=True, text=True, timeout=300)
     assert sorted(done.stdout.split("\n")) == ["", "0 2", "1 2"], done.stderr
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_launched_process_ends_without_finalization(launched):
+    code = (
+        "import atexit; from diffdiscover3d.utils.processes import exit_process; "
+        "atexit.register(print, 'finalized'); print('saved', end=' '); exit_process(3)"
+    )
+    names = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
+    environment = {**os.environ, **(names if launched else {})}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stdout) == (3, "saved " if launched else "saved finalized\n"), done.stderr
