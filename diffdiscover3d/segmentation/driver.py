@@ -1,10 +1,14 @@
-"""Segment files: label maps, tables and reports on each input's own grid."""
+"""Segment files: label maps, tables and reports on each input's own grid.
+
+What imports torch is imported when the first scan is segmented: `resume` with nothing left to do needs none of it.
+"""
 
 import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffdiscover3d import __version__
 from diffdiscover3d.data.datasets.listing import describe_left_out, expand_all
@@ -16,14 +20,12 @@ from diffdiscover3d.data.formats.registry import (
 )
 from diffdiscover3d.data.formats.units import parse_voxel_size
 from diffdiscover3d.errors import DiffDiscoverError, ModelError, NetworkError
-from diffdiscover3d.hub.registry import DEFAULT_MODEL
 from diffdiscover3d.hub.resolve import ResolvedModel, resolve_model
-from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+from diffdiscover3d.models.embedded import DEFAULT_MODEL
 from diffdiscover3d.segmentation.arrays import NAME, as_scan, is_in_memory
 from diffdiscover3d.segmentation.cohort import Cohort
-from diffdiscover3d.segmentation.device import choose_device
+from diffdiscover3d.segmentation.device import choose_device, is_device_name
 from diffdiscover3d.segmentation.finish import Finish
-from diffdiscover3d.segmentation.in_memory import InMemoryFinder
 from diffdiscover3d.segmentation.job import ScanJob, SegmentedFile
 from diffdiscover3d.segmentation.outputs import (
     CaseFiles,
@@ -35,10 +37,12 @@ from diffdiscover3d.segmentation.outputs import (
     shard,
 )
 from diffdiscover3d.segmentation.preflight import MemoryPlan, plan_memory
-from diffdiscover3d.segmentation.scan import notes_about, segment_scan
 from diffdiscover3d.utils.files import check_folder
 from diffdiscover3d.utils.progress import ProgressBar
 from diffdiscover3d.utils.staging import recover_folder
+
+if TYPE_CHECKING:
+    from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 
 __all__ = ["SegmentedFile", "choose_device", "segment", "stem"]
 
@@ -160,7 +164,7 @@ def segment(
     paths = contents.volumes
     for line in describe_left_out(contents) if on_left_out else ():
         on_left_out(line)
-    place = choose_device(device)
+    place = None if resume and is_device_name(device) else choose_device(device)
     if output is not None:
         check_folder(Path(output).parent if names_a_file(output) else Path(output))
     found = resolve_model(model, revision)
@@ -175,8 +179,10 @@ def segment(
     for folder in {case.folder for case in cases}:
         recover_folder(folder)
     check_cases(cases, mine, overwrite or resume, resume)
+    if not all(target.exists() for case in mine for target in case):
+        place = place or choose_device(device)
     reading = {"volume": volume, "nan_to_zero": nan_to_zero, "ignore_affine": ignore_affine}
-    arguments = {"device": str(place), **reading, "fast": fast, "order": order, "statistics": statistics}
+    arguments = {"device": None, **reading, "fast": fast, "order": order, "statistics": statistics}
     unusual = {"series": series, "resolution": resolution, "missing_chunks": missing_chunks}
     if voxel_size is not None:
         parse_voxel_size(voxel_size)
@@ -208,6 +214,9 @@ def segment(
                         if on_skip:
                             on_skip(case.input)
                         continue
+                place = place or choose_device(device)
+                from diffdiscover3d.segmentation.scan import segment_scan
+
                 with ExitStack() as opened:
                     file = opened.enter_context(open_source(case.input, **own))
                     plan = MemoryPlan(False, None)  # without a complete configuration nothing is estimated
@@ -231,7 +240,8 @@ def segment(
                     if not networks:
                         stages.show("loading the model")
                         networks = found.load(levels, place)
-                        provenance = provenance or describe()
+                        arguments["device"] = str(place)
+                        provenance = describe()
                     stages.done()
                     job = ScanJob(
                         case,
@@ -268,6 +278,9 @@ def segment(
 
 def _segment_in_memory(volume, chosen: dict, device: str, fast: bool, order: str, finish: Finish, nan_to_zero: bool):
     """Label maps of a volume in memory, see [`segment`]."""
+    from diffdiscover3d.segmentation.in_memory import InMemoryFinder
+    from diffdiscover3d.segmentation.scan import notes_about
+
     scan, back = as_scan(volume, nan_to_zero=nan_to_zero)
     found = resolve_model(chosen["model"], chosen["revision"])
     if chosen["num_parts"] is None:

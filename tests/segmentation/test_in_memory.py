@@ -16,6 +16,7 @@ from PIL import Image
 from diffdiscover3d import __version__
 from diffdiscover3d.cli import app as cli
 from diffdiscover3d.errors import InputError, MemoryLimitError, ModelError, NetworkError, OutputError
+from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.segmentation import driver as module
 from diffdiscover3d.segmentation import in_memory
 from diffdiscover3d.segmentation import scan as scan_module
@@ -301,7 +302,7 @@ def test_out_of_memory_names_the_file(scan, tmp_path, tiny_discovery, monkeypatc
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(module.StructureDiscoveryModel, "segment", fail)
+    monkeypatch.setattr(StructureDiscoveryModel, "segment", fail)
     with pytest.raises(MemoryLimitError, match=r"scan\.nii\.gz.*does not fit.*resample") as caught:
         segment(scan, tmp_path / "out", model=str(tiny_discovery))
     assert caught.value.exit_code == 7 and not (tmp_path / "out").exists()
@@ -311,7 +312,7 @@ def test_other_runtime_errors_are_not_called_memory(scan, tiny_discovery, monkey
     def fail(*_):
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(module.StructureDiscoveryModel, "segment", fail)
+    monkeypatch.setattr(StructureDiscoveryModel, "segment", fail)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         segment(scan, model=str(tiny_discovery))
 

@@ -81,7 +81,7 @@ def test_a_marked_corner_stays_in_its_corner(tmp_path, make_nifti, monkeypatch, 
     values = noise()
     values[:2, -3:, :1] = 1000  # one corner, with a different extent along every axis
     scan = make_nifti(tmp_path / "scan.nii.gz", values, affine)
-    monkeypatch.setattr("diffdiscover3d.hub.resolve.load_discovery", lambda *_: Threshold())
+    monkeypatch.setattr("diffdiscover3d.hub.registry.load_discovery", lambda *_: Threshold())
     (result,) = segment(scan, tmp_path / "out", statistics=True, probabilities=True)
 
     marked = nib.load(result.labels)
