@@ -62,9 +62,22 @@ class ResolvedModel:
         """The sha256 of every safetensors file, by its path in the folder."""
         return weights_sha256(self.folder)
 
-    def choose_levels(self, level: int | str | None) -> tuple[int | None, ...]:
-        """The levels meant by a number, "all" or `None`; see [`choose_levels`]."""
-        return choose_levels(self.name, self.levels, level)
+    def choose_levels(self, level: int | str | None, num_parts: int | None = None) -> tuple[int | None, ...]:
+        """The levels meant by a number, "all" or `None`, see [`choose_levels`], or the one with so many parts.
+
+        Raises:
+            ValueError: if both are given, or no level has so many parts.
+        """
+        if num_parts is None:
+            return choose_levels(self.name, self.levels, level)
+        if level is not None:
+            raise ValueError("give either `level` or `num_parts`.")
+        known = {one: (self.level_config(one) or {}).get("num_parts") for one in self.levels or (None,)}
+        fitting = [one for one, count in known.items() if count == num_parts]
+        if not fitting:
+            counts = ", ".join(str(count) for count in known.values())
+            raise ValueError(f"`num_parts` must be one of {counts} for {self.name}, got {num_parts}.")
+        return (fitting[0],)
 
     def level_config(self, level: int | None = None) -> dict | None:
         """The configuration of one level; `None` if it lacks what estimates of memory need.
