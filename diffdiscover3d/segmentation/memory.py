@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from diffdiscover3d.data.formats.nifti.raw_grid import SLAB_VOXELS
 from diffdiscover3d.models.window_layout import activation_bytes, fits_window
 
 
@@ -34,3 +35,21 @@ def resampling_bytes(reading: float, shape: Sequence[int], grid: Sequence[int], 
     voxels = math.prod(map(float, shape[:3]))
     soft = voxels * (4 * network["num_parts"] + 13)  # plus the volume, and the labels as uint8 and int64
     return max(reading, 4 * voxels + segmentation_bytes(grid, network), 2**26 + soft)
+
+
+def block_resampling_bytes(shape: Sequence[int], grid: Sequence[int], num_parts: int) -> float:
+    """The memory for resampling a volume on disk to another grid, and its soft parts back, in blocks of planes.
+
+    A block of the volume has 4 Mi voxels, or the planes that one plane of the grid is computed from; the filter reads
+    as many on either side. A block of the soft parts has as many voxels of all parts together.
+
+    Args:
+        shape: of the volume, in voxels; only the first three axes count.
+        grid: the other grid.
+        num_parts: K.
+    """
+    ratios = [max(1.0, n / m) for n, m in zip(shape[:3], grid, strict=True)]
+    plane = math.prod(map(float, shape[:3])) / min(shape[:3])  # the largest, whichever axis is across
+    block = max(float(SLAB_VOXELS), plane * max(ratios)) + plane * 4 * max(ratios)
+    soft = max(float(SLAB_VOXELS), plane * num_parts)
+    return 2**26 + 12 * (block + soft)
