@@ -275,8 +275,11 @@ def test_which_scans_are_divided_by_slabs(tmp_path, make_nifti):
     with open_nifti(path) as large, open_nifti(fits) as small:
         assert plan_memory(large, network, True) == MemoryPlan(True, None)
         assert plan_memory(small, network, True) == MemoryPlan(False, None)
-        for options in ({"fast": True}, {"working": (20, 20, 20)}):
+        assert plan_memory(large, network, True, working=(20, 20, 20)).by_slabs  # in blocks, from the disk
+        for options in ({"fast": True}, {"whole": True}, {"fast": True, "working": (20, 20, 20)}):
             assert not plan_memory(large, network, True, **options).by_slabs
+        for changes in ({"scaling": "robust"}, {"scaling": "robust", "frame": [16, 16, 16]}):
+            assert not plan_memory(large, network | changes, True).by_slabs
 
 
 def test_a_compressed_file_that_grows_is_not_read_before(tmp_path, sliding, monkeypatch, capsys):
