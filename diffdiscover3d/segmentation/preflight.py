@@ -10,7 +10,12 @@ from diffdiscover3d.data.formats.reading import Source, open_source, read_source
 from diffdiscover3d.data.formats.registry import files_of, format_by_name, is_nifti, split
 from diffdiscover3d.models.window_layout import choose_window, needs_sliding_window, streaming_bytes
 from diffdiscover3d.segmentation.device import is_device_name
-from diffdiscover3d.segmentation.memory import block_resampling_bytes, resampling_bytes, segmentation_bytes
+from diffdiscover3d.segmentation.memory import (
+    block_resampling_bytes,
+    resampling_bytes,
+    segmentation_bytes,
+    soft_window_bytes,
+)
 from diffdiscover3d.segmentation.outputs import Extras, check_cases, plan_cases, shard
 from diffdiscover3d.utils.files import read_json
 from diffdiscover3d.utils.memory import LARGE, check_memory, free_memory
@@ -137,7 +142,7 @@ def plan_memory(
     if by_slabs:
         needed = streaming_bytes(working or shape, network)
         if working is not None:
-            needed = max(needed, block_resampling_bytes(shape, working, network["num_parts"]))
+            needed = max(needed + soft_window_bytes(working, network), block_resampling_bytes(shape, working, network))
     elif fast or (working or frame) is not None:
         grid = working or frame or tuple((n + 1) // 2 for n in shape[:3])
         needed = resampling_bytes(file.reading_bytes, shape, grid, network)
