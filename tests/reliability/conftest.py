@@ -47,19 +47,25 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session):
-    """Entries of tests that did not run are kept, so that parts of the suite can be run separately."""
+    """A run of the whole suite writes all entries anew; one of a part of it keeps those of the tests it left out."""
     target = session.config.getoption("--summary")
     if not target or not _TESTS:
         return
+    options = session.config.option
+    whole = all(Path(path).resolve() == Path(__file__).parent for path in session.config.args) and not (
+        options.keyword or options.deselect or options.ignore or session.shouldfail or session.shouldstop
+    )
     from diffdiscover3d.utils.provenance import describe_environment
 
     path = Path(target)
-    before = json.loads(path.read_text())["tests"] if path.exists() else {}
+    before = json.loads(path.read_text())["tests"] if path.exists() and not whole else {}
     tests = dict(sorted((before | _TESTS).items()))
     outcomes = [entry["outcome"] for entry in tests.values()]
     summary = {
         "command": COMMAND,
         "seed": SEED,
+        "one_run": whole,
+        "seconds": sum(entry["seconds"] for entry in tests.values()),
         "outcomes": {kind: outcomes.count(kind) for kind in ("passed", "failed", "skipped")},
         "tests": tests,
         "environment": describe_environment(),

@@ -15,6 +15,7 @@ from tests.helpers.training_runs import DIFFUSION, command, finish, hashes, log_
 
 pytestmark = pytest.mark.slow
 STEPS = 60
+LIMIT = 900  # seconds; only to end a hang, also on a busy machine
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -32,7 +33,7 @@ def test_trainings(tmp_path, count, number, processes, workers):
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
     os.killpg(process.pid, number)  # as sent by Ctrl-C and cluster managers
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=LIMIT)
     step = hashes(output)["step"]
     assert 5 <= step < STEPS and f"interrupted after step {step}; --resume latest goes on" in errors
     # with several processes, the exit code is that of the launcher
@@ -58,7 +59,7 @@ def test_a_segmentation(tmp_path, count):
     time.sleep(12)
     assert process.poll() is None, "it was over before it could be interrupted"
     process.terminate()
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=LIMIT)
     left = list((tmp_path / "out").rglob("*")) if (tmp_path / "out").exists() else []
     count("SIGTERM to segment", exit_code=process.returncode, files_left=len(left))
     assert process.returncode == 130 and out == "" and "Traceback" not in errors and left == []
@@ -76,7 +77,7 @@ def test_discover(tmp_path, count, number):
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
     os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=LIMIT)
     step = hashes(training)["step"]
     assert process.returncode == 130 and 50 <= step < 300 and "Traceback" not in errors
     assert f"interrupted after step {step}\n" in errors and "--resume latest" not in errors

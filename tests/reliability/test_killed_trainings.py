@@ -27,7 +27,7 @@ def half_written(output) -> list:
 def kill_somewhere(arguments, output, rng, inside_write: bool) -> dict:
     """Start a training, kill it and return its state at that time; `None` if it finished before."""
     process = start(arguments)
-    wanted, deadline = rng.randrange(0, STEPS - 1), time.time() + 120
+    wanted, deadline = rng.randrange(0, STEPS - 1), time.time() + 900
     while log_steps(output) < wanted and process.poll() is None and time.time() < deadline:
         time.sleep(0.001)
     if inside_write:
