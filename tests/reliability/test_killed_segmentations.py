@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import multiprocessing
 import random
 import re
 import time
@@ -43,7 +42,7 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def test_sixty_kills(tmp_path, count):
+def test_sixty_kills(tmp_path, forkserver, count):
     scan, output = tmp_path / "scan.nii.gz", tmp_path / "out"
     volumes = [cell(index, step=2) for index in range(2)]
     expected = []
@@ -52,13 +51,11 @@ def test_sixty_kills(tmp_path, count):
         segment(scan, tmp_path / str(number), **OPTIONS)
         expected.append(digests(tmp_path / str(number)))
     assert not np.array_equal(*volumes) and expected[0].keys() == expected[1].keys()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["diffdiscover3d.segmentation.driver", "monai.networks.nets", __name__])
     write(scan, volumes[0])
     segment(scan, output, **OPTIONS)
     write(scan, volumes[1])
     for _ in range(2):  # the first one waits for the server to start
-        whole, clock = context.Process(target=replace_results, args=(scan, output)), time.perf_counter()
+        whole, clock = forkserver.Process(target=replace_results, args=(scan, output)), time.perf_counter()
         whole.start()
         whole.join()
     seconds = time.perf_counter() - clock
@@ -67,7 +64,7 @@ def test_sixty_kills(tmp_path, count):
     for _ in range(KILLS):
         other = 1 - current
         write(scan, volumes[other])
-        child = context.Process(target=replace_results, args=(scan, output))
+        child = forkserver.Process(target=replace_results, args=(scan, output))
         child.start()
         time.sleep(draw.uniform(0.2, 1.1) * seconds)
         child.kill()  # SIGKILL
@@ -104,7 +101,7 @@ def segment_cohort(scans: Path, output: Path, **mode) -> None:
     segment(scans, output, **mode, **COHORT_OPTIONS)
 
 
-def test_twenty_kills_and_resumes(tmp_path, count):
+def test_twenty_kills_and_resumes(tmp_path, forkserver, count):
     """Label maps, probabilities, tables, pictures, reports and a manifest of several scans, replaced and killed.
 
     After a kill the results of each scan are all old or all new; after `resume` they are all new, and those that were
@@ -123,11 +120,9 @@ def test_twenty_kills_and_resumes(tmp_path, count):
         segment_cohort(scans, tmp_path / str(version))
         expected.append(digests(tmp_path / str(version)))
     assert expected[0].keys() == expected[1].keys() and len(expected[0]) == SCANS * (3 * 6 + 3) + 2
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["diffdiscover3d.segmentation.driver", "monai.networks.nets", __name__])
 
-    def start(**mode) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=segment_cohort, args=(scans, output), kwargs=mode)
+    def start(**mode):
+        process = forkserver.Process(target=segment_cohort, args=(scans, output), kwargs=mode)
         process.start()
         return process
 
