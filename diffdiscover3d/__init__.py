@@ -28,6 +28,8 @@ _MODULES = {
     "fetch_snapshot": "hub.download",
     "push_folder": "hub.upload",
     "segment": "segmentation.driver",
+    "discover": "workflows.discover",
+    "DiscoverOutput": "workflows.discover_output",
     "evaluate": "evaluation.synthetic",
 }
 
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
     from diffdiscover3d.pipelines.generation import VolumeGenerationPipeline
     from diffdiscover3d.segmentation.driver import segment
+    from diffdiscover3d.workflows.discover import discover
+    from diffdiscover3d.workflows.discover_output import DiscoverOutput
 
 
 def __getattr__(name: str):

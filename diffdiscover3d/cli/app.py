@@ -223,6 +223,7 @@ def segment(
     run(
         inputs,
         output,
+        beside_inputs=output is None,
         model=model,
         level=None if level is None else "all" if level is Level.ALL else int(level),
         revision=revision,

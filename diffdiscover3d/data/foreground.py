@@ -20,6 +20,7 @@ _NOISE_LIMIT = 5.0  # otherwise: background voxels lie within so many standard d
 _SMALLEST = 0.01  # share of the voxels below which a foreground is not believed
 _SAMPLE = 1_000_000  # percentiles are taken from at most about so many voxels
 _PRIOR_LIMIT = 6.0  # of a network's logit: as large as the evidence, so that brightness alone marks nothing
+_ROUNDS = 2  # in which median and spread of ordinary tissue are computed again
 _MARGIN = 0.03  # of the foreground's box, added on each side
 _THIN = 0.01  # slices with less foreground than this share of the fullest slice do not extend the box
 
@@ -115,7 +116,8 @@ def brightness_evidence(scan: torch.Tensor, foreground: torch.Tensor) -> torch.T
     for each further one, at most 6 either way.
 
     Args:
-        scan, foreground: (1, 1, H, W, D), a robustly scaled scan in its frame and its mask.
+        scan: (1, 1, H, W, D), robustly scaled in its frame.
+        foreground: its mask, or that of the voxels whose median and spread count.
     """
     median, spread = robust_moments(scan[foreground])
     smooth = 0.5 * scan + 0.5 * F.avg_pool3d(scan, 3, stride=1, padding=1)
@@ -125,11 +127,22 @@ def brightness_evidence(scan: torch.Tensor, foreground: torch.Tensor) -> torch.T
 def add_brightness(logit: torch.Tensor, scan: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
     """Posterior log-odds: a network's logit, limited to [-6, 6], and the evidence of the intensities.
 
+    A large lesion raises the median and the spread of the brain, and thereby the threshold of the evidence. Both are
+    therefore computed again, twice, from the voxels whose log-odds are not positive, unless these are less than half of
+    the brain.
+
     Args:
         logit, scan, foreground: (1, 1, H, W, D); log-odds of lesion against ordinary tissue, and as for
             [`brightness_evidence`].
     """
-    return logit.clamp(-_PRIOR_LIMIT, _PRIOR_LIMIT) + brightness_evidence(scan, foreground)
+    prior = logit.clamp(-_PRIOR_LIMIT, _PRIOR_LIMIT)
+    posterior = prior + brightness_evidence(scan, foreground)
+    for _ in range(_ROUNDS):
+        ordinary = foreground & (posterior <= 0)
+        if 2 * int(ordinary.sum()) < int(foreground.sum()):
+            break
+        posterior = prior + brightness_evidence(scan, ordinary)
+    return posterior
 
 
 def robust_moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

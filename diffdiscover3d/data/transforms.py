@@ -43,10 +43,9 @@ def resize_volume(volume: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
     grid = tuple(grid)
     if tuple(volume.shape[2:]) == grid:
         return volume
-    sigma = [max(0.0, (old / new - 1) / 2) for old, new in zip(volume.shape[2:], grid, strict=True)]
-    for axis, s in enumerate(sigma, start=2):
-        if s > 0:
-            volume = _gaussian_along(volume, axis, s)
+    for axis, (old, new) in enumerate(zip(volume.shape[2:], grid, strict=True), start=2):
+        if (sigma := anti_aliasing_sigma(old, new)) > 0:
+            volume = _gaussian_along(volume, axis, sigma)
     return F.interpolate(volume, size=grid, mode="trilinear", align_corners=False)
 
 
@@ -69,11 +68,22 @@ def flip(volume: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
     return volume.flip(axes) if axes else volume
 
 
-def _gaussian_along(volume: torch.Tensor, axis: int, sigma: float) -> torch.Tensor:
+def anti_aliasing_sigma(old: int, new: int) -> float:
+    """Standard deviation, in voxels, of the Gaussian filter before an axis of `old` voxels is resampled to `new`."""
+    return max(0.0, (old / new - 1) / 2)
+
+
+def gaussian_kernel(sigma: float, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+    """(2 * radius + 1,) weights with the sum 1; the radius is 4 standard deviations."""
     radius = max(1, round(4 * sigma))
-    offsets = torch.arange(-radius, radius + 1, dtype=volume.dtype, device=volume.device)
+    offsets = torch.arange(-radius, radius + 1, dtype=dtype, device=device)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    kernel = kernel / kernel.sum()
+    return kernel / kernel.sum()
+
+
+def _gaussian_along(volume: torch.Tensor, axis: int, sigma: float) -> torch.Tensor:
+    kernel = gaussian_kernel(sigma, volume.dtype, volume.device)
+    radius = len(kernel) // 2
     moved = volume.movedim(axis, -1)
     lines = F.pad(moved.reshape(-1, 1, moved.shape[-1]), (radius, radius), mode="replicate")
     return F.conv1d(lines, kernel[None, None]).reshape(moved.shape).movedim(-1, axis)

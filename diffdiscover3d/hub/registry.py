@@ -1,6 +1,5 @@
 """Find models: the embedded ones by name, others by folder or Hub id; push them, pull them."""
 
-import contextlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +10,11 @@ from diffusers.utils import logging as diffusers_logging
 
 from diffdiscover3d.errors import ModelError, NetworkError, OutputError
 from diffdiscover3d.hub.cards import folder_kind
-from diffdiscover3d.hub.download import fetch_snapshot, is_data_file, is_repo_id
+from diffdiscover3d.hub.download import fetch_snapshot, is_data_file
+from diffdiscover3d.hub.sources import check_source, find_model
 from diffdiscover3d.hub.upload import push_folder
 from diffdiscover3d.models.embedded import DEFAULT_MODEL as DEFAULT_MODEL
-from diffdiscover3d.models.embedded import embedded_models, nested_levels
+from diffdiscover3d.models.embedded import embedded_models
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
@@ -22,16 +22,6 @@ from diffdiscover3d.utils.files import check_folder
 from diffdiscover3d.utils.staging import recover_folder, replaced_folder
 
 _MODEL_CLASSES = {"diffusion": DiffusionFeaturePipeline, "discovery": StructureDiscoveryModel, "unet": UNet3DModel}
-
-
-def model_levels(name: str) -> tuple[int, ...]:
-    """The levels of an embedded model or of a folder with a nested network; none for a single network or a Hub id."""
-    embedded = embedded_models()
-    if name in embedded:
-        return embedded[name].levels
-    config = _in_folder(Path(name)) / "config.json"
-    levels = nested_levels(config) if config.is_file() else ()
-    return levels if len(levels) > 1 else ()
 
 
 def load_teacher(name: str, revision: str | None = None) -> DiffusionFeaturePipeline:
@@ -47,7 +37,7 @@ def load_teacher(name: str, revision: str | None = None) -> DiffusionFeaturePipe
     """
     embedded = embedded_models()
     source = str(
-        embedded[name].diffusion if name in embedded else _in_folder(Path(name), "diffusion", "model_index.json")
+        embedded[name].diffusion if name in embedded else find_model(Path(name), "diffusion", "model_index.json")
     )
     return _load(DiffusionFeaturePipeline, source, marker="model_index.json", revision=revision)
 
@@ -65,7 +55,7 @@ def load_discovery(name: str, level: int | None = None, revision: str | None = N
         NetworkError: if the Hub cannot be reached.
     """
     embedded = embedded_models()
-    source = embedded[name].discovery if name in embedded else _in_folder(Path(name)) if Path(name).is_dir() else name
+    source = embedded[name].discovery if name in embedded else find_model(Path(name)) if Path(name).is_dir() else name
     model = _load(StructureDiscoveryModel, str(source), marker="config.json", revision=revision).eval()
     levels = model.to(memory_format=torch.channels_last_3d).levels  # convolutions of few channels are faster so
     if level is None:
@@ -73,20 +63,6 @@ def load_discovery(name: str, level: int | None = None, revision: str | None = N
     if not 1 <= level <= len(levels):
         raise ModelError(f"{name} has the levels {list(range(1, len(levels) + 1))}, not {level}.")
     return levels[level - 1]
-
-
-def find_discovery(folder: Path) -> Path:
-    """The folder of the discovery network itself, where `discover` put it beside a diffusion model."""
-    return _in_folder(folder)
-
-
-def _in_folder(folder: Path, part: str = "discovery", marker: str = "config.json") -> Path:
-    """The folder of one model: `discover` and the embedded models keep two in one folder."""
-    if not folder.exists():  # of a killed `pull --overwrite`, where folders cannot be exchanged in one step
-        with contextlib.suppress(OutputError):
-            recover_folder(folder.parent)
-    inside = folder / part
-    return inside if not (folder / marker).is_file() and (inside / marker).is_file() else folder
 
 
 def push(folder: str | Path, repo_id: str, **options) -> str:
@@ -165,7 +141,7 @@ def _load_once(folder: str | Path, kind: str) -> None:
 
 
 def _load(kind, source: str, marker: str, **options):
-    check_source(kind, Path(source), source, marker, options.get("revision"))
+    check_source(kind.__name__, Path(source), source, marker, options.get("revision"))
     try:
         with _no_progress_bar():  # for two small files
             return kind.from_pretrained(source, **options)
@@ -174,29 +150,6 @@ def _load(kind, source: str, marker: str, **options):
     except Exception as error:  # diffusers and safetensors raise many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{source}: cannot be loaded as {kind.__name__}: {reason}") from error
-
-
-def check_source(kind, folder: Path, name: str, marker: str, revision: str | None) -> None:
-    """Refuse a name that is neither a model folder nor a Hub id, before anything is loaded or fetched.
-
-    Args:
-        kind: class to be loaded.
-        folder: `name` as a path; the folder of the model itself, if it is one.
-        name: as the user gave it.
-        marker: file that the folder must hold.
-        revision: only a Hub id may have one.
-
-    Raises:
-        ModelError: if it cannot be a source of this model.
-    """
-    if folder.is_dir():
-        if not (folder / marker).is_file():
-            raise ModelError(f"{name}: no {kind.__name__} in this folder ({marker} is missing).")
-        if revision:
-            raise ModelError(f"{name}: a folder has no revisions; --revision goes with a Hub id.")
-    elif not is_repo_id(name):
-        known = ", ".join(embedded_models())
-        raise ModelError(f"{name!r}: no such folder, and no Hub id (user/name); embedded models: {known}.")
 
 
 @contextmanager

@@ -1,24 +1,32 @@
-"""Resolve a discovery network once: its folder, levels, configuration and weights."""
+"""Resolve a discovery network once: its folder, levels, configuration and weights.
+
+Torch is imported when the network is loaded: a command that finds its work done needs none.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from diffdiscover3d.data.domain import DOMAIN_FILE
 from diffdiscover3d.data.working_grid import WorkingGrid
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.hub.download import fetch_snapshot
-from diffdiscover3d.hub.registry import check_source, embedded_models, find_discovery, load_discovery
+from diffdiscover3d.hub.sources import check_source, find_model
 from diffdiscover3d.models.config_schema import read_config
-from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+from diffdiscover3d.models.embedded import embedded_models
 from diffdiscover3d.models.window_layout import hierarchy
 from diffdiscover3d.utils.files import read_model_json
 from diffdiscover3d.utils.provenance import weights_sha256
 
+if TYPE_CHECKING:
+    import torch
+
+    from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+
 DEFAULT_LEVEL = 2
+_KIND = "StructureDiscoveryModel"
 WORKING_GRID_FILE = "working_grid.json"
 
 
@@ -54,9 +62,22 @@ class ResolvedModel:
         """The sha256 of every safetensors file, by its path in the folder."""
         return weights_sha256(self.folder)
 
-    def choose_levels(self, level: int | str | None) -> tuple[int | None, ...]:
-        """The levels meant by a number, "all" or `None`; see [`choose_levels`]."""
-        return choose_levels(self.name, self.levels, level)
+    def choose_levels(self, level: int | str | None, num_parts: int | None = None) -> tuple[int | None, ...]:
+        """The levels meant by a number, "all" or `None`, see [`choose_levels`], or the one with so many parts.
+
+        Raises:
+            ValueError: if both are given, or no level has so many parts.
+        """
+        if num_parts is None:
+            return choose_levels(self.name, self.levels, level)
+        if level is not None:
+            raise ValueError("give either `level` or `num_parts`.")
+        known = {one: (self.level_config(one) or {}).get("num_parts") for one in self.levels or (None,)}
+        fitting = [one for one, count in known.items() if count == num_parts]
+        if not fitting:
+            counts = ", ".join(str(count) for count in known.values())
+            raise ValueError(f"`num_parts` must be one of {counts} for {self.name}, got {num_parts}.")
+        return (fitting[0],)
 
     def level_config(self, level: int | None = None) -> dict | None:
         """The configuration of one level; `None` if it lacks what estimates of memory need.
@@ -68,12 +89,14 @@ class ResolvedModel:
         config = levels[-1 if level is None else min(level, len(levels)) - 1]
         return config if {"num_parts", "channels", "window_size"} <= config.keys() else None
 
-    def load(self, levels: Sequence[int | None], device: torch.device) -> dict[int | None, StructureDiscoveryModel]:
+    def load(self, levels: Sequence[int | None], device: "torch.device") -> "dict[int | None, StructureDiscoveryModel]":
         """The networks of some levels. Those of one hierarchy share their weights, which are read once.
 
         Raises:
             ModelError: if the files are damaged.
         """
+        from diffdiscover3d.hub.registry import load_discovery
+
         if len(levels) == 1:
             return {levels[0]: load_discovery(str(self.folder), levels[0]).to(device)}
         networks = load_discovery(str(self.folder)).to(device).levels
@@ -105,11 +128,11 @@ def resolve_model(name: str, revision: str | None = None) -> ResolvedModel:
     if name in embedded_models():
         folder = embedded_models()[name].discovery
     else:
-        check_source(StructureDiscoveryModel, folder := find_discovery(Path(name)), name, "config.json", revision)
+        check_source(_KIND, folder := find_model(Path(name)), name, "config.json", revision)
         if not folder.is_dir():
             folder = fetch_snapshot(name, revision=revision)
             commit = folder.name  # the cache names a snapshot's folder after its commit
-    config = read_config(folder / "config.json", StructureDiscoveryModel.__name__)
+    config = read_config(folder / "config.json", _KIND)
     return ResolvedModel(name, revision, folder, commit, config, _working_grid(folder, config), _read_domain(folder))
 
 

@@ -63,7 +63,8 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         scaling: intensity scaling, "min_max" over the whole volume or "robust" by percentiles of the foreground (see
             [`robust_scale`]).
         frame: grid to which [`segment`] resamples the foreground box; outside it is part 0. Needs robust scaling.
-        bright_part: the brighter of the two parts of a divided part; [`segment`] adds [`add_brightness`] to its logit.
+        bright_part: the brighter of the two parts of a divided part; [`segment`] averages the soft parts of a volume
+            and its mirror image, and adds [`add_brightness`] to the logit of this part.
         spacing, spacing_unit: target edge lengths of a voxel, as of [`WorkingGrid`]. The command resamples scans to it;
             the methods of this class take volumes as they are.
 
@@ -327,6 +328,7 @@ class StructureDiscoveryModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         scaled = frame.crop(robust_scale(volume, foreground))
         soft, part = self._probabilities(scaled), self.config.bright_part
         if part is not None:
+            soft = (soft + self._probabilities(scaled.flip(2)).flip(2)) / 2  # left and right alike, as in training
             (other,) = [k for k, parent in enumerate(self.parents) if parent == self.parents[part] and k != part]
             both = soft[:, [part, other]].clamp(min=1e-9)
             logit = (both[:, :1] / both[:, 1:]).log()

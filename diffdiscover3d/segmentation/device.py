@@ -1,25 +1,37 @@
 """The device of a command."""
 
-import torch
+import re
+from typing import TYPE_CHECKING
 
 from diffdiscover3d.utils.processes import local_rank
 
+if TYPE_CHECKING:
+    import torch
 
-def choose_device(name: str) -> torch.device:
+_NAME = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
+
+
+def is_device_name(name: str) -> bool:
+    """Whether a device is spelled as one of those that commands take; it may be missing on this machine."""
+    return _NAME.fullmatch(name) is not None
+
+
+def choose_device(name: str) -> "torch.device":
     """The device of a name; "auto" is a CUDA device if there is one, otherwise the CPU.
 
     Raises:
         ValueError: if the device is unknown or missing on this machine.
     """
+    if not is_device_name(name):
+        raise ValueError(f"`device` must be auto, cpu, cuda, cuda:N or mps, got {name!r}.")
+    import torch
+
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
         # the processes of one launch share the devices of the machine
         return torch.device("cuda", local_rank() % torch.cuda.device_count())
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"`device` must be auto, cpu, cuda, cuda:N or mps, got {name!r}.") from error
+    device = torch.device(name)
     there = {
         "cpu": True,
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),

@@ -1,55 +1,32 @@
-"""Segment files: label maps, tables and reports on each input's own grid."""
+"""Segment volumes: label maps, tables and reports on each input's own grid.
 
-import logging
-import time
+Nothing here imports torch before the first scan is segmented.
+"""
+
+import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
-from diffdiscover3d import __version__
-from diffdiscover3d.data.datasets.listing import describe_left_out, expand_all
-from diffdiscover3d.data.formats.reading import Source, grid_of, open_source, read_source, stream_source
-from diffdiscover3d.data.formats.registry import (
-    options_in,
-    stem,
-    volume_sha256,
-)
-from diffdiscover3d.data.formats.units import parse_voxel_size
-from diffdiscover3d.errors import DiffDiscoverError, ModelError, NetworkError
-from diffdiscover3d.hub.registry import DEFAULT_MODEL
-from diffdiscover3d.hub.resolve import ResolvedModel, resolve_model
-from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
-from diffdiscover3d.segmentation.arrays import NAME, as_scan, is_in_memory
-from diffdiscover3d.segmentation.cohort import Cohort
+from diffdiscover3d.data.formats.registry import split, stem
+from diffdiscover3d.errors import DiffDiscoverError
+from diffdiscover3d.models.embedded import DEFAULT_MODEL
+from diffdiscover3d.segmentation.arrays import is_in_memory
 from diffdiscover3d.segmentation.device import choose_device
-from diffdiscover3d.segmentation.finish import Finish
-from diffdiscover3d.segmentation.in_memory import InMemoryFinder
-from diffdiscover3d.segmentation.job import ScanJob, SegmentedFile
-from diffdiscover3d.segmentation.outputs import (
-    CaseFiles,
-    Extras,
-    check_cases,
-    is_finished,
-    names_a_file,
-    plan_cases,
-    shard,
-)
-from diffdiscover3d.segmentation.preflight import MemoryPlan, plan_memory
-from diffdiscover3d.segmentation.scan import notes_about, segment_scan
-from diffdiscover3d.utils.files import check_folder
-from diffdiscover3d.utils.progress import ProgressBar
-from diffdiscover3d.utils.staging import recover_folder
+from diffdiscover3d.segmentation.files import segment_files
+from diffdiscover3d.segmentation.job import SegmentedFile
+from diffdiscover3d.segmentation.labels import label_images, segment_volume
 
 __all__ = ["SegmentedFile", "choose_device", "segment", "stem"]
 
 ORDERS = ("model", "size")
-logger = logging.getLogger("diffdiscover3d")
+_OF_FILES = ("preview", "statistics", "tables", "probabilities", "report", "overwrite", "resume", "share", "summary")
 
 
 def segment(
     inputs,
     output: str | Path | None = None,
     *,
+    beside_inputs: bool = False,
     model: str = DEFAULT_MODEL,
     level: int | str | None = None,
     revision: str | None = None,
@@ -87,7 +64,9 @@ def segment(
     on_estimate: Callable[[str], None] | None = None,
     on_left_out: Callable[[str], None] | None = None,
 ):
-    """Segment volumes into parts and write `<stem>_dseg.nii.gz`, `.json` and `.tsv` for each.
+    """Segment volumes into parts: return label maps, or write `<stem>_dseg.nii.gz`, `.json` and `.tsv` for each.
+
+    Without an output nothing is written, and labels are returned; with one, the results are written there.
 
     A scan too large for one pass of the network stays on disk and is segmented slab by slab, in memory bounded by its
     planes (see `models/window_layout.py`); with `fast`, or a model with a working grid, it is read into memory.
@@ -95,13 +74,12 @@ def segment(
     If several processes were started by `accelerate launch` or torchrun, each works on its share of the inputs; so do
     separate commands with `share`.
 
-    A volume in memory gets a label map in memory, of the same kind: nothing is written.
-
     Args:
-        inputs: an (H, W, D) array or tensor, a nibabel or SimpleITK image; or volumes of any format (see
-            `data/formats/registry.py`), folders of them, globs or lists, see [`list_volumes`].
-        output: folder for the results (default: beside each input), or, for one input and level, the label map. If
-            scans in different folders have one name, the results keep these folders.
+        inputs: an (H, W, D) array or tensor, a nibabel or SimpleITK image, or a list of these; or volumes of any
+            format (see `data/formats/registry.py`), folders of them, globs or lists, see [`list_volumes`].
+        output: folder for the results, or, for one input and level, the label map; only for files. If scans in
+            different folders have one name, the results keep these folders.
+        beside_inputs: write the results of each file beside it, as the command does by default.
         model: an embedded model's name, a folder, or a Hub id.
         level: of a model with levels: its number, 1 the coarsest (default 2), or "all"; then the files are called
             `<stem>_level-<L>_dseg.*`, and `<stem>_tree.json` lists how the parts are nested.
@@ -141,188 +119,38 @@ def segment(
         on_left_out: called with a line for each reason for which files were not taken as scans.
 
     Returns:
-        What was written for each input; of a volume in memory the label map, or with level "all" a dict of them.
+        With an output, a list of [`SegmentedFile`]: what was written for each input. Otherwise labels, uint8 (uint16
+        with more than 256 parts), on the grid of the input: of an array or tensor an (H, W, D) array, of an image an
+        image of its library, of a file a nibabel image, whose axes are x, y, z and whose affine is in mm. With level
+        "all" it is a dict of them by level. A list of volumes, a folder, a glob or a list of files gets a list, in the
+        order of the volumes.
 
     Raises:
         InputError, OutputError, ModelError, NetworkError, MemoryLimitError: see their descriptions.
-        ValueError: for an unknown device or order.
+        ValueError: for an unknown device or order, or options that write files without an output.
     """
+    options = {name: value for name, value in locals().items() if name not in ("inputs", "output", "beside_inputs")}
     if order not in ORDERS:
         raise ValueError(f"`order` must be one of {ORDERS}, got {order!r}.")
-    statistics = statistics or summary
-    if is_in_memory(inputs):
-        if output is not None or report or preview or probabilities or statistics or tables or share:
-            raise ValueError("a volume in memory gets labels in memory: save it to a file for other results.")
-        finish = Finish(None if mask is None else Path(mask), smooth, min_size, background)
-        chosen = {"model": model, "level": level, "num_parts": num_parts, "revision": revision}
-        return _segment_in_memory(inputs, chosen, device, fast, order, finish, nan_to_zero)
-    contents = expand_all([inputs] if isinstance(inputs, str | Path) else inputs, include, series)
-    paths = contents.volumes
-    for line in describe_left_out(contents) if on_left_out else ():
-        on_left_out(line)
-    place = choose_device(device)
-    if output is not None:
-        check_folder(Path(output).parent if names_a_file(output) else Path(output))
-    found = resolve_model(model, revision)
-    levels = found.choose_levels(level) if num_parts is None else (_level_with(found, num_parts, level),)
-    finish = Finish(None if mask is None else Path(mask), smooth, min_size, background)
-    _check_options(finish, paths, output, levels, probabilities)
-    if summary and (output is None or names_a_file(output)):
-        raise ValueError("`summary` needs an `output` folder for its tables.")
-    extras = Extras(preview, statistics, tables, probabilities, report)
-    cases = plan_cases(paths, output, levels, extras)
-    mine = shard(cases, share)
-    for folder in {case.folder for case in cases}:
-        recover_folder(folder)
-    check_cases(cases, mine, overwrite or resume, resume)
-    reading = {"volume": volume, "nan_to_zero": nan_to_zero, "ignore_affine": ignore_affine}
-    arguments = {"device": str(place), **reading, "fast": fast, "order": order, "statistics": statistics}
-    unusual = {"series": series, "resolution": resolution, "missing_chunks": missing_chunks}
-    if voxel_size is not None:
-        parse_voxel_size(voxel_size)
-    unusual["voxel_size"] = voxel_size
-    reading |= unusual
-    arguments |= {name: value for name, value in unusual.items() if value} | finish.recorded()
-
-    config = found.level_config(levels[-1])
-    networks: dict[int | None, StructureDiscoveryModel] = {}
-    provenance: dict[int | None, dict] = {}
-    results = []
-
-    def describe() -> dict[int | None, dict]:
-        return {level: _provenance(found, level, arguments) for level in levels}
-
-    cohort = Cohort(Path(output), cases, describe) if summary else None
-    total = len(mine) * (len(levels) + 2)
-    with ProgressBar(total, progress, callback=on_progress) as stages, cohort or nullcontext():
-        for number, case in enumerate(mine):
-            stages.begin_case(f"scan {number + 1} of {len(mine)}", len(levels) + 2)
-            try:
-                stages.show("reading the scan")
-                clock = time.perf_counter()
-                own = reading | options_in(case.input)
-                if resume and all(target.exists() for target in case):
-                    # neither the scan nor the model has to be read for this
-                    provenance = provenance or describe()
-                    if is_finished(case, provenance, volume_sha256(case.input)):
-                        if on_skip:
-                            on_skip(case.input)
-                        continue
-                with ExitStack() as opened:
-                    file = opened.enter_context(open_source(case.input, **own))
-                    plan = MemoryPlan(False, None)  # without a complete configuration nothing is estimated
-                    if config is not None:
-                        plan = plan_memory(
-                            file,
-                            config,
-                            place.type == "cpu",
-                            fast=fast,
-                            working=_resampled(found, file),
-                            whole=finish.in_memory,
-                        )
-                    if plan.line and on_estimate:
-                        on_estimate(plan.line)
-                    # all of the scan is checked before a model is loaded: a bad file is reported at once
-                    if plan.by_slabs:
-                        scan = opened.enter_context(stream_source(file, case.folder, **own))
-                    else:
-                        scan = read_source(file, **own)
-                    read_seconds = time.perf_counter() - clock
-                    if not networks:
-                        stages.show("loading the model")
-                        networks = found.load(levels, place)
-                        provenance = provenance or describe()
-                    stages.done()
-                    job = ScanJob(
-                        case,
-                        networks,
-                        provenance,
-                        extras,
-                        order,
-                        fast,
-                        found.working_grid,
-                        read_seconds,
-                        stages,
-                        neurological,
-                        overwrite or resume,
-                        domain=found.domain,
-                        model=found.name,
-                        finish=finish,
-                    )
-                    result = segment_scan(job, scan)
-            except DiffDiscoverError as error:
-                if cohort and not isinstance(error, ModelError | NetworkError):
-                    cohort.failed(case, error)
-                # a model that cannot be loaded fails for every input
-                if on_error is None or isinstance(error, ModelError | NetworkError):
-                    raise
-                on_error(error)
-                continue
-            results.append(result)
-            if cohort:
-                cohort.finished(case)
-            if on_done:
-                on_done(result)
-    return results
+    several = isinstance(inputs, Sequence) and not isinstance(inputs, str)
+    in_memory = any(map(is_in_memory, inputs)) if several else is_in_memory(inputs)
+    if in_memory and (output is not None or beside_inputs):
+        raise ValueError("a volume in memory gets labels in memory; save it to a file for an `output`.")
+    if output is not None or beside_inputs:
+        return segment_files(inputs, output, **options)
+    if given := [name for name in (*_OF_FILES, "on_done") if options[name]]:
+        raise ValueError(f"`{given[0]}` is about files that are written; name an `output`, or set `beside_inputs`.")
+    if in_memory and several:
+        return [segment(one, **options) for one in inputs]
+    if in_memory:
+        return segment_volume(inputs, **options)
+    with tempfile.TemporaryDirectory(prefix="diffdiscover3d-") as folder:
+        results = segment_files(inputs, folder, **options)
+        found = [label_images(result) for result in results]
+    found = found if level == "all" else [next(iter(images.values())) for images in found]
+    return found[0] if not several and _is_one_volume(inputs, results) else found
 
 
-def _segment_in_memory(volume, chosen: dict, device: str, fast: bool, order: str, finish: Finish, nan_to_zero: bool):
-    """Label maps of a volume in memory, see [`segment`]."""
-    scan, back = as_scan(volume, nan_to_zero=nan_to_zero)
-    found = resolve_model(chosen["model"], chosen["revision"])
-    if chosen["num_parts"] is None:
-        levels = found.choose_levels(chosen["level"])
-    else:
-        levels = (_level_with(found, chosen["num_parts"], chosen["level"]),)
-    _check_options(finish, [NAME], None, levels, False)
-    networks = found.load(levels, choose_device(device))
-    case = CaseFiles(NAME, {}, None, None, None)
-    with ProgressBar(total=1, enabled=False) as stages:
-        own = {"finish": finish, "domain": found.domain, "model": found.name}
-        job = ScanJob(case, networks, {}, Extras(), order, fast, found.working_grid, 0.0, stages, **own)
-        finder = InMemoryFinder(job, scan)
-        labels = {level: back(finder.find(level).labels) for level in levels}
-    for note in filter(None, [*finder.notes, *notes_about(scan, job)]):
-        logger.warning("%s: %s", NAME, note)
-    return labels if chosen["level"] == "all" else next(iter(labels.values()))
-
-
-def _level_with(model: ResolvedModel, num_parts: int, level: int | str | None) -> int | None:
-    """The level that has so many parts."""
-    if level is not None:
-        raise ValueError("give either `level` or `num_parts`.")
-    known = {one: (model.level_config(one) or {}).get("num_parts") for one in model.levels or (None,)}
-    fitting = [one for one, count in known.items() if count == num_parts]
-    if not fitting:
-        counts = ", ".join(str(count) for count in known.values())
-        raise ValueError(f"`num_parts` must be one of {counts} for {model.name}, got {num_parts}.")
-    return fitting[0]
-
-
-def _check_options(finish: Finish, paths: Sequence[Path], output, levels: Sequence, probabilities: bool) -> None:
-    """Refuse combinations of options that mean nothing."""
-    if output is not None and names_a_file(output) and len(paths) != 1:
-        raise ValueError(f"`output` {output} is one file for {len(paths)} inputs; name a folder.")
-    if finish.mask is not None and (len(paths) != 1 or probabilities):
-        raise ValueError("`mask` goes with one input, and without `probabilities`.")
-    if finish.background is not None and len(levels) != 1:
-        raise ValueError("`background` goes with one level.")
-
-
-def _resampled(model: ResolvedModel, file: Source) -> tuple[int, int, int] | None:
-    """The grid to which an open scan is resampled; `None` if it keeps its own."""
-    if model.working_grid is None:
-        return None
-    shape, spacing, unit = grid_of(file)
-    grid = model.working_grid.of(shape, spacing, unit, file.path)
-    return None if grid == shape else grid
-
-
-def _provenance(model: ResolvedModel, level: int | None, arguments: dict) -> dict:
-    """What a sidecar records about how its label map was made."""
-    return {
-        "diffdiscover3d": __version__,
-        "model": model.describe(level),
-        "arguments": arguments,
-        "seed": None,  # nothing is drawn at random
-    }
+def _is_one_volume(source: str | Path, results: Sequence[SegmentedFile]) -> bool:
+    """Whether what was given is the path of a volume, rather than a folder, glob or list that holds one."""
+    return len(results) == 1 and split(results[0].input)[0] == split(source)[0]

@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from diffdiscover3d.data.working_grid import WorkingGrid
-from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.parts import PartStatistics
 from diffdiscover3d.segmentation.finish import Finish
 from diffdiscover3d.segmentation.outputs import CaseFiles, Extras, LevelFiles
 from diffdiscover3d.utils.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class ScanJob:
     """
 
     case: CaseFiles
-    networks: dict[int | None, StructureDiscoveryModel]
+    networks: "dict[int | None, StructureDiscoveryModel]"
     provenance: dict[int | None, dict]
     extras: Extras
     order: str

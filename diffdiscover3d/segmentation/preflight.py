@@ -1,6 +1,5 @@
 """Checks of an input before it is read whole, and before the seconds that importing torch takes."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from diffdiscover3d.data.formats.nifti.header import check_reachable
 from diffdiscover3d.data.formats.reading import Source, open_source, read_source
 from diffdiscover3d.data.formats.registry import files_of, format_by_name, is_nifti, split
 from diffdiscover3d.models.window_layout import choose_window, needs_sliding_window, streaming_bytes
+from diffdiscover3d.segmentation.device import is_device_name
 from diffdiscover3d.segmentation.memory import resampling_bytes, segmentation_bytes
 from diffdiscover3d.segmentation.outputs import Extras, check_cases, plan_cases, shard
 from diffdiscover3d.utils.files import read_json
@@ -17,7 +17,6 @@ from diffdiscover3d.utils.memory import LARGE, check_memory, free_memory
 
 _READ_WHOLE = 2**25  # bytes on disk: smaller files are read twice
 _READ_INTO = 2**29  # and bytes in memory, since a compressed file may expand a thousandfold
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
 
 
 def refuse_early(inputs: Sequence[str], device: str = "auto", *, by_slabs: bool = False, **reading) -> None:
@@ -34,7 +33,7 @@ def refuse_early(inputs: Sequence[str], device: str = "auto", *, by_slabs: bool 
     Raises:
         InputError, MemoryLimitError: as [`read_nifti`].
     """
-    if len(inputs) != 1 or not _DEVICE.fullmatch(device):
+    if len(inputs) != 1 or not is_device_name(device):
         return
     path, inner = split(inputs[0])
     check_reachable(path)

@@ -5,8 +5,6 @@ import os
 import platform
 from pathlib import Path
 
-import torch
-
 from diffdiscover3d import __version__
 from diffdiscover3d.utils.files import sha256
 
@@ -15,6 +13,8 @@ _PACKAGES = ("torch", "diffusers", "accelerate", "monai", "numpy", "scipy", "sci
 
 def describe_environment() -> dict:
     """Versions and hardware as JSON values, without user or host names."""
+    import torch  # slow, and the other functions need none
+
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "diffdiscover3d": __version__,

@@ -3,34 +3,29 @@
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from diffdiscover3d.data.datasets.listing import list_volumes
 from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
-from diffdiscover3d.data.domain import DOMAIN_FILE, signature, summarise
-from diffdiscover3d.data.formats.nifti.reading import write_like
-from diffdiscover3d.data.formats.reading import read_volume
-from diffdiscover3d.data.formats.registry import SEPARATOR, volume_sha256, with_options
-from diffdiscover3d.data.formats.units import IN_MM, UNKNOWN, parse_voxel_size
-from diffdiscover3d.errors import DiffDiscoverError, InputError, ModelError, NothingToDivideError, OutputError
-from diffdiscover3d.segmentation.arrays import as_scan
-from diffdiscover3d.segmentation.driver import SegmentedFile, choose_device, segment
+from diffdiscover3d.data.domain import DOMAIN_FILE
+from diffdiscover3d.errors import DiffDiscoverError, ModelError, NothingToDivideError
+from diffdiscover3d.hub.registry import load_discovery, load_teacher
+from diffdiscover3d.segmentation.driver import SegmentedFile, segment
 from diffdiscover3d.segmentation.outputs import Extras, check_cases, plan_cases
 from diffdiscover3d.training.recipes import Training, diffusion_training, train_level
-from diffdiscover3d.utils.files import atomic_file, atomic_folder, check_folder, write_json
-from diffdiscover3d.utils.memory import free_memory
+from diffdiscover3d.utils.files import atomic_folder, write_json
 from diffdiscover3d.utils.signals import run_child
-from diffdiscover3d.workflows.discover_plan import Plan, describe_plan, make_fallback, make_plan, make_recipe, read_plan
+from diffdiscover3d.workflows.discover_output import DiscoverOutput
+from diffdiscover3d.workflows.discover_plan import Plan, make_fallback, make_recipe
+from diffdiscover3d.workflows.discover_scans import DiscoverRun, check_unchanged, prepare
 
 
 def discover(
     source,
-    output: str | Path,
+    output: str | Path | None = None,
     *,
     preset: str = "standard",
     levels: int = 3,
@@ -50,13 +45,15 @@ def discover(
     verbose: bool = False,
     tell: Callable[[str], None] = lambda line: None,
     on_error: Callable[[DiffDiscoverError], None] | None = None,
-) -> list[SegmentedFile]:
-    """Train on a folder of scans without labels, segment them, and write reports.
+) -> list[SegmentedFile] | DiscoverOutput:
+    """Train on scans without labels and segment them; write models, label maps and reports, or return them.
+
+    Without an output nothing is left behind: the trainings use a temporary folder, and an interrupted one is lost.
 
     Args:
-        source: a folder, glob or text list of volumes of any format; or a sequence of volumes in memory, as [`segment`]
-            takes them, which are kept in `scans/` of the output.
-        output: folder for all files: `plan.json`, `training/` (checkpoints, logs, pictures), `model/` (what
+        source: a folder, glob or text list of volumes of any format; or a volume in memory or a sequence of them, as
+            [`segment`] takes them, which are kept in `scans/` of the output.
+        output: folder for all files, or `None`: `plan.json`, `training/` (checkpoints, logs, pictures), `model/` (what
             `segment --model` takes: the diffusion model and one network with all levels), `parts/` (label maps, tables
             and reports; with the folders of the scans below it if scans in different folders have one name) and
             `index.html`.
@@ -76,67 +73,45 @@ def discover(
         tell: progress callback, called with a line when a step begins.
         on_error: called with the error of a scan that cannot be read, before the next one; default: raise it.
 
+    Returns:
+        What was written for each scan, or without an output the models and label maps, see [`DiscoverOutput`].
+
     Raises:
         InputError: if no scan can be read, or one has changed since the run began.
+        ValueError: for an unknown option, or `resume` without an output.
         OutputError: if `output` holds an earlier run and `resume` is not set.
         ModelError: if a training fails, or the earlier run was of other scans.
     """
-    output = Path(output)
-    check_folder(output)
-    place = choose_device(device)
-    plan_file = output / "plan.json"
-    if plan_file.exists() and not resume:
-        raise OutputError(f"{output}: holds an earlier run; --resume continues it, or choose another --output folder.")
-    tell("Reading the scans")
-    if isinstance(source, str | Path):
-        paths = list_volumes(source, include, series)
-    else:
-        paths = _keep_volumes(source, output / "scans", nan_to_zero)
-    paths = [with_options(path, volume=volume, resolution=resolution) for path in paths]
-    given = _target_in_mm(spacing)
-    reading = {"nan_to_zero": nan_to_zero, "ignore_affine": ignore_affine, "missing_chunks": missing_chunks}
-    reading = {name: value for name, value in {**reading, "voxel_size": voxel_size}.items() if value}
-    scans, shapes, spacings, units, sha256, domain = _read_all(paths, reading, on_error)
-    if plan_file.exists():
-        plan = read_plan(plan_file)
-        if [_location(scan) for scan in plan.scans] != [_location(scan) for scan in scans]:
-            raise ModelError(f"{plan_file}: is of other scans than {source}; choose another --output folder.")
-        if plan.reading != reading:
-            raise ModelError(
-                f"{plan_file}: its scans were read with the options {plan.reading}, now with {reading}; give the same "
-                "options, or choose another --output folder."
-            )
-        _check_unchanged(plan, sha256)
-    else:
-        memory = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else free_memory()
-        unit = "voxel" if UNKNOWN in units else "mm"
-        if given is not None and unit != "mm":
-            raise ValueError("`spacing` needs the voxel size of every scan, and one gives none; leave it out.")
-        options = {"preset": preset, "levels": levels, "seed": seed, "spacing": given, "spacing_unit": unit}
-        plan = make_plan(shapes, spacings, scans, memory_bytes=memory, **options)
-        plan = replace(plan, sha256=tuple(sha256), reading=reading)
-        write_json(plan_file, asdict(plan))
-    tell(describe_plan(plan))
+    options = {name: value for name, value in locals().items() if name not in ("source", "output", "progress")}
+    if output is not None:
+        return _discover_into(Path(output), source, progress=progress, **options)
+    if resume:
+        raise ValueError("`resume` continues the run of an `output` folder; name it.")
+    with tempfile.TemporaryDirectory(prefix="diffdiscover3d-") as folder:
+        return _discover_in_memory(Path(folder), source, **options)
+
+
+def _discover_into(output: Path, source, *, include, progress: bool, tell, on_error, **options) -> list[SegmentedFile]:
+    """Train, and write the results of all scans and reports to `output`."""
+    run = prepare(output, source, include=include, tell=tell, on_error=on_error, **options)
     # fail fast, and not after the trainings
     extras = Extras(preview=True, statistics=True, tables=True, report=True)
-    numbers = tuple(range(1, plan.levels + 1)) if plan.levels > 1 else (None,)
-    cases = plan_cases([Path(scan) for scan in plan.scans], output / "parts", numbers, extras)
+    levels = run.plan.levels
+    numbers = tuple(range(1, levels + 1)) if levels > 1 else (None,)
+    cases = plan_cases([Path(scan) for scan in run.plan.scans], output / "parts", numbers, extras)
     check_cases(cases, cases, overwrite=True, resume=True)
 
-    _train_all(plan, domain, output, place, verbose, tell)
-    _check_unchanged(plan)
-    model, total = output / "model", plan.levels + 2
-    tell(f"Step {total} of {total}: drawing the parts of every scan")
+    model = _train_all(run, tell)
     results = segment(
-        list(plan.scans),
+        list(run.plan.scans),
         output / "parts",
         model=str(model),
         level="all",
-        device=device,
+        device=run.device,
         **vars(extras),
         resume=True,
         include=include,
-        **plan.reading,
+        **run.plan.reading,
         progress=progress,
         on_error=on_error,
     )
@@ -147,93 +122,22 @@ def discover(
     return results
 
 
-def _check_unchanged(plan: Plan, sha256: Sequence[str] | None = None) -> None:
-    """Compare the scans with those of the plan, so that all trainings and results are of the same ones.
-
-    Args:
-        sha256: of the scans; default: read again.
-    """
-    now = [volume_sha256(scan) for scan in plan.scans] if sha256 is None else sha256
-    for scan, before, after in zip(plan.scans, plan.sha256 or now, now, strict=True):
-        if before != after:
-            raise InputError(
-                f"{scan}: has changed since this run began; restore it, or start anew in another --output folder."
-            )
-
-
-def _read_all(
-    paths: Sequence[Path], reading: dict, on_error
-) -> tuple[list[str], list, list, set[str], list[str], dict]:
-    """Read every scan once, so that a damaged one is reported before the trainings."""
-    scans, shapes, spacings, units, hashes, signatures = [], [], [], set(), [], []
-    for path in paths:
-        try:
-            volume = read_volume(path, **reading)
-        except DiffDiscoverError as error:
-            if on_error is None:
-                raise
-            on_error(error)
-            continue
-        place, inner = str(path).partition(SEPARATOR)[::2]
-        # a link keeps its name: git-annex and the Hub's cache link to files whose names are hashes
-        scans.append(str(Path(place).absolute()) + (f"{SEPARATOR}{inner}" if inner else ""))
-        shapes.append(volume.data.shape)
-        spacings.append(volume.spacing_mm)
-        units.add(volume.unit)
-        hashes.append(volume.sha256)
-        signatures.append(signature(volume))
-    if not scans:
-        raise InputError("none of the scans can be read.")
-    return scans, shapes, spacings, units, hashes, summarise(signatures, spacings)
+def _discover_in_memory(folder: Path, source, *, tell, **options) -> DiscoverOutput:
+    """Train in a folder, and return the models and the label maps of all scans."""
+    run = prepare(folder, source, tell=tell, **options)
+    model, labels = _train_all(run, tell), []
+    for scan in run.plan.scans:
+        reading = run.plan.reading
+        if (volume := run.volumes.get(scan)) is not None:
+            scan, reading = volume, {"nan_to_zero": options["nan_to_zero"]}
+        found = segment(scan, model=str(model), level="all", device=run.device, **reading)
+        labels.append({level or 1: one for level, one in found.items()})
+    return DiscoverOutput(load_discovery(str(model)), load_teacher(str(model)), labels, run.domain)
 
 
-def _location(scan: str) -> tuple[Path, str]:
-    """Where a scan is on disk, however its path is written."""
-    place, inner = scan.partition(SEPARATOR)[::2]
-    return Path(place).resolve(), inner
-
-
-def _target_in_mm(spacing: str | Sequence[float] | None) -> tuple[float, ...] | None:
-    """A target spacing in mm, from three numbers in mm or lengths with a unit.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if isinstance(spacing, str):
-        edges, unit = parse_voxel_size(spacing, "spacing")
-        return tuple(edge * IN_MM[unit] for edge in edges)
-    if spacing is not None and (len(spacing) != 3 or not min(spacing) > 0):
-        raise ValueError(f"`spacing` must be three positive numbers, got {spacing}.")
-    return None if spacing is None else tuple(map(float, spacing))
-
-
-def _keep_volumes(volumes: Sequence, folder: Path, nan_to_zero: bool) -> list[Path]:
-    """Write volumes in memory as files, so that a run can be continued; those that are there stay.
-
-    Images become NIfTI; arrays, which have no voxel size, NumPy files.
-    """
-    paths = []
-    for number, one in enumerate(volumes):
-        if isinstance(one, str | Path):
-            paths.append(Path(one))
-            continue
-        scan, _ = as_scan(one, nan_to_zero=nan_to_zero)
-        sized = scan.unit != UNKNOWN
-        paths.append(folder / f"scan-{number:03d}.{'nii.gz' if sized else 'npy'}")
-        if paths[-1].exists():
-            continue
-        if sized:
-            write_like(paths[-1], scan.data, scan)
-        else:
-            with atomic_file(paths[-1], ".npy") as temporary:
-                np.save(temporary, scan.data)
-    return paths
-
-
-def _train_all(
-    plan: Plan, domain: dict, output: Path, place: torch.device, verbose: bool, tell: Callable[[str], None]
-) -> None:
-    """Run the trainings that are not finished, and copy the trained models to `model/`."""
+def _train_all(run: DiscoverRun, tell: Callable[[str], None]) -> Path:
+    """Run the trainings that are not finished, and copy the trained models to `model/`, which is returned."""
+    plan, output, place, verbose = run.plan, run.output, run.place, run.verbose
     training, model, total = output / "training", output / "model", plan.levels + 2
     listed = output / "scans.json"
     write_json(listed, plan.scans)
@@ -247,22 +151,25 @@ def _train_all(
         tell(f"Step {level + 1} of {total}: learning to tell {LEVEL_PARTS[level]} parts apart ({rounds} rounds)")
         folder = training / f"level{level}"
 
-        def run(training: Training) -> None:
+        def train(training: Training) -> None:
             _train(training, "selection.json", place, verbose, plan)
 
         used = recipe
         try:
-            done = train_level(used, level, dataset, plan.seed, str(teacher.folder), parent, folder, run)
+            done = train_level(used, level, dataset, plan.seed, str(teacher.folder), parent, folder, train)
         except NothingToDivideError:
             tell(f"Step {level + 1} of {total}: the parts have no inclusions; dividing them by their intensities")
             used = make_fallback(plan)
-            done = train_level(used, level, dataset, plan.seed, str(teacher.folder), parent, folder, run)
+            done = train_level(used, level, dataset, plan.seed, str(teacher.folder), parent, folder, train)
         if (starts := used.starts_of(level)) > 1:
             tell(f"Of {starts} starts {Path(done[starts].options['init_from']).name} had the lowest loss")
         parent = folder
     _take_over(teacher.folder, model / "diffusion")
     # beside the network, which needs it
-    _take_over(parent, model / "discovery", {DOMAIN_FILE: domain})
+    _take_over(parent, model / "discovery", {DOMAIN_FILE: run.domain})
+    check_unchanged(plan)
+    tell(f"Step {total} of {total}: drawing the parts of every scan")
+    return model
 
 
 def _take_over(trained: Path, target: Path, also: dict[str, dict] | None = None) -> None:
@@ -281,7 +188,7 @@ def _train(training: Training, result: str, place: torch.device, verbose: bool, 
     folder = training.folder
     if (folder / result).exists():
         return
-    _check_unchanged(plan)
+    check_unchanged(plan)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "options.json"
     options = {**training.options, "output_dir": folder}

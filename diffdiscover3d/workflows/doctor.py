@@ -11,8 +11,9 @@ import torch
 from huggingface_hub import constants
 
 from diffdiscover3d import __version__
-from diffdiscover3d.hub.registry import DEFAULT_MODEL, embedded_models, model_levels
+from diffdiscover3d.hub.registry import DEFAULT_MODEL, embedded_models
 from diffdiscover3d.hub.resolve import choose_levels
+from diffdiscover3d.hub.sources import model_levels
 from diffdiscover3d.segmentation.driver import choose_device
 from diffdiscover3d.utils.provenance import weights_sha256
 

@@ -24,7 +24,7 @@ def labels(volume, tiny_discovery, tmp_path_factory):
     """As from a file."""
     folder = tmp_path_factory.mktemp("file")
     nib.save(nib.Nifti1Image(volume, np.eye(4)), folder / "a.nii")
-    (result,) = segment(folder / "a.nii", model=str(tiny_discovery))
+    (result,) = segment(folder / "a.nii", beside_inputs=True, model=str(tiny_discovery))
     return np.asarray(nib.load(result.labels).dataobj)
 
 
@@ -59,6 +59,33 @@ def test_all_levels_of_an_array(volume):
     found = segment(volume, level="all")
     assert list(found) == [1, 2, 3] and all(labels.shape == volume.shape for labels in found.values())
     assert np.array_equal(segment(volume, num_parts=4), found[2])
+
+
+def test_files_without_an_output(volume, labels, tiny_discovery, tmp_path, monkeypatch):
+    """Folders and lists get lists in the order of the volumes, a file gets an image; nothing is left behind."""
+    kept = tmp_path / "temporary"
+    kept.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(kept))
+    affine = np.array([[0, 0, 2, 5], [-1.5, 0, 0, 3], [0, -1.0, 0, 1], [0, 0, 0, 1.0]])
+    flipped = volume[::-1].copy()
+    for name, values in (("b", volume), ("a", flipped)):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(values, affine if name == "a" else np.eye(4)), tmp_path / "in" / f"{name}.nii.gz")
+    before = sorted(tmp_path.rglob("*"))
+    one, two = segment(tmp_path / "in", model=str(tiny_discovery))
+    assert np.array_equal(two.dataobj, labels) and np.array_equal(one.affine, affine)
+    assert one.header.get_intent()[0] == "label"
+    single = segment(str(tmp_path / "in" / "b.nii.gz"), model=str(tiny_discovery))
+    assert isinstance(single, nib.Nifti1Image) and np.array_equal(single.dataobj, labels)
+    mixed = segment([tmp_path / "in" / "b.nii.gz", volume, nib.Nifti1Image(flipped, affine)], model=str(tiny_discovery))
+    assert np.array_equal(mixed[0].dataobj, labels) and np.array_equal(mixed[1], labels)
+    assert np.array_equal(mixed[2].dataobj, one.dataobj)
+    nested = segment([tmp_path / "in" / "b.nii.gz"], level="all")
+    assert [list(levels) for levels in nested] == [[1, 2, 3]]
+    assert np.array_equal(nested[0][2].dataobj, segment(tmp_path / "in" / "b.nii.gz").dataobj)
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(ValueError, match="`report` is about files"):
+        segment(tmp_path / "in", model=str(tiny_discovery), report=True)
 
 
 def test_what_cannot_be_used(volume, tiny_discovery, tmp_path):

@@ -67,7 +67,7 @@ def test_distinct_names_share_a_folder(subjects, tmp_path, tiny_discovery, make_
 def test_own_results_are_no_scans(tmp_path, tiny_discovery, make_nifti):
     folder, model = tmp_path / "scans", str(tiny_discovery)
     scan = make_nifti(folder / "a.nii.gz", values(1))
-    segment(scan, model=model, probabilities=True)  # beside the scan
+    segment(scan, beside_inputs=True, model=model, probabilities=True)  # beside the scan
     segment(scan, folder / "mine.nii.gz", model=model)  # known by its sidecar only
     make_nifti(folder / "a_stage1.nii.gz", values(2))
     make_nifti(folder / "a_mask.nii.gz", values(2))

@@ -2,6 +2,7 @@
 
 import json
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -41,6 +42,12 @@ def test_the_same_labels_from_every_format(tmp_path, values, expected, tiny_disc
     assert result.labels.name.endswith(f"_dseg{suffix}") and suffix in (".nii.gz", *LABEL_SUFFIXES)
     scan, labels = read_volume(path), read_volume(result.labels, allow_constant=True)
     assert np.array_equal(labels.data, expected) and np.allclose(labels.affine, scan.affine, rtol=1e-6)
+    before = sorted(tmp_path.rglob("*"))
+    image = segment(path, model=str(tiny_discovery))  # without an output: the same labels, and nothing is written
+    assert isinstance(image, nib.Nifti1Image) and image.get_data_dtype() == np.uint8
+    assert np.array_equal(image.dataobj, labels.to_input_grid(labels.data))
+    assert np.allclose(image.affine, labels.header.get_best_affine(), rtol=1e-6)
+    assert sorted(tmp_path.rglob("*")) == before
     sidecar = json.loads(result.sidecar.read_text())
     assert len(sidecar["input"]["sha256"]) == 64
     key = {"mrc": "volume_nm3", "npy": None, "tif": None, "h5": None, "zarr": "volume_um3"}.get(kind, "volume_ml")

@@ -16,7 +16,8 @@ from PIL import Image
 from diffdiscover3d import __version__
 from diffdiscover3d.cli import app as cli
 from diffdiscover3d.errors import InputError, MemoryLimitError, ModelError, NetworkError, OutputError
-from diffdiscover3d.segmentation import driver as module
+from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+from diffdiscover3d.segmentation import files as module
 from diffdiscover3d.segmentation import in_memory
 from diffdiscover3d.segmentation import scan as scan_module
 from diffdiscover3d.segmentation.driver import choose_device, segment, stem
@@ -46,7 +47,7 @@ def world_labels(path) -> np.ndarray:
 
 def test_result_lies_on_the_input(scan, tiny_discovery):
     before = scan.read_bytes()
-    (result,) = segment(scan, model=str(tiny_discovery), device="cpu", preview=True)
+    (result,) = segment(scan, beside_inputs=True, model=str(tiny_discovery), device="cpu", preview=True)
     assert names(scan.parent) == [
         "scan.nii.gz",
         *(f"scan_dseg.{end}" for end in ("json", "nii.gz", "png", "tsv")),
@@ -94,10 +95,10 @@ def test_result_lies_on_the_input(scan, tiny_discovery):
 
 
 def test_second_run_writes_the_same_labels(scan, tiny_discovery):
-    (first,) = segment(scan, model=str(tiny_discovery))
+    (first,) = segment(scan, beside_inputs=True, model=str(tiny_discovery))
     once = first.labels.read_bytes()
     assert first.preview is None
-    segment(scan, model=str(tiny_discovery), overwrite=True)
+    segment(scan, beside_inputs=True, model=str(tiny_discovery), overwrite=True)
     assert first.labels.read_bytes() == once
 
 
@@ -127,7 +128,7 @@ def test_notes_and_choices_reach_the_sidecar(tmp_path, make_nifti, tiny_discover
     volumes = np.stack([blobs(), blobs()[::-1]], axis=-1).astype(np.float32)
     volumes[0, 0, 0, 1] = np.nan
     path = make_nifti(tmp_path / "four.nii.gz", volumes)
-    (result,) = segment(path, model=str(tiny_discovery), volume=1, nan_to_zero=True)
+    (result,) = segment(path, beside_inputs=True, model=str(tiny_discovery), volume=1, nan_to_zero=True)
     sidecar = json.loads(result.sidecar.read_text())
     assert sidecar["notes"] == list(result.notes) and len(result.notes) == 2
     assert sidecar["arguments"]["volume"] == 1 and sidecar["arguments"]["nan_to_zero"] is True
@@ -142,7 +143,7 @@ def test_existing_results_are_refused_without_overwrite(scan, tiny_discovery):
         old = scan.parent / name
         old.write_bytes(b"old")
         with pytest.raises(OutputError, match=rf"{name}: already exists; use --overwrite"):
-            segment(scan, model=str(tiny_discovery), preview=True)
+            segment(scan, beside_inputs=True, model=str(tiny_discovery), preview=True)
         assert old.read_bytes() == b"old" and names(scan.parent) == ["scan.nii.gz", name]
         old.unlink()
 
@@ -152,10 +153,10 @@ def test_overwrite_replaces_all(scan, tiny_discovery):
     for target in targets:
         target.write_bytes(b"old")
     with pytest.raises(OutputError, match=r"scan_dseg\.nii\.gz: was not made by diffdiscover3d"):
-        segment(scan, model=str(tiny_discovery), preview=True, overwrite=True)
+        segment(scan, beside_inputs=True, model=str(tiny_discovery), preview=True, overwrite=True)
     assert all(target.read_bytes() == b"old" for target in targets)
     targets[1].write_bytes(b'{"diffdiscover3d": "0.0"}')  # a sidecar of an earlier version
-    segment(scan, model=str(tiny_discovery), preview=True, overwrite=True)
+    segment(scan, beside_inputs=True, model=str(tiny_discovery), preview=True, overwrite=True)
     assert all(target.read_bytes() not in (b"old", b'{"diffdiscover3d": "0.0"}') for target in targets)
 
 
@@ -164,7 +165,7 @@ def test_the_input_itself_is_never_overwritten(scan, tiny_discovery, make_link):
     make_link(scan, scan.parent / "scan_dseg.nii.gz")
     before = scan.read_bytes()
     with pytest.raises(OutputError, match="is the input itself"):
-        segment(scan, model=str(tiny_discovery), overwrite=True)
+        segment(scan, beside_inputs=True, model=str(tiny_discovery), overwrite=True)
     assert scan.read_bytes() == before
 
 
@@ -172,7 +173,8 @@ def test_another_input_is_never_overwritten(scan, tiny_discovery):
     other = scan.parent / "scan_dseg.nii.gz"
     other.write_bytes(scan.read_bytes())
     with pytest.raises(OutputError, match=r"scan_dseg\.nii\.gz: is one of the inputs"):
-        segment(f"{scan.parent}/*.nii.gz", model=str(tiny_discovery), overwrite=True, include=["*_dseg*"])
+        options = {"overwrite": True, "include": ["*_dseg*"], "beside_inputs": True}
+        segment(f"{scan.parent}/*.nii.gz", model=str(tiny_discovery), **options)
     assert other.read_bytes() == scan.read_bytes()
 
 
@@ -185,7 +187,9 @@ def test_two_inputs_of_one_stem(tmp_path, make_nifti, tiny_discovery):
     with pytest.raises(OutputError, match=r"would both write.*two output folders"):
         segment([one, same], tmp_path / "new", model=str(tiny_discovery))
     assert not (tmp_path / "new").exists()
-    assert len(segment([one, two], model=str(tiny_discovery))) == 2  # beside their inputs the names do not clash
+    assert (
+        len(segment([one, two], beside_inputs=True, model=str(tiny_discovery))) == 2
+    )  # beside their inputs the names do not clash
 
 
 def test_output_folder_is_made_and_may_lie_deep(scan, tmp_path, tiny_discovery):
@@ -301,7 +305,7 @@ def test_out_of_memory_names_the_file(scan, tmp_path, tiny_discovery, monkeypatc
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(module.StructureDiscoveryModel, "segment", fail)
+    monkeypatch.setattr(StructureDiscoveryModel, "segment", fail)
     with pytest.raises(MemoryLimitError, match=r"scan\.nii\.gz.*does not fit.*resample") as caught:
         segment(scan, tmp_path / "out", model=str(tiny_discovery))
     assert caught.value.exit_code == 7 and not (tmp_path / "out").exists()
@@ -311,9 +315,9 @@ def test_other_runtime_errors_are_not_called_memory(scan, tiny_discovery, monkey
     def fail(*_):
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(module.StructureDiscoveryModel, "segment", fail)
+    monkeypatch.setattr(StructureDiscoveryModel, "segment", fail)
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        segment(scan, model=str(tiny_discovery))
+        segment(scan, beside_inputs=True, model=str(tiny_discovery))
 
 
 def test_devices():

@@ -65,7 +65,7 @@ def test_a_volume_that_cannot_be_read_into_memory(tmp_path, monkeypatch):
 def test_a_volume_that_can_be_read_but_not_segmented(tmp_path, monkeypatch, tiny_discovery):
     path = promise(tmp_path / "large.nii", (300, 256, 256))
     monkeypatch.setattr(machine, "free_memory", lambda: 2**30)
-    monkeypatch.setattr("diffdiscover3d.segmentation.driver.stream_source", None)  # must not be called
+    monkeypatch.setattr("diffdiscover3d.segmentation.files.stream_source", None)  # must not be called
     with pytest.raises(MemoryLimitError, match=r"large\.nii.*needs about 3\.0 GiB and 1\.0 GiB"):
         segment(path, tmp_path / "out", model=str(tiny_discovery), device="cpu")
     monkeypatch.setattr(machine, "free_memory", lambda: 2**29)

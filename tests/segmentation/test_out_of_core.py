@@ -18,7 +18,7 @@ from diffdiscover3d.data.formats.nifti.source import open_nifti
 from diffdiscover3d.errors import InputError, MemoryLimitError, OutputError
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting import page
-from diffdiscover3d.segmentation import driver as module
+from diffdiscover3d.segmentation import files as module
 from diffdiscover3d.segmentation import out_of_core
 from diffdiscover3d.segmentation import scan as scan_module
 from diffdiscover3d.segmentation.driver import segment
@@ -276,12 +276,12 @@ def test_a_compressed_file_that_grows_is_not_read_before(tmp_path, sliding, monk
 
 MEASURED = """
 import sys
-from diffdiscover3d.segmentation import driver as segmentation
+from diffdiscover3d.segmentation import driver, files
 from diffdiscover3d.segmentation.preflight import MemoryPlan
 if sys.argv[1] == "memory":
-    segmentation.plan_memory = lambda *_, **__: MemoryPlan(False, None)
+    files.plan_memory = lambda *_, **__: MemoryPlan(False, None)
 extras = {"preview": True, "report": True, "statistics": True}
-segmentation.segment(sys.argv[2], sys.argv[3], model=sys.argv[4], level="all", **extras)
+driver.segment(sys.argv[2], sys.argv[3], model=sys.argv[4], level="all", **extras)
 """
 
 

@@ -81,7 +81,7 @@ def test_a_marked_corner_stays_in_its_corner(tmp_path, make_nifti, monkeypatch, 
     values = noise()
     values[:2, -3:, :1] = 1000  # one corner, with a different extent along every axis
     scan = make_nifti(tmp_path / "scan.nii.gz", values, affine)
-    monkeypatch.setattr("diffdiscover3d.hub.resolve.load_discovery", lambda *_: Threshold())
+    monkeypatch.setattr("diffdiscover3d.hub.registry.load_discovery", lambda *_: Threshold())
     (result,) = segment(scan, tmp_path / "out", statistics=True, probabilities=True)
 
     marked = nib.load(result.labels)
@@ -299,10 +299,10 @@ def test_nothing_private_is_copied_into_results(tmp_path, make_nifti, levelled):
 def test_levels_a_model_does_not_have(tmp_path, make_nifti, levelled, tiny_discovery):
     scan = make_nifti(tmp_path / "scan.nii.gz", noise())
     with pytest.raises(ModelError, match=r"\[1, 2\], not 3"):
-        segment(scan, model=str(levelled), level=3)
+        segment(scan, beside_inputs=True, model=str(levelled), level=3)
     with pytest.raises(ModelError, match=r"has the levels \[1\], not 2"):
-        segment(scan, model=str(tiny_discovery), level=2)
-    (result,) = segment(scan, model=str(tiny_discovery), level="all")
+        segment(scan, beside_inputs=True, model=str(tiny_discovery), level=2)
+    (result,) = segment(scan, beside_inputs=True, model=str(tiny_discovery), level="all")
     assert list(result.levels) == [None] and result.tree is None
 
 

@@ -31,6 +31,7 @@ from diffdiscover3d.workflows.discover_plan import (
     make_recipe,
     read_plan,
 )
+from diffdiscover3d.workflows.discover_scans import DiscoverRun
 
 PLENTY = 2**40
 
@@ -113,7 +114,9 @@ def test_a_level_without_inclusions_is_divided_by_its_intensities(tmp_path, monk
     monkeypatch.setattr(module, "_take_over", lambda *_: None)
     monkeypatch.setattr("diffdiscover3d.training.recipes.final_loss", lambda folder: 0.0)
     found = plan([(120, 100, 90)] * 3)
-    module._train_all(found, {}, tmp_path, torch.device("cpu"), False, lines.append)
+    run = DiscoverRun(found, {}, tmp_path, "cpu", torch.device("cpu"), verbose=False, volumes={})
+    monkeypatch.setattr(module, "check_unchanged", lambda *_: None)
+    module._train_all(run, lines.append)
     names = [name for name, _ in trained]
     assert names[-2:] == ["level2", "level3"] and "level2-step1" not in names
     level2, level3 = (options for _, options in trained[-2:])
@@ -216,6 +219,51 @@ def test_links_keep_their_names(scans, tmp_path, monkeypatch):
     # the same scans, written in another way
     monkeypatch.chdir(folder.parent)
     assert discover("../snapshots/main", tmp_path / "out", resume=True, **options) == []
+
+
+def test_without_an_output_nothing_is_left_behind(scans, tmp_path, monkeypatch):
+    """Models and label maps come back in memory, of every kind of volume, and the models can be saved and used."""
+    sitk = pytest.importorskip("SimpleITK")
+    few_steps(monkeypatch)
+    kept = tmp_path / "temporary"
+    kept.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(kept))
+    before, lines = sorted(tmp_path.rglob("*")), []
+    image = nib.load(scans / "s1.nii.gz")
+    array = np.asarray(image.dataobj)
+    picture = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
+    volumes = [scans / "s0.nii.gz", image, picture]
+    found = discover(volumes, preset="quick", levels=2, device="cpu", tell=lines.append)
+    assert sorted(tmp_path.rglob("*")) == before and lines[-1].startswith("Step 4 of 4")
+    assert [network.config.num_parts for network in found.model.levels] == [2, 4] and not found.model.training
+    assert not found.pipeline.unet.training and found.domain["scans"] == 3
+    assert [list(levels) for levels in found.labels] == [[1, 2]] * 3
+    one, two, three = (levels[2] for levels in found.labels)
+    assert isinstance(one, nib.Nifti1Image) and one.shape == (18, 16, 14)
+    assert isinstance(two, nib.Nifti1Image) and np.array_equal(two.affine, image.affine)
+    assert isinstance(three, sitk.Image) and three.GetSize() == array.shape
+    found.save_pretrained(tmp_path / "model")
+    again = segment(volumes, model=str(tmp_path / "model"), level="all")
+    for levels, expected in zip(again, found.labels, strict=True):
+        for level, labels in levels.items():
+            pair = (labels, expected[level])
+            pair = [sitk.GetArrayFromImage(x) if isinstance(x, sitk.Image) else np.asarray(x.dataobj) for x in pair]
+            assert np.array_equal(*pair)
+    load_teacher(str(tmp_path / "model"))
+    with pytest.raises(ValueError, match="`resume` continues the run of an `output`"):
+        discover(volumes, resume=True)
+
+
+def test_one_array_and_an_interruption(tmp_path, monkeypatch):
+    kept = tmp_path / "temporary"
+    kept.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(kept))
+    array = np.random.default_rng(0).normal(0, 0.1, (14, 12, 10)).astype(np.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            discover(array, preset="quick", device="cpu")
+    assert list(kept.iterdir()) == []
 
 
 @pytest.mark.slow
