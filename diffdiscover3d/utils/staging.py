@@ -16,7 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffdiscover3d.errors import OutputError
-from diffdiscover3d.utils.files import MODEL_MARKERS, output_error, output_errors, read_json, remove_empty, sync
+from diffdiscover3d.utils.files import (
+    MODEL_MARKERS,
+    output_error,
+    output_errors,
+    read_json,
+    remove_empty,
+    set_permissions,
+    sync,
+)
 
 try:
     import fcntl
@@ -69,6 +77,7 @@ def replaced_folder(target: str | Path) -> Iterator[Path]:
         new = staging / _NEW / target.name
         new.mkdir()
         yield new
+        set_permissions([*new.rglob("*"), new])
         for path in (*new.rglob("*"), new):
             sync(path)
         if not target.exists():
@@ -212,6 +221,7 @@ def _commit(staging: Path, target: Path, overwrite: bool) -> None:
     for source, place in moves:
         if source.is_file() and place.is_dir():
             raise OutputError(f"{place}: is a folder where a file must be written; choose another output folder.")
+    set_permissions(files)
     for file in files:
         sync(file)
     if not overwrite:

@@ -36,6 +36,18 @@ def test_the_lock_is_released_after_an_error(tmp_path):
         pass
 
 
+def test_a_folder_that_was_created_for_the_lock_is_removed_if_it_stays_empty(tmp_path):
+    with locked_folder(tmp_path / "new" / "out"):
+        assert [p.name for p in (tmp_path / "new" / "out").iterdir()] == [".lock"]
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "old").mkdir()
+    with locked_folder(tmp_path / "old"), locked_folder(tmp_path / "used"):
+        (tmp_path / "used" / "model").touch()
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [".lock", ".lock", "model", "old", "used"]
+
+
 def test_a_folder_that_cannot_be_written_to(tmp_path):
-    with pytest.raises(OutputError, match="cannot be created"), locked_folder(tmp_path / "absent"):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written"), locked_folder(tmp_path / "file" / "out"):
         pass
+    assert (tmp_path / "file").is_file()
