@@ -9,6 +9,31 @@ from diffdiscover3d.errors import OutputError
 from diffdiscover3d.utils.files import output_error, remove_empty
 
 _NAME = ".lock"
+_HELD: set[int] = set()
+
+
+def hold(handle: int | None) -> None:
+    """Close a handle in forked children: one that outlives this process, such as a data-loading worker, keeps locks."""
+    if handle is not None:
+        _HELD.add(handle)
+
+
+def release(handle: int | None) -> None:
+    """Close a handle, and thereby release its lock."""
+    if handle is not None:
+        _HELD.discard(handle)
+        os.close(handle)
+
+
+def _close_in_child() -> None:
+    for handle in _HELD:
+        with contextlib.suppress(OSError):
+            os.close(handle)
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextlib.contextmanager
@@ -32,6 +57,7 @@ def locked_folder(folder: str | Path) -> Iterator[None]:
     except OSError as error:
         remove_empty(missing)
         raise error if isinstance(error, OutputError) else output_error(folder, error) from error
+    hold(handle)
     try:
         yield
     finally:
@@ -39,8 +65,7 @@ def locked_folder(folder: str | Path) -> Iterator[None]:
             if missing and [path.name for path in folder.iterdir()] in ([_NAME], []):
                 (folder / _NAME).unlink(missing_ok=True)
                 remove_empty(missing)
-        if handle is not None:
-            os.close(handle)
+        release(handle)
 
 
 def _lock(folder: Path) -> int | None:

@@ -25,6 +25,7 @@ from diffdiscover3d.utils.files import (
     set_permissions,
     sync,
 )
+from diffdiscover3d.utils.locks import hold, release
 
 try:
     import fcntl
@@ -117,14 +118,14 @@ def _staging_folder(target: Path) -> Iterator[Path]:
     except OSError as error:
         remove_empty(missing)
         raise error if isinstance(error, OutputError) else output_error(target, error) from error
+    hold(owner)
     try:
         with output_errors(target):
             (staging / _NEW).mkdir()
             yield staging
     finally:
         _delete(staging)
-        if owner is not None:
-            os.close(owner)
+        release(owner)
         remove_empty(missing)
 
 

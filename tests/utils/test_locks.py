@@ -9,6 +9,7 @@ import pytest
 
 from diffdiscover3d.errors import OutputError
 from diffdiscover3d.utils.locks import locked_folder
+from diffdiscover3d.utils.staging import recover_folder
 
 HOLD = """
 import sys, time
@@ -27,6 +28,36 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
     with locked_folder(tmp_path):
         pass
+
+
+FORK = """
+import os, sys, time
+from diffdiscover3d.utils.locks import locked_folder
+from diffdiscover3d.utils.staging import staged_folder
+with locked_folder(sys.argv[1]), staged_folder(sys.argv[1]) as staging:
+    (staging / "half").touch()
+    if os.fork() == 0:  # as a data-loading worker
+        time.sleep(60)
+    print("forked", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_that_outlives_the_holder_keeps_no_lock(tmp_path):
+    code = [sys.executable, "-c", FORK, str(tmp_path)]
+    with subprocess.Popen(code, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            assert process.stdout.readline() == "forked\n"
+            with pytest.raises(OutputError, match="another process is writing"), locked_folder(tmp_path):
+                pass
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            with locked_folder(tmp_path):
+                recover_folder(tmp_path)
+            assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_the_lock_is_released_after_an_error(tmp_path):
