@@ -56,20 +56,29 @@ def run(config: TrainingConfig) -> str:
         from diffdiscover3d.training.brain_run import train_brain
 
         return str(train_brain(config, _prepare_push))
-    from diffdiscover3d.data.loading import common_grid, has_splits, load_volumes
-    from diffdiscover3d.hub.registry import load_discovery, load_teacher
-    from diffdiscover3d.training.data_check import read_all
-    from diffdiscover3d.training.fingerprints import dataset_fingerprint, weights_fingerprint
-    from diffdiscover3d.training.loop import check_launcher, make_accelerator, train
+    from diffdiscover3d.training.loop import check_launcher, make_accelerator
     from diffdiscover3d.training.precision import settle_precision
     from diffdiscover3d.training.resume import CONFIG_FILE, check_output
-    from diffdiscover3d.training.schedules import settle_epochs
 
     check_launcher()
     config = settle_precision(config, Path(config.output_dir) / CONFIG_FILE)
     check_output(config)
     accelerator = make_accelerator(config)
     logging.getLogger("diffdiscover3d").disabled = not accelerator.is_main_process
+    # before the data are read: a second training into the same folder is refused at once
+    with locked_folder(config.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
+        return _run(config, accelerator)
+
+
+def _run(config: TrainingConfig, accelerator) -> str:
+    """Read the data, train and push, see [`run`]."""
+    from diffdiscover3d.data.loading import common_grid, has_splits, load_volumes
+    from diffdiscover3d.hub.registry import load_discovery, load_teacher
+    from diffdiscover3d.training.data_check import read_all
+    from diffdiscover3d.training.fingerprints import dataset_fingerprint, weights_fingerprint
+    from diffdiscover3d.training.loop import train
+    from diffdiscover3d.training.schedules import settle_epochs
+
     push = _prepare_push(config, accelerator)
     brats = _brats_options(config)
     names = (getattr(config, name, None) for name in ("init_from", "parent"))
@@ -103,11 +112,7 @@ def run(config: TrainingConfig) -> str:
         if task.model.config.children:
             identity["children"] = list(task.model.config.children)
         volumes = task.volumes
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    with (
-        locked_folder(config.output_dir) if accelerator.is_main_process else contextlib.nullcontext(),
-        push or contextlib.nullcontext(),
-    ):
+    with push or contextlib.nullcontext():
         folder = train(
             task, config, volumes, accelerator, identity, push.at_checkpoint if push and push.every_save else None
         )

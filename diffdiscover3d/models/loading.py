@@ -16,6 +16,7 @@ from diffdiscover3d.errors import ModelError
 from diffdiscover3d.models.config_schema import read_config
 from diffdiscover3d.models.embedded import embedded_folder
 from diffdiscover3d.utils.checksums import verify_checksums, write_checksums
+from diffdiscover3d.utils.files import set_permissions
 
 CONFIG_NAME = "config.json"
 _CHECKED_FILES = (CONFIG_NAME, "diffusion_pytorch_model*.safetensors", "*.safetensors.index.json")
@@ -156,6 +157,7 @@ class StrictLoadingMixin(PushMixin):
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """Save configuration and weights as in diffusers, and their checksums, which loading verifies."""
         super().save_pretrained(save_directory, **kwargs)
+        set_permissions(Path(save_directory).glob("*.safetensors"))
         write_checksums(save_directory, _CHECKED_FILES)
 
     @classmethod

@@ -17,6 +17,7 @@ from diffdiscover3d.training.loop import check_launcher, make_accelerator, train
 from diffdiscover3d.training.precision import settle_precision
 from diffdiscover3d.training.resume import CONFIG_FILE, check_output
 from diffdiscover3d.training.schedules import settle_epochs
+from diffdiscover3d.utils.locks import locked_folder
 
 logger = logging.getLogger("diffdiscover3d")
 
@@ -71,7 +72,10 @@ def _train(config: TrainingConfig, result: str, make_task: Callable, scans: Brai
         check_output(config)
     accelerator = make_accelerator(config)
     push = prepare_push(config, accelerator) if prepare_push else None
-    with push or contextlib.nullcontext():
+    with (
+        locked_folder(folder) if accelerator.is_main_process else contextlib.nullcontext(),
+        push or contextlib.nullcontext(),
+    ):
         if finished:
             logger.info("%s is finished", folder)
         else:

@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -288,6 +289,8 @@ def _make_loader(task, config, volumes, accelerator, start) -> DataLoader:
         num_workers=config.num_workers,
         worker_init_fn=ignore_signals,
         persistent_workers=config.num_workers > 0,
+        # a fork server, the default since Python 3.14, would be sent every tensor of the task as an open file
+        multiprocessing_context="fork" if config.num_workers and sys.platform == "linux" else None,
         pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator(),  # or it would draw from the global one, in the middle of a step
     )

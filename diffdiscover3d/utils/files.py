@@ -44,8 +44,7 @@ def atomic_file(target: str | Path, suffix: str = "") -> Iterator[Path]:
         with output_errors(target):
             yield temporary
             sync(temporary)
-            # mkstemp creates private files; set the default permissions
-            _set_permissions(temporary, 0o666)
+            set_permissions([temporary])
             os.replace(temporary, target)
             sync(target.parent)
     finally:
@@ -64,10 +63,10 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     try:
         with output_errors(target):
             yield temporary
+            set_permissions([*temporary.rglob("*"), temporary])
             for path in temporary.rglob("*"):
                 sync(path)
             sync(temporary)
-            _set_permissions(temporary, 0o777)
             os.rename(temporary, target)
             sync(target.parent)
     finally:
@@ -262,7 +261,10 @@ def sha256(path: str | Path) -> str:
 
 
 def _umask() -> int:
-    umask = os.umask(0)  # it cannot be read without setting it
+    with contextlib.suppress(OSError, StopIteration, ValueError):  # Linux
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
+    umask = os.umask(0)  # elsewhere it cannot be read without setting it
     os.umask(umask)
     return umask
 
@@ -283,10 +285,19 @@ def sync(path: Path) -> None:
             raise
 
 
-def _set_permissions(path: Path, mode: int) -> None:
-    """Set the default permissions of a new file or folder where the file system has permissions."""
-    with contextlib.suppress(OSError, NotImplementedError):
-        path.chmod(mode & ~_umask())
+def set_permissions(paths: Iterable[Path]) -> None:
+    """Give new files and folders the permissions that the umask leaves, where the file system has permissions.
+
+    Temporary files are created for their owner only, and so are those that safetensors writes.
+    """
+    umask = _umask()
+    for path in paths:
+        with contextlib.suppress(OSError, NotImplementedError):
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                continue
+            inherited = mode & stat.S_ISGID if stat.S_ISDIR(mode) else 0  # of a folder shared by a group
+            path.chmod((0o777 if stat.S_ISDIR(mode) else 0o666) & ~umask | inherited)
 
 
 @contextlib.contextmanager

@@ -6,8 +6,34 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffdiscover3d.errors import OutputError
+from diffdiscover3d.utils.files import output_error, remove_empty
 
 _NAME = ".lock"
+_HELD: set[int] = set()
+
+
+def hold(handle: int | None) -> None:
+    """Close a handle in forked children: one that outlives this process, such as a data-loading worker, keeps locks."""
+    if handle is not None:
+        _HELD.add(handle)
+
+
+def release(handle: int | None) -> None:
+    """Close a handle, and thereby release its lock."""
+    if handle is not None:
+        _HELD.discard(handle)
+        os.close(handle)
+
+
+def _close_in_child() -> None:
+    for handle in _HELD:
+        with contextlib.suppress(OSError):
+            os.close(handle)
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextlib.contextmanager
@@ -15,33 +41,53 @@ def locked_folder(folder: str | Path) -> Iterator[None]:
     """Hold an exclusive lock on a folder within the context.
 
     The operating system releases the lock when the process ends, however it ends. File systems without locks (some
-    network drives) are used without one.
+    network drives) are used without one. A folder that did not exist is created, and removed again if nothing has been
+    written to it.
 
     Args:
-        folder: must exist; the empty file `.lock` stays in it.
+        folder: the empty file `.lock` stays in it.
 
     Raises:
-        OutputError: if another process holds the lock.
+        OutputError: if another process holds the lock, or the folder cannot be written to.
     """
-    path = Path(folder) / _NAME
+    folder = Path(folder)
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        handle = _lock(folder)
+    except OSError as error:
+        remove_empty(missing)
+        raise error if isinstance(error, OutputError) else output_error(folder, error) from error
+    hold(handle)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if missing and [path.name for path in folder.iterdir()] in ([_NAME], []):
+                (folder / _NAME).unlink(missing_ok=True)
+                remove_empty(missing)
+        release(handle)
+
+
+def _lock(folder: Path) -> int | None:
+    """Create a folder and lock it; `None` on systems without locks."""
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
-        return
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be created ({error}); choose another folder.") from error
-    try:
+        return None
+    while True:
+        handle = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            os.close(handle)
             raise OutputError(
                 f"{folder}: another process is writing to this folder; wait for it, or choose another folder."
             ) from error
         except OSError:  # no locks on this file system
-            pass
-        yield
-    finally:
-        os.close(handle)
+            return handle
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), (folder / _NAME).stat()):
+                return handle
+        os.close(handle)  # removed by a process that has just ended
+        folder.mkdir(parents=True, exist_ok=True)

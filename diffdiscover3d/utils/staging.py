@@ -16,7 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffdiscover3d.errors import OutputError
-from diffdiscover3d.utils.files import MODEL_MARKERS, output_error, output_errors, read_json, remove_empty, sync
+from diffdiscover3d.utils.files import (
+    MODEL_MARKERS,
+    output_error,
+    output_errors,
+    read_json,
+    remove_empty,
+    set_permissions,
+    sync,
+)
+from diffdiscover3d.utils.locks import hold, release
 
 try:
     import fcntl
@@ -69,6 +78,7 @@ def replaced_folder(target: str | Path) -> Iterator[Path]:
         new = staging / _NEW / target.name
         new.mkdir()
         yield new
+        set_permissions([*new.rglob("*"), new])
         for path in (*new.rglob("*"), new):
             sync(path)
         if not target.exists():
@@ -108,14 +118,14 @@ def _staging_folder(target: Path) -> Iterator[Path]:
     except OSError as error:
         remove_empty(missing)
         raise error if isinstance(error, OutputError) else output_error(target, error) from error
+    hold(owner)
     try:
         with output_errors(target):
             (staging / _NEW).mkdir()
             yield staging
     finally:
         _delete(staging)
-        if owner is not None:
-            os.close(owner)
+        release(owner)
         remove_empty(missing)
 
 
@@ -212,6 +222,7 @@ def _commit(staging: Path, target: Path, overwrite: bool) -> None:
     for source, place in moves:
         if source.is_file() and place.is_dir():
             raise OutputError(f"{place}: is a folder where a file must be written; choose another output folder.")
+    set_permissions(files)
     for file in files:
         sync(file)
     if not overwrite:

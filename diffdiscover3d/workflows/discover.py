@@ -177,7 +177,7 @@ def _take_over(trained: Path, target: Path, also: dict[str, dict] | None = None)
     if target.exists():
         return
     with atomic_folder(target) as folder:
-        ignored = shutil.ignore_patterns("checkpoints", "options.json", "log.jsonl")
+        ignored = shutil.ignore_patterns("checkpoints", "options.json", "log.jsonl", ".lock")
         shutil.copytree(trained, folder, ignore=ignored, dirs_exist_ok=True)
         for name, values in (also or {}).items():
             write_json(folder / name, values)

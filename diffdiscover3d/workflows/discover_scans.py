@@ -78,7 +78,7 @@ def prepare(
         paths = list_volumes(source, include, series)
     else:
         paths = _keep_volumes(source, output / "scans", nan_to_zero)
-        volumes = {str(path.resolve()): one for path, one in zip(paths, source, strict=True) if is_in_memory(one)}
+        volumes = {str(path.absolute()): one for path, one in zip(paths, source, strict=True) if is_in_memory(one)}
     paths = [with_options(path, volume=volume, resolution=resolution) for path in paths]
     given = _target_in_mm(spacing)
     reading = {"nan_to_zero": nan_to_zero, "ignore_affine": ignore_affine, "missing_chunks": missing_chunks}
@@ -86,7 +86,7 @@ def prepare(
     scans, shapes, spacings, units, sha256, domain = _read_all(paths, reading, on_error)
     if plan_file.exists():
         plan = read_plan(plan_file)
-        if plan.scans != tuple(scans):
+        if [_location(scan) for scan in plan.scans] != [_location(scan) for scan in scans]:
             raise ModelError(f"{plan_file}: is of other scans than {source}; choose another --output folder.")
         if plan.reading != reading:
             raise ModelError(
@@ -135,7 +135,8 @@ def _read_all(
             on_error(error)
             continue
         place, inner = str(path).partition(SEPARATOR)[::2]
-        scans.append(str(Path(place).resolve()) + (f"{SEPARATOR}{inner}" if inner else ""))
+        # a link keeps its name: git-annex and the Hub's cache link to files whose names are hashes
+        scans.append(str(Path(place).absolute()) + (f"{SEPARATOR}{inner}" if inner else ""))
         shapes.append(volume.data.shape)
         spacings.append(volume.spacing_mm)
         units.add(volume.unit)
@@ -144,6 +145,12 @@ def _read_all(
     if not scans:
         raise InputError("none of the scans can be read.")
     return scans, shapes, spacings, units, hashes, summarise(signatures, spacings)
+
+
+def _location(scan: str) -> tuple[Path, str]:
+    """Where a scan is on disk, however its path is written."""
+    place, inner = scan.partition(SEPARATOR)[::2]
+    return Path(place).resolve(), inner
 
 
 def _target_in_mm(spacing: str | Sequence[float] | None) -> tuple[float, ...] | None:

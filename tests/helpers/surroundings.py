@@ -43,7 +43,7 @@ def run(
     """Run a command; `keep` keeps the environment of the tests."""
     environment = {**(os.environ if keep else {}), "OMP_NUM_THREADS": "1", **variables}
     command = [*wrapper, sys.executable, *program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, timeout=900)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,9 +48,13 @@ def start(arguments: list[str], **environment) -> subprocess.Popen:
     )
 
 
-def finish(arguments: list[str], timeout: float = 300, **environment) -> subprocess.CompletedProcess:
+def finish(arguments: list[str], timeout: float = 900, **environment) -> subprocess.CompletedProcess:
     process = start(arguments, **environment)
-    out, err = process.communicate(timeout=timeout)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # also those that it has launched
+        raise
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 

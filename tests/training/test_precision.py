@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from diffdiscover3d.training import precision
+from diffdiscover3d.training.brain_config import BrainConfig
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
+from diffdiscover3d.training.loop import make_accelerator
 from diffdiscover3d.training.precision import choose, measure, settle_precision
 
 
@@ -67,6 +69,17 @@ def test_what_was_asked_for_is_taken(measured, monkeypatch, tmp_path):
     assert settle_precision(make_config(DiffusionConfig), tmp_path / "absent.json").mixed_precision == "fp16"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # set by `accelerate launch` without options
     assert settle_precision(make_config(DiffusionConfig), tmp_path / "absent.json").mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize("by", ["option", "launcher"])
+@pytest.mark.parametrize("kind", [DiffusionConfig, DiscoveryConfig, BrainConfig])
+def test_fp16_on_a_cpu_is_refused(kind, by, measured, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16" if by == "launcher" else "no")
+    options = {"mixed_precision": "fp16"} if by == "option" else {}
+    config = settle_precision(make_config(kind, **options), tmp_path / "absent.json")
+    with pytest.raises(ValueError, match=r"fp16 needs a GPU; on a CPU give --mixed-precision bf16 or no"):
+        make_accelerator(config)
 
 
 @pytest.mark.parametrize("by", ["option", "launcher"])

@@ -1,5 +1,6 @@
 """`discover`: the rules of its plan, and a complete run on tiny scans."""
 
+import hashlib
 import json
 import math
 import os
@@ -197,6 +198,27 @@ def test_volumes_in_memory(tmp_path, monkeypatch):
     np.testing.assert_array_equal(segment(array, model=str(model)), labels)
     with pytest.raises(ValueError, match="`spacing` needs the voxel size of every scan"):
         discover([array], tmp_path / "other", preset="quick", spacing="2mm")
+
+
+def test_links_keep_their_names(scans, tmp_path, monkeypatch):
+    """Links to files that are named by a hash, with an ending (git-annex) or without (the Hub's cache)."""
+    few_steps(monkeypatch)
+    folder = tmp_path / "snapshots" / "main"
+    for number, scan in enumerate(sorted(scans.iterdir())[:2]):
+        key = f"SHA256E-s{scan.stat().st_size}--{hashlib.sha256(scan.read_bytes()).hexdigest()}.nii.gz"
+        stored = (folder / ".git" / "annex" / "objects" / key / key, tmp_path / "blobs" / key[-71:-7])[number]
+        link = folder / f"sub-{number}" / "T1w.nii.gz"
+        for path in (link, stored):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(scan.rename(stored), link.parent))
+    options = {"preset": "quick", "levels": 1, "device": "cpu"}
+    results = discover(folder, tmp_path / "out", **options)
+    names = [path.relative_to(tmp_path / "out" / "parts").as_posix() for path in sorted(r.labels for r in results)]
+    assert names == ["sub-0/T1w_dseg.nii.gz", "sub-1/T1w_dseg.nii.gz"]
+    assert (tmp_path / "out" / "index.html").read_text().count("_report.html") == 2
+    # the same scans, written in another way
+    monkeypatch.chdir(folder.parent)
+    assert discover("../snapshots/main", tmp_path / "out", resume=True, **options) == []
 
 
 def test_without_an_output_nothing_is_left_behind(scans, tmp_path, monkeypatch):

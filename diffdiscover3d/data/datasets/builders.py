@@ -201,7 +201,7 @@ def make_builder(name_or_path: str, cache_dir: str | None, kind: str | None, **o
     else:
         paths = [file for path in list_volumes(name_or_path) for file in files_of(path)]
     stamps = [_stamp(p) for p in sorted(set(paths))]
-    root = name_or_path if kind == "folder" and not Path(name_or_path).exists() else str(Path(name_or_path).resolve())
+    root = name_or_path if kind == "folder" and not Path(name_or_path).exists() else str(Path(name_or_path).absolute())
     fingerprint = datasets.fingerprint.Hasher.hash(stamps)
     where = {"cache_dir": cache_dir, "dataset_name": f"diffdiscover3d-{kind}"}
     return builders[kind](**where, root=root, fingerprint=fingerprint, **options)
