@@ -95,7 +95,8 @@ def write_page(path: str | Path, scan: ShownScan, levels: Sequence[ShownLevel], 
         "SUMMARY": html.escape(summary),
         "TABLES": "".join(_table(number, level, scan.frame) for number, level in enumerate(levels)),
         "TREE": _tree(levels, links),
-        "PROVENANCE": _provenance(levels, scan.notes),
+        "NOTES": _notes(levels, scan.notes),
+        "PROVENANCE": _provenance(levels),
         "LICENSES": html.escape((_VIEWER / "LICENSES.txt").read_text(encoding="utf-8")),
         # "<" could end the script element that holds the data
         "DATA": json.dumps(_data(scan, levels)).replace("<", "\\u003c"),
@@ -250,7 +251,14 @@ def _tree(levels: Sequence[ShownLevel], links: Sequence[dict]) -> str:
     return f'<h2>Which part lies in which</h2><ul class="tree">{roots}</ul>'
 
 
-def _provenance(levels: Sequence[ShownLevel], notes: Sequence[str]) -> str:
+def _notes(levels: Sequence[ShownLevel], notes: Sequence[str]) -> str:
+    """Notes about the scan and from the record of its label maps, each once."""
+    first = next((x.provenance for x in levels if x.provenance), {})
+    listed = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys([*notes, *first.get("notes", [])]))
+    return f'<ul class="notes">{listed}</ul>' if listed else ""
+
+
+def _provenance(levels: Sequence[ShownLevel]) -> str:
     rows: list[tuple[str, str]] = []
     for level in levels:
         made = level.provenance
@@ -270,7 +278,6 @@ def _provenance(levels: Sequence[ShownLevel], notes: Sequence[str]) -> str:
             ("arguments", arguments),
             ("time and memory", f"{first.get('seconds')} s, at most {first.get('peak_memory_mib')} MiB"),
         ]
-    rows += [("note", note) for note in dict.fromkeys([*notes, *(first or {}).get("notes", [])])]
     if not first:
         rows.insert(0, ("labels", "the label maps came without a record of how they were made"))
     body = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in rows)

@@ -108,7 +108,10 @@ class InMemoryFinder:
         if (numbers != np.arange(count)).any():
             labels = np.argsort(numbers).astype(labels.dtype)[labels]
             soft = soft[torch.as_tensor(numbers, device=soft.device)] if wanted else None
-        recorded = self._recorded_grid()
+        recorded = {}
+        if self._worked_on is not None:
+            extent = self.scan.shape if self._box is None else [box.stop - box.start for box in self._box]
+            recorded = describe_working_grid(self._worked_on, extent, self.scan.spacing_mm, self.scan.unit)
         if finish.background is not None:
             recorded["background"] = finish.background
         if self._mask is not None:
@@ -159,16 +162,6 @@ class InMemoryFinder:
         working, scan = self.job.working_grid, self.scan
         return shape if working is None else working.of(shape, scan.spacing_mm, scan.unit, self.job.case.input)
 
-    def _recorded_grid(self) -> dict:
-        """The sidecar's entry about the grid on which the parts were found, if it is not the scan's."""
-        if self._worked_on is None:
-            return {}
-        extent = self.scan.shape if self._box is None else [box.stop - box.start for box in self._box]
-        edges = spacing_on(self._worked_on, extent, self.scan.spacing_mm)
-        voxel = [float(f"{edge:.6g}") for edge in edges]
-        unit = "voxels" if self.scan.unit == UNKNOWN else "mm"
-        return {"working_grid": {"shape": list(self._worked_on), f"voxel_size_{unit}": voxel}}
-
     def _probabilities(self, network: StructureDiscoveryModel) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """(K, H, W, D) soft parts, the labels on the grid on which they were found, and whether it is another grid.
 
@@ -209,6 +202,21 @@ class InMemoryFinder:
                 f"{job.case.input}: a volume of shape {grid} does not fit into the memory of {network.device}; "
                 "use --fast, resample it, or use --device cpu or a larger machine."
             ) from error
+
+
+def describe_working_grid(
+    grid: Sequence[int], extent: Sequence[int], spacing_mm: Sequence[float], unit: str
+) -> dict[str, dict]:
+    """The sidecar's entry about the grid on which parts were found.
+
+    Args:
+        grid: its shape.
+        extent: voxels of the scan, or of a box in it, that the grid spans.
+        spacing_mm: edge lengths of these voxels.
+        unit: of the scan's file.
+    """
+    voxel = [float(f"{edge:.6g}") for edge in spacing_on(grid, extent, spacing_mm)]
+    return {"working_grid": {"shape": list(grid), f"voxel_size_{'voxels' if unit == UNKNOWN else 'mm'}": voxel}}
 
 
 def keep_within_parents(soft: torch.Tensor, parent_labels: torch.Tensor, parents: Sequence[int]) -> None:

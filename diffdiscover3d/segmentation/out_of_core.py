@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ class StoredParts:
         window, windows: the side of the windows, and how many there were.
         order: (K,) the network's number of each part in the results.
         background: the part that became 0, if one was chosen.
+        worked_on: the sidecar's entry about the grid on which they were found, if it is not the scan's.
     """
 
     scan: SlabScan
@@ -47,6 +48,7 @@ class StoredParts:
     windows: int
     order: np.ndarray
     background: int | None = None
+    worked_on: dict = field(default_factory=dict)
 
     @property
     def num_parts(self) -> int:
@@ -56,7 +58,7 @@ class StoredParts:
     @property
     def recorded(self) -> dict:
         """See [`FoundParts`]."""
-        windows = {"windows": {"side": self.window, "count": self.windows}}
+        windows = {**self.worked_on, "windows": {"side": self.window, "count": self.windows}}
         return windows if self.background is None else {**windows, "background": self.background}
 
     def write(self, labels: Path, probabilities: Path | None) -> None:
@@ -119,17 +121,18 @@ class OutOfCoreFinder:
 
     def __init__(self, job: ScanJob, scan: SlabScan, folder: Path, scratch: ExitStack):
         self.job, self.scan = job, scan
+        self.divided = scan  # from which the windows are cut
         # only networks with min-max scaling take a scan by slabs
         self.notes = [*scan.notes, *describe_range(spread_values(scan), scan.low, scan.high)]
         self._folder, self._scratch = folder, scratch
-        self._found: dict[StructureDiscoveryModel, StoredParts] = {}
+        self.found: dict[StructureDiscoveryModel, StoredParts] = {}
 
     def find(self, level: int | None) -> StoredParts:
         """See [`PartFinder`]."""
         network = self.job.networks[level]
-        missing = [n for n in network.levels if n not in self._found]
-        sides = {n: choose_window(self.scan.shape, n.config) for n in missing}
-        total, done = sum(count_windows(self.scan.grid, side) for side in sides.values()), 0
+        missing = [n for n in network.levels if n not in self.found]
+        sides = {n: choose_window(self.divided.shape, n.config) for n in missing}
+        total, done = sum(count_windows(self.divided.grid, side) for side in sides.values()), 0
 
         def on_window() -> None:
             nonlocal done
@@ -137,8 +140,8 @@ class OutOfCoreFinder:
             self.job.stages.within(done, total, "window")
 
         for n in missing:
-            self._found[n] = self._divide(n, sides[n], self.job.extras.probabilities and n is network, on_window)
-        found = self._found[network]
+            self.found[n] = self.divide(n, sides[n], self.job.extras.probabilities and n is network, on_window)
+        found = self.found[network]
         if self.job.order == "size":
             found.order = found.sums.by_size()
         found.background = self.job.finish.background
@@ -157,10 +160,20 @@ class OutOfCoreFinder:
         """See [`PartFinder`]."""
         self.scan.check_unchanged()
 
-    def _divide(self, network, side: int, soft: bool, on_window: Callable[[], None]) -> StoredParts:
+    def divide(
+        self, network: StructureDiscoveryModel, side: int, soft: bool, on_window: Callable[[], None]
+    ) -> StoredParts:
+        """The parts of one network, once those of its ancestors are found.
+
+        Args:
+            network: of any level.
+            side: of the windows.
+            soft: also keep the probabilities.
+            on_window: called after each window.
+        """
         count = network.config.num_parts
-        (labels,) = self._grids(1, np.dtype(np.uint8 if count <= 256 else np.uint16))
-        probabilities = self._grids(count, np.dtype(np.float32)) if soft else None
+        (labels,) = self.grids(1, np.dtype(np.uint8 if count <= 256 else np.uint16))
+        probabilities = self.grids(count, np.dtype(np.float32)) if soft else None
 
         def keep(plane: int, row: int, sums: torch.Tensor) -> None:
             labels.write_rows(plane, row, largest(sums.numpy(), labels.dtype))
@@ -170,7 +183,7 @@ class OutOfCoreFinder:
 
         parents = {}
         if network.parent_model is not None:
-            above = self._found[network.parent_model]
+            above = self.found[network.parent_model]
             parents = {"parents": above.labels, "moments": self._moments(above.sums).to(network.device)}
         try:
             stream_parts(network, self.scan, side, keep, on_window=on_window, **parents)
@@ -196,7 +209,7 @@ class OutOfCoreFinder:
         found = np.stack([(mean - low) / extent, std / extent], axis=1)
         return torch.from_numpy(np.nan_to_num(found).astype(np.float32))  # empty parts have no moments
 
-    def _grids(self, count: int, dtype: np.dtype) -> list[RawGrid]:
+    def grids(self, count: int, dtype: np.dtype) -> list[RawGrid]:
         """Temporary files for `count` volumes on the scan's grid."""
         grid = self.scan.grid
         size = int(np.prod(grid.shape)) * dtype.itemsize

@@ -10,7 +10,12 @@ from diffdiscover3d.data.formats.reading import Source, open_source, read_source
 from diffdiscover3d.data.formats.registry import files_of, format_by_name, is_nifti, split
 from diffdiscover3d.models.window_layout import choose_window, needs_sliding_window, streaming_bytes
 from diffdiscover3d.segmentation.device import is_device_name
-from diffdiscover3d.segmentation.memory import resampling_bytes, segmentation_bytes
+from diffdiscover3d.segmentation.memory import (
+    block_resampling_bytes,
+    resampling_bytes,
+    segmentation_bytes,
+    soft_window_bytes,
+)
 from diffdiscover3d.segmentation.outputs import Extras, check_cases, plan_cases, shard
 from diffdiscover3d.utils.files import read_json
 from diffdiscover3d.utils.memory import LARGE, check_memory, free_memory
@@ -122,25 +127,29 @@ def plan_memory(
         file: the open volume, of which only the header has been read.
         network: configuration of the finest level, with its parents.
         on_cpu: the network runs in the machine's own memory.
-        fast, working: segment at half the resolution, or on this grid; both need the volume in memory.
+        fast: segment at half the resolution, which needs the volume in memory.
+        working: segment on this grid.
+        whole: something else needs the volume in memory.
 
     Raises:
         MemoryLimitError: if `on_cpu` and the machine has less memory than needed.
     """
-    path, shape = file.path, file.shape
-    working = working or network.get("frame")
-    in_memory = working is not None or network.get("scaling", "min_max") != "min_max"  # percentiles need all voxels
-    by_slabs = not fast and not in_memory and needs_sliding_window(shape, network)
+    path, shape, frame = file.path, file.shape, network.get("frame")
+    min_max = network.get("scaling", "min_max") == "min_max"  # percentiles need all voxels
+    large = min_max and frame is None and not whole and needs_sliding_window(shape, network)
+    by_slabs = large and not fast
     remedy = {}
     if by_slabs:
-        needed = streaming_bytes(shape, network)
-    elif fast or working is not None:
-        grid = working or tuple((n + 1) // 2 for n in shape[:3])
+        needed = streaming_bytes(working or shape, network)
+        if working is not None:
+            needed = max(needed + soft_window_bytes(working, network), block_resampling_bytes(shape, working, network))
+    elif fast or (working or frame) is not None:
+        grid = working or frame or tuple((n + 1) // 2 for n in shape[:3])
         needed = resampling_bytes(file.reading_bytes, shape, grid, network)
-        if working is None and needs_sliding_window(shape, network):
-            at_full = streaming_bytes(shape, network) / 2**30
+        if large:
+            at_full = streaming_bytes(working or shape, network) / 2**30
             remedy = {"remedy": f"without --fast it is divided slab by slab in about {at_full:.1f} GiB"}
-        elif working is not None and not network.get("frame"):
+        elif working is not None:
             remedy = {"remedy": f"resample it to {' x '.join(map(str, working))} voxels, the grid the model works on"}
     else:
         needed = segmentation_bytes(shape, network)
@@ -151,5 +160,5 @@ def plan_memory(
     have = f" of {free_memory() / 2**30:.1f} GiB that are free" if on_cpu else ""
     line = f"{path}: {' x '.join(map(str, shape[:3]))} voxels, about {needed / 2**30:.1f} GiB of memory needed{have}"
     if by_slabs:
-        line += f"; divided slab by slab in windows of {choose_window(shape, network)} voxels"
+        line += f"; divided slab by slab in windows of {choose_window(working or shape, network)} voxels"
     return MemoryPlan(by_slabs, line)

@@ -28,6 +28,7 @@ from diffdiscover3d.segmentation.in_memory import InMemoryFinder
 from diffdiscover3d.segmentation.job import FoundParts, PartFinder, ScanJob, SegmentedFile
 from diffdiscover3d.segmentation.out_of_core import OutOfCoreFinder
 from diffdiscover3d.segmentation.outputs import LevelFiles, hash_outputs
+from diffdiscover3d.segmentation.resampled import ResampledFinder
 from diffdiscover3d.utils.files import write_json
 from diffdiscover3d.utils.provenance import peak_memory_mib
 from diffdiscover3d.utils.staging import staged_folder
@@ -74,10 +75,7 @@ def segment_scan(job: ScanJob, scan: NiftiVolume | SlabScan) -> SegmentedFile:
 
         clock = time.perf_counter()
         frame = frame_of(scan.spacing_mm, scan.unit, scan.anatomical, job.neurological)
-        if isinstance(scan, NiftiVolume):
-            finder: PartFinder = InMemoryFinder(job, scan)
-        else:
-            finder = OutOfCoreFinder(job, scan, folder, scratch)
+        finder = _make_finder(job, scan, folder, scratch)
         finder.notes += filter(None, notes_about(scan, job))
         found: dict[int | None, FoundParts] = {}
         parts: dict[int | None, list[PartStatistics]] = {}
@@ -118,6 +116,18 @@ def segment_scan(job: ScanJob, scan: NiftiVolume | SlabScan) -> SegmentedFile:
         case.tree,
         case.report,
     )
+
+
+def _make_finder(job: ScanJob, scan: NiftiVolume | SlabScan, folder: Path, scratch: ExitStack) -> PartFinder:
+    """What finds the parts of a scan: in memory or on disk, on its own grid or another one."""
+    if isinstance(scan, NiftiVolume):
+        return InMemoryFinder(job, scan)
+    working, grid = job.working_grid, scan.shape
+    if working is not None:
+        grid = working.of(scan.shape, scan.spacing_mm, scan.unit, job.case.input)
+    if grid == scan.shape:
+        return OutOfCoreFinder(job, scan, folder, scratch)
+    return ResampledFinder(job, scan, folder, scratch, grid)
 
 
 def notes_about(scan: NiftiVolume | SlabScan, job: ScanJob) -> list[str | None]:

@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import html
 import json
 import os
 import re
@@ -276,6 +277,34 @@ def test_a_changed_page_breaks_its_policy(scan, browser, tmp_path):
     kinds = {line.split()[0] for line in violations(page)}
     assert {"script-src-elem", "style-src-attr", "img-src"} <= kinds and page.evaluate("window.injected") is None
     page.close()
+
+
+def test_a_narrow_window_shows_every_choice(scan, browser):
+    """At the width of a phone, in light and dark, nothing but the tables is wider than the window."""
+    (path,) = make_reports(scan)
+    page = open_page(browser, path, (420, 800))
+    controls = page.locator("#controls input, #controls select, #controls label")
+    assert controls.count() > 10
+    for width in (420, 320):
+        page.set_viewport_size({"width": width, "height": 800})
+        for box in filter(None, (controls.nth(i).bounding_box() for i in range(controls.count()))):
+            assert box["x"] >= 0 and box["x"] + box["width"] <= width
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for scheme, dark in (("light", False), ("dark", True)):
+        page.emulate_media(color_scheme=scheme)
+        background = pixels(page.locator("h1"))[0, -1]
+        assert (background.mean() < 80) == dark
+    page.close()
+
+
+def test_notes_are_above_the_viewer(scan, make_nifti, tmp_path):
+    values = np.random.default_rng(1).normal(size=(9, 8, 7)).astype(np.float32)
+    noted = make_nifti(tmp_path / "noted.nii.gz", values)
+    (result,) = segment(noted, beside_inputs=True, report=True)
+    text = result.report.read_text(encoding="utf-8")
+    assert any("unlike the scans that synthetic-regular was trained on" in note for note in result.notes)
+    top = text[: text.index('id="stage"')]
+    assert all(text.count(html.escape(note)) == top.count(html.escape(note)) == 1 for note in result.notes)
 
 
 def test_without_webgl_the_page_says_so(scan, browser):

@@ -232,6 +232,26 @@ def test_a_window_that_does_not_fit(tmp_path, sliding, monkeypatch):
         segment(path, tmp_path / "out", model=str(sliding))
 
 
+@pytest.mark.parametrize("finish", [{"smooth": 1.0}, {"min_size": 40}, {"mask": "mask.nii"}])
+def test_what_needs_the_whole_scan_keeps_it_in_memory(tmp_path, sliding, finish, monkeypatch):
+    path = tmp_path / "scan.nii"
+    nib.save(nib.Nifti1Image(scan_values().astype(np.float32), np.diag([2.0, 1, 1.5, 1])), path)
+    if "mask" in finish:
+        values = np.zeros(SHAPE, np.uint8)
+        values[3:15, 4:16, 5:36] = 1
+        nib.save(nib.Nifti1Image(values, nib.load(path).affine), tmp_path / "mask.nii")
+        finish = {"mask": tmp_path / "mask.nii"}
+    plain, finished = (segment(path, tmp_path / name, model=str(sliding), level=1, **options)[0]
+                       for name, options in (("plain", {}), ("finished", finish)))  # fmt: skip
+    assert "windows" in json.loads(plain.sidecar.read_text())  # by slabs
+    assert "windows" not in json.loads(finished.sidecar.read_text())
+    before, after = (np.asarray(nib.load(r.labels).dataobj) for r in (plain, finished))
+    assert (before != after).any()
+    keep_in_memory(monkeypatch)
+    (expected,) = segment(path, tmp_path / "expected", model=str(sliding), level=1, **finish)
+    np.testing.assert_array_equal(after, np.asarray(nib.load(expected.labels).dataobj))
+
+
 def test_resume(tmp_path, sliding):
     path, _ = store(tmp_path / "in", "scaled")
     segment(path, tmp_path / "out", model=str(sliding), level="all")
@@ -255,8 +275,11 @@ def test_which_scans_are_divided_by_slabs(tmp_path, make_nifti):
     with open_nifti(path) as large, open_nifti(fits) as small:
         assert plan_memory(large, network, True) == MemoryPlan(True, None)
         assert plan_memory(small, network, True) == MemoryPlan(False, None)
-        for options in ({"fast": True}, {"working": (20, 20, 20)}):
+        assert plan_memory(large, network, True, working=(20, 20, 20)).by_slabs  # in blocks, from the disk
+        for options in ({"fast": True}, {"whole": True}, {"fast": True, "working": (20, 20, 20)}):
             assert not plan_memory(large, network, True, **options).by_slabs
+        for changes in ({"scaling": "robust"}, {"scaling": "robust", "frame": [16, 16, 16]}):
+            assert not plan_memory(large, network | changes, True).by_slabs
 
 
 def test_a_compressed_file_that_grows_is_not_read_before(tmp_path, sliding, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """A model with a target spacing: scans are resampled to it, and labels come back to the scan's grid."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,8 @@ from diffdiscover3d.hub.registry import embedded_models
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.segmentation import preflight
 from diffdiscover3d.segmentation.driver import segment
+from diffdiscover3d.segmentation.preflight import MemoryPlan
+from diffdiscover3d.segmentation.resampled import ResampledFinder
 from tests.helpers import volume_files as files
 
 TURN = np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]])
@@ -83,6 +86,48 @@ def test_parts_are_found_at_the_target_spacing_and_brought_back(tmp_path, networ
     probabilities = np.asarray(nib.as_closest_canonical(nib.load(result.levels[2].probabilities)).dataobj)
     np.testing.assert_allclose(probabilities.sum(axis=-1), 1, atol=1e-5)
     np.testing.assert_array_equal(probabilities.argmax(axis=-1), found[2])
+
+
+@pytest.mark.parametrize("codes", ["PIR", "LAS"])
+@pytest.mark.parametrize(("spacing", "grid"), [((3, 4, 4), (12, 10, 10)), ((1, 1.6, 4.2), (36, 25, 10))])
+def test_large_scans_are_resampled_in_blocks(tmp_path, networks, spacing, grid, codes, monkeypatch):
+    """From disk in blocks of planes: the parts that are found in memory, also where the grid needs several windows."""
+    scan = nib.Nifti1Image(noise(), OBLIQUE).as_reoriented(nib.orientations.axcodes2ornt(codes))
+    nib.save(scan, tmp_path / "scan.nii.gz")
+    model = with_spacing(tmp_path / "model", networks[1], spacing)
+    inner = config = json.loads((tmp_path / "model" / "config.json").read_text())
+    while inner:
+        inner["window_size"] = 16  # the scan has more voxels than a window
+        inner = inner.get("parent")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    for name in ("segmentation.resampled", "data.block_resampling"):
+        monkeypatch.setattr(f"diffdiscover3d.{name}.SLAB_VOXELS", 2000)  # several blocks
+    options = {"model": model, "level": "all", "probabilities": True, "statistics": True}
+    made = []
+    make = ResampledFinder.__init__
+    monkeypatch.setattr(ResampledFinder, "__init__", lambda self, *args: (made.append(args[-1]), make(self, *args))[1])
+    (slabs,) = segment(tmp_path / "scan.nii.gz", tmp_path / "slabs", **options)
+    assert made == [grid]
+    monkeypatch.setattr("diffdiscover3d.segmentation.files.plan_memory", lambda *_, **__: MemoryPlan(False, None))
+    (memory,) = segment(tmp_path / "scan.nii.gz", tmp_path / "memory", **options)
+    assert len(made) == 1
+    labels = {}
+    for level in (1, 2):
+        one, two = slabs.levels[level], memory.levels[level]
+        soft, expected = (labels_of(files.probabilities) for files in (one, two))
+        np.testing.assert_allclose(soft, expected, atol=1e-4)
+        two_best = np.sort(expected, axis=-1)[..., -2:]
+        decided = two_best[..., 1] - two_best[..., 0] > 1e-3
+        assert decided.mean() > 0.97
+        labels[level] = labels_of(one.labels)
+        np.testing.assert_array_equal(labels[level][decided], labels_of(two.labels)[decided])
+        np.testing.assert_array_equal(labels[level], soft.argmax(axis=-1))
+        grids = [json.loads(files.sidecar.read_text())["working_grid"] for files in (one, two)]
+        assert grids[0] == grids[1] and grids[0]["shape"] == list(grid)
+        assert nib.load(one.labels).header == nib.load(two.labels).header
+        voxels = [int(row["voxels"]) for row in csv.DictReader(one.table.open(), delimiter="\t")]
+        assert voxels == np.bincount(labels[level].ravel(), minlength=len(voxels)).tolist()
+    assert (np.array(networks[1].parents)[labels[2]] == labels[1]).all() and len(np.unique(labels[2])) > 3
 
 
 def test_a_scan_at_the_target_spacing_is_not_resampled(tmp_path, networks):

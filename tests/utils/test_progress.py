@@ -1,7 +1,11 @@
 """The progress bar: shown only on terminals."""
 
+import os
 import re
+import subprocess
+import sys
 
+import pytest
 from rich.console import Console, ConsoleDimensions
 
 from diffdiscover3d.utils.progress import ProgressBar
@@ -61,6 +65,59 @@ def test_numbers_stay_readable_on_80_columns(capsys, monkeypatch):
     lines = [line for line in re.split("[\r\n]+", text) if "scan 113" in line]
     assert lines and max(map(len, lines)) <= 80
     assert "scan 113 of 116: finding the par" in lines[-1] and re.search(r" 42/120 +left +[-:0-9]{7}", lines[-1])
+
+
+BAR = """
+import sys
+from diffdiscover3d.utils.progress import ProgressBar
+from diffdiscover3d.utils.terminal import say
+say("Step 1 of 2: learning what your scans look like")
+sys.stdin.readline()  # until the line above has been read
+with ProgressBar(total=40) as bar:
+    for number in range(40):
+        bar.show("training, diffusion", "loss 0.1234  learning rate 0.0008")
+        bar.done()
+"""
+
+
+def test_on_a_pseudo_terminal_of_80_columns():
+    """What `discover` shows, on a real terminal: steps at once, and a bar in a line of its own."""
+    pty = pytest.importorskip("pty")
+    import fcntl
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 80, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm-256color"}
+    child = subprocess.Popen([sys.executable, "-c", BAR], stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    text = b""
+    while b"look like" not in text:
+        text += os.read(ours, 1000)
+    os.write(ours, b"\n")
+    while True:
+        try:
+            text += os.read(ours, 1000)
+        except OSError:  # closed by the child's end
+            break
+    os.close(ours)
+    assert child.wait() == 0
+    plain = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", text.decode())
+    lines = [line for line in re.split("[\r\n]+", plain) if line.strip()]
+    assert lines[0] == "Step 1 of 2: learning what your scans look like"
+    bars = [line for line in lines if "training, diffusion" in line]
+    assert bars and {len(line) for line in bars} == {80}
+    assert re.search(r"40/40 +left 0:00:00", bars[-1]) and "loss" not in plain
+
+
+def test_through_a_pipe_steps_are_printed_at_once():
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", BAR], **options) as child:
+        assert child.stdout.readline() == "Step 1 of 2: learning what your scans look like\n"  # it is still waiting
+        assert child.poll() is None
+        assert child.communicate("\n") == ("", "")  # no bar
+    assert child.returncode == 0
 
 
 def test_the_callback_gets_share_and_operation():

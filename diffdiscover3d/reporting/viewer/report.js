@@ -27,6 +27,7 @@ async function start() {
 
   const nv = new Niivue({
     backColor: [0, 0, 0, 1], crosshairColor: [1, 1, 1, 0.6], crosshairWidth: 0.4, show3Dcrosshair: true, isColorbar: false,
+    fontColor: [1, 1, 1, 1],
     dragAndDropEnabled: false, loadingText: "", logLevel: "error", multiplanarShowRender: SHOW_RENDER.ALWAYS,
     isRadiologicalConvention: data.anatomical && data.radiological, isOrientationTextVisible: data.anatomical,
     onLocationChange: (location) => {
