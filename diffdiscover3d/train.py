@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -233,6 +234,9 @@ if __name__ == "__main__":
     try:
         with interrupt_on_termination():
             code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
     finally:
         end_children()
     exit_process(code)

@@ -27,6 +27,7 @@ from diffdiscover3d.training.resume import CONFIG_FILE, resume_training, save_tr
 from diffdiscover3d.training.schedules import learning_rate_at
 from diffdiscover3d.training.step_metrics import StepMetrics
 from diffdiscover3d.utils.files import atomic_file, output_errors, read_log, write_json
+from diffdiscover3d.utils.processes import keep_process_group
 from diffdiscover3d.utils.progress import ProgressBar
 from diffdiscover3d.utils.signals import StopRequest, TrainingInterrupted, ignore_signals
 from diffdiscover3d.utils.staging import staged_folder
@@ -106,6 +107,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         )
     except (ImportError, ValueError) as error:
         raise ValueError(f"`report_to` is {config.report_to!r}, which cannot be used here: {error}") from error
+    if accelerator.num_processes > 1:
+        keep_process_group()
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("`mixed_precision` fp16 needs a GPU; on a CPU give --mixed-precision bf16 or no.")
     missing = sorted(set(config.trackers) - {"all"} - {str(getattr(t, "value", t)) for t in accelerator.log_with})

@@ -10,6 +10,7 @@ from datetime import timedelta
 _LEFT_BEHIND = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _OTHER_LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # of MPI, which accelerate also follows
 _NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_KEPT: list = []
 
 
 def is_launched() -> bool:
@@ -33,6 +34,18 @@ def forget_other_launches() -> str | None:
         return None
     values = ", ".join(f"{name}={os.environ.pop(name)}" for name in left_over)
     return f"{values} without a launcher: this process works alone"
+
+
+def keep_process_group() -> None:
+    """Keep the process group in memory until this process ends, also when it has been destroyed.
+
+    The last reference is often that of DistributedDataParallel. If it is dropped, gloo's destructor waits for its
+    threads while it holds the interpreter's lock, for which a thread that frees the tensors of a collective waits.
+    """
+    import torch.distributed as dist  # slow, and not needed by a process that is alone
+
+    if dist.is_available() and dist.is_initialized():
+        _KEPT.append(dist.group.WORLD)
 
 
 def exit_process(code: int) -> None:
@@ -92,5 +105,6 @@ def _join(world_size: str, timeout_seconds: float) -> tuple[int, int]:
             f"all of them with accelerate launch or torchrun, or unset {', '.join(_NAMES)}."
         ) from error
     rank, world = dist.get_rank(), dist.get_world_size()
+    keep_process_group()
     dist.destroy_process_group()
     return rank, world

@@ -37,8 +37,7 @@ from diffdiscover3d.utils.staging import staged_folder
 with locked_folder(sys.argv[1]), staged_folder(sys.argv[1]) as staging:
     (staging / "half").touch()
     if os.fork() == 0:  # as a data-loading worker
-        time.sleep(60)
-    print("forked", flush=True)
+        print("forked", flush=True)
     time.sleep(60)
 """
 

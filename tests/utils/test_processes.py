@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
 
+from diffdiscover3d.utils import processes
 from diffdiscover3d.utils.processes import rank_and_world_size
 
 CODE = "from diffdiscover3d.utils.processes import rank_and_world_size as f; import os; os.write(1, b'%d %d\\n' % f())"
@@ -29,6 +31,17 @@ def test_two_launched_processes():
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
     done = subprocess.run([*launch, sys.executable, "-c", CODE], capture_output=True, text=True, timeout=300)
     assert sorted(done.stdout.split("\n")) == ["", "0 2", "1 2"], done.stderr
+
+
+def test_a_process_group_stays_in_memory_after_it_was_destroyed(monkeypatch):
+    """Otherwise gloo's destructor can wait for ever for a thread that waits for the interpreter's lock."""
+    monkeypatch.setattr(processes, "_KEPT", [])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.group.WORLD
+    processes.keep_process_group()
+    dist.destroy_process_group()
+    (kept,) = processes._KEPT
+    assert kept is group and not dist.is_initialized()
 
 
 @pytest.mark.parametrize("launched", [True, False])
