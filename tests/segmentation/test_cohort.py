@@ -130,9 +130,12 @@ def test_a_later_command_adds_scans(scans, tiny_discovery, tmp_path, make_nifti)
 
 
 def test_tables_need_a_folder(scans, tiny_discovery, tmp_path):
-    for output in (None, tmp_path / "one.nii.gz"):
+    options = {"model": str(tiny_discovery), "summary": True}
+    for place in ({"beside_inputs": True}, {"output": tmp_path / "one.nii.gz"}):
         with pytest.raises(ValueError, match="`summary` needs an `output` folder"):
-            segment(scans / "s0.nii.gz", output, model=str(tiny_discovery), summary=True)
+            segment(scans / "s0.nii.gz", **place, **options)
+    with pytest.raises(ValueError, match="`summary` is about files that are written; name an `output`"):
+        segment(scans / "s0.nii.gz", **options)
 
 
 @pytest.mark.parametrize("name", ["manifest.tsv", "parts.tsv"])
