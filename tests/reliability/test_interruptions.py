@@ -1,5 +1,6 @@
 """Signals to trainings of one and two processes, to `discover`, to a segmentation: exit code 130, no partial files."""
 
+import json
 import os
 import shlex
 import signal
@@ -87,20 +88,20 @@ def discover(scans, output) -> list:
     return [*arguments, "--preset", "quick", "--levels", "1"]
 
 
-@pytest.fixture(scope="module")
-def discovered(tmp_path_factory):
-    """Three scans, and the hashes of the diffusion model that an uninterrupted `discover` trains on them."""
-    folder = tmp_path_factory.mktemp("discovered")
-    scans = write_scans(folder / "scans", 3)
-    done = finish(discover(scans, folder / "whole"))
+def uninterrupted_again(training, output) -> dict[str, str]:
+    """The hashes of a training with the same options, also those that were measured, that is not interrupted."""
+    measured = json.loads((training / "train_config.json").read_text())
+    options = {"config": training / "options.json", "output-dir": output}
+    options |= {name.replace("_", "-"): measured[name] for name in ("mixed_precision", "memory_format")}
+    done = finish(command("diffusion", options))
     assert done.returncode == 0, done.stderr
-    return scans, hashes(folder / "whole" / "training" / "diffusion")
+    return hashes(output)
 
 
 @pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_discover(discovered, tmp_path, count, number):
-    (scans, expected), output = discovered, tmp_path / "study #1"
+def test_discover(tmp_path, count, number):
+    scans, output = write_scans(tmp_path / "scans", 3), tmp_path / "study #1"
     arguments = discover(scans, output)
     process = start(arguments)
     training = output / "training" / "diffusion"
@@ -112,10 +113,10 @@ def test_discover(discovered, tmp_path, count, number):
     step = hashes(training)["step"]
     assert process.returncode == 130 and 50 <= step < 300 and "Traceback" not in errors
     assert f"interrupted after step {step}\n" in errors and "--resume latest" not in errors
-    command = errors.split("go on with: ")[1].strip()
-    assert shlex.split(command)[1:] == [*map(str, arguments[3:]), "--resume"]
-    again = finish([*arguments[:3], *shlex.split(command)[1:]])
+    line = errors.split("go on with: ")[1].strip()
+    assert shlex.split(line)[1:] == [*map(str, arguments[3:]), "--resume"]
+    again = finish([*arguments[:3], *shlex.split(line)[1:]])
     assert again.returncode == 0, again.stderr
-    equal = hashes(training) == expected
+    equal = hashes(training) == uninterrupted_again(training, tmp_path / "whole")
     count(f"{number.name} to discover", stopped_after=step, exit_code=process.returncode, resumed_bit_equal=equal)
     assert equal
