@@ -189,7 +189,7 @@ def write_page(result: dict, docs: Path) -> Path:
     parts = [
         "# Scores\n",
         "Written by `python -m benchmarks.paper.tables FOLDER` from `benchmarks/results/tables.json`. 20 test volumes "
-        "of each variant. The columns kind and labels tell which rows are given labels, and how many. ±: sample "
+        "of each variant. The columns kind and labels show which rows are given labels, and how many. ±: sample "
         "standard deviation over seeds. The scores in brackets use one matching of parts for all volumes; they put "
         "k-means at a disadvantage, since its clusters have no order.\n",
         '"Ours" is the recipe `small`: level 1 begins with the consistencies, and all levels are trained on assigned '
