@@ -34,6 +34,7 @@ BASELINES = (
 # methods of other papers; Med3D's are made where MedicalNet's weights are given
 LABEL_FREE = ("nalepa", "iic", "jule", "hsu", "med3d-k-means", "med3d")
 LABELLED = ("cicek", "zhao", "jiang")
+STRONGEST = ("nalepa", "cicek", "jiang")  # of each kind at level 2: three seeds
 TERMS = ("no-visual", "no-feature", "no-invariance", "as-written")
 ASSIGNMENTS = ("first-round", "no-space", "no-smooth", "no-recolor")
 ABLATIONS = (*TERMS, *ASSIGNMENTS)
@@ -43,6 +44,7 @@ GROUPS = (
     (1, BASELINES, BOTH, (0,)),
     (1, (*LABEL_FREE, *LABELLED, "supervised"), BOTH, (0,)),
     (1, ("ours", "consistency"), BOTH, (0, 1, 2)),
+    (1, STRONGEST, BOTH, (1, 2)),
     (1, ABLATIONS, ("regular",), (0,)),
     (2, STAGES, ("regular",), (0,)),
 )
