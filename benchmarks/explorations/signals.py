@@ -1,11 +1,11 @@
-"""What the teacher's signals can tell about the parts: one choice changed at a time, without training anything.
+"""Parts that k-means finds in the teacher's signals: one choice changed at a time, without any training.
 
     python -m benchmarks.explorations.signals              (about ten minutes on one core)
 
 k-means divides each validation volume by a signal of the embedded diffusion model: at level 1 the whole volume, at
 levels 2 and 3 the parts that the embedded network divides there, as it found them. The base is the features of the
 level's own stage and the clean prediction, each at t = 25 and averaged over 4 draws of noise; every row changes one
-thing of it. Whatever is divided is weighed for itself, as the consistencies of the training do.
+thing of it. The scaling is computed for each part that is divided, as in the consistencies of the training.
 Writes `results/signals.json`.
 """
 

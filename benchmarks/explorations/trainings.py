@@ -39,13 +39,15 @@ def changed_options(folder: Path, names: Mapping[Path, str]) -> dict:
         if key in technical or value == usual[key] or (isinstance(value, list) and value == list(usual[key] or ())):
             continue
         if key in ("init_from", "parent", "teacher", "dataset"):
-            value = names.get(Path(value), "/".join(Path(value).parts[-3:]))  # where they lie is nobody else's business
+            value = names.get(Path(value), "/".join(Path(value).parts[-3:]))  # local paths are stripped
         changed[key] = value
     return changed
 
 
 def lost_inclusions(cell: StructureDiscoveryModel, volumes) -> dict[str, float]:
-    """What lies outside of the cell, the part that overlaps the true one most, and whether the intensities ask for it.
+    """Inclusions outside of the cell that was found, and whether the variance of the intensities favours that.
+
+    The cell that was found is the part that overlaps the true one most.
 
     Returns:
         `outside`: share of the voxels of true inclusions outside of the cell; `variance_left`: the share of the

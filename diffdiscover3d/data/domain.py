@@ -1,7 +1,7 @@
 """Whether a scan looks like the scans that a model was trained on, by a few numbers about its intensities and texture.
 
-A network that has seen smooth cells still divides a CT scan into parts, which then mean nothing. The numbers are taken
-from the middle of a scan, normalised as the networks see it, and compared with those of the training scans.
+A network that was trained on smooth cells divides a CT scan into parts, too, but these have no meaning. The numbers are
+taken from the middle of a scan, normalised as for the networks, and compared with those of the training scans.
 """
 
 from collections.abc import Mapping, Sequence

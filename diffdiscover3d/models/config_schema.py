@@ -201,7 +201,7 @@ def validate_config(config: Mapping, kind: str, source: str | Path = "configurat
 
 
 def _estimate_parameters(config: Mapping) -> float:
-    """Weights of the convolutions, roughly: the order of magnitude decides."""
+    """Approximate number of weights of the convolutions; only its order of magnitude is used."""
     if "channel_multipliers" in config or "width" in config:
         width, blocks = config.get("width", 64), config.get("blocks_per_level", 2)
         channels = [width * m for m in config.get("channel_multipliers", (1, 2, 4, 8))]

@@ -28,8 +28,8 @@ class UNet3DOutput(BaseOutput):
     """Output of [`UNet3DModel`].
 
     Attributes:
-        sample: (B, C, H, W, D) prediction of the clean volume in [-1, 1]; `None` if it was not asked for.
-        features: one (B, c, h, w, d) map per decoder stage asked for, in the order asked for.
+        sample: (B, C, H, W, D) prediction of the clean volume in [-1, 1]; `None` if it was not requested.
+        features: one (B, c, h, w, d) map per requested decoder stage, in the requested order.
         extent: the grid (in voxels of the input) that the features span with corners aligned. It equals the
             input's grid, or exceeds it at the far ends where the input was padded to the stride.
     """
@@ -73,7 +73,7 @@ class UNet3DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         norm_groups: groups of GroupNorm; divides the channels of every level.
         sample_size: internal grid, an int or three. Inputs are resized to it and the prediction back (trilinear),
             as the authors do. `None`: inputs are padded to a multiple of `stride` instead.
-        resize_before_noise: tells pipelines and trainings to bring clean volumes to `sample_size` before they add
+        resize_before_noise: pipelines and trainings bring clean volumes to `sample_size` before they add
             noise, so that no noise is resampled. `False` is the authors' order: noise first.
 
     Raises:
@@ -143,13 +143,13 @@ class UNet3DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         stages: Sequence[int] = (),
         return_sample: bool = True,
     ) -> UNet3DOutput:
-        """Predict the clean volume, and return the features of the decoder stages asked for.
+        """Predict the clean volume, and return the features of the requested decoder stages.
 
         Args:
             sample: (B, C, H, W, D) noisy volumes, in [-1, 1] before the noise; any H, W, D.
             timestep: (B,) or a scalar, in [0, T).
             stages: decoder stages whose feature maps are wanted, 1 (coarsest) to `num_stages` (finest).
-            return_sample: `False` skips the prediction: the network then stops after the deepest stage asked for.
+            return_sample: `False` skips the prediction: the network then stops after the deepest requested stage.
 
         Raises:
             ValueError: if `sample` is not 5-D, a stage does not exist, or nothing is asked for.

@@ -102,7 +102,7 @@ class Assignments:
             raise NothingToDivideError(
                 "`objective` is assignment and no volume has inclusions to assign; use --objective consistency."
             )
-        # a structure without inclusions anywhere is one part, which the network must be told
+        # a structure without inclusions in any volume is one part; its label stays a target of the network
         keep[np.ix_(self.used, np.flatnonzero(~keep.any(axis=0)))] = True
         self.labels = [self._masked(found[i].labels, keep[i]) for i in self.used]
         seen = [c for i in self.used for f, c in enumerate(found[i].contrast) if keep[i, f]]
@@ -267,7 +267,7 @@ def recolor(
 ) -> torch.Tensor:
     """Give assigned parts other mean intensities and leave everything else about them.
 
-    A part keeps its texture and noise, so that low contrasts are seen at places that are known from high ones.
+    A part keeps its texture and noise, so that parts found at high contrast are training examples of low contrast.
 
     Args:
         volume: (B, 1, H, W, D).

@@ -129,7 +129,7 @@ def make_pass(
     config: TrainingConfig,
     accelerator: Accelerator,
 ) -> EagerPass:
-    """The forward and backward pass of a training: a CUDA graph if `config` wants one and it is possible."""
+    """The forward and backward pass of a training: a CUDA graph if `config` requests one and it is possible."""
     if not config.cuda_graphs:
         return EagerPass(losses, accelerator.backward)
     obstacles = {

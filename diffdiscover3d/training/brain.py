@@ -2,9 +2,9 @@
 
 Each step draws scenes ([`draw_scene`]) from the scans. The conspicuous rendering of a scene is clustered
 ([`conspicuous_outliers`]), and the network learns to find the same parts in the realistic rendering. Scenes that keep
-the scan's own lesions carry the scan's assignment: first [`bright_outliers`], later, every `reassign_every` steps, what
-the averaged network and the intensities together say, as in expectation maximisation. No mask of an implant or of a
-scan enters a loss, and the last average of the weights is kept.
+the scan's own lesions carry the scan's assignment: first [`bright_outliers`], later, renewed every `reassign_every`
+steps, that of the averaged network and the intensities together, as in expectation maximisation. No mask of an implant
+or of a scan enters a loss, and the last average of the weights is kept.
 """
 
 import copy

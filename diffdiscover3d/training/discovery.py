@@ -242,7 +242,7 @@ class DiscoveryTraining:
         return {**(self.best or {}), "selection": selection}
 
     def load_state(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Restore the selected epoch; a training that is extended forgets what its earlier last step selected."""
+        """Restore the selected epoch; not that of an earlier last step of a training that is extended."""
         packed = tensors.get("best")
         if packed is None:
             return

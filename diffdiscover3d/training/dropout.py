@@ -52,7 +52,7 @@ class SlotDropout(nn.Dropout):
 
 
 class _Draws:
-    """What all layers need to know of a step: its seed, number and slots, and how many passes each layer made."""
+    """The values that all layers need for a step: its seed, number and slots, and how many passes each layer made."""
 
     def __init__(self, seed: int, step: int, slots: list[int], layers: Sequence[SlotDropout]):
         self.seed, self.step, self.slots = seed, step, slots

@@ -172,7 +172,9 @@ def train(
     if config.trackers:
         accelerator.init_trackers(f"diffdiscover3d-{task.name}", config=_tracker_config(config))
     if accelerator.num_processes > 1 and sees_its_own_batch_only(task.model):
-        logger.info("batch norm sees each process's volumes apart: another number of processes trains otherwise")
+        logger.info(
+            "batch norm uses the volumes of each process separately: another number of processes gives other weights"
+        )
 
     model.train()
     backward = make_pass(functools.partial(task.losses, model), trained, optimizer.zero_grad, config, accelerator)
@@ -190,7 +192,7 @@ def train(
             metrics.add(done, *taken)
             saving = done % config.checkpoint_every == 0 or done == config.max_steps
             logging_now = done % config.log_every == 0 or task.has_metrics_after(done) or done == config.max_steps
-            # one process decides for itself, and at once; several have to agree, by what all of them read
+            # a single process stops at once; several stop at the same step, by the value that all of them have reduced
             metrics.catch_up(everything=saving or logging_now or (alone and stop.requested))
             stopping = stop.requested if alone else metrics.stop_requested
             if stopping:

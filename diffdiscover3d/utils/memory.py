@@ -22,7 +22,7 @@ def free_memory() -> int:
 def _free_in_cgroups() -> Iterator[int]:
     """Limit minus use of every control group around this process that has a limit.
 
-    In a container, the folder of its own group is the root of what it sees.
+    In a container, the folder of its own group is the root of the visible hierarchy.
     """
     for folder, limit, use, cache in _memory_groups():
         try:

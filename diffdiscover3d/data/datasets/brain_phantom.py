@@ -1,7 +1,7 @@
 """Brain phantoms: FLAIR-like brains with fluid, white and grey matter, and lesions with known extent.
 
 Every phantom is a pure function of (split, index) and of this file. They serve tests and as further scans of the
-training of `brain-flair`; they are cartoons of brains, and scores on them say nothing about patients.
+training of `brain-flair`; they are much simpler than brains, and scores on them do not apply to patients.
 """
 
 from dataclasses import dataclass

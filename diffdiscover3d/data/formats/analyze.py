@@ -34,5 +34,7 @@ def open_file(path: Path, name: str, options: ReadOptions) -> Iterator[VolumeFil
     kind = nib.Nifti1Pair if start[344:348] in (b"ni1\0", b"n+1\0") else nib.Spm2AnalyzeImage
     with open_image(path, name, options, kind, "Analyze") as volume:
         if kind is nib.Spm2AnalyzeImage and not path.with_name(f"{base}.mat").is_file():
-            volume.notes.append("Analyze files do not say which side is left: stored as SPM does, from right to left")
+            volume.notes.append(
+                "Analyze files do not store which side is left: read as SPM writes them, from right to left"
+            )
         yield volume

@@ -63,7 +63,7 @@ class Series:
         uid: Series Instance UID; `number`: Series Number, `None` if it has none.
         modality, description: as in the files.
         slices: in no order.
-        fault: why it is no volume, `None` if nothing speaks against it.
+        fault: why it is no volume, `None` if it is one.
     """
 
     uid: str
@@ -75,7 +75,7 @@ class Series:
 
     @property
     def folder(self) -> Path:
-        """Where its first file lies."""
+        """The folder of its first file."""
         return self.slices[0].path.parent if self.slices else Path()
 
 

@@ -103,7 +103,7 @@ def path_is_nifti(path: str | Path) -> bool:
 
 
 def format_by_name(path: str | Path) -> ModuleType | None:
-    """The format that a file's name tells, `None` for NIfTI and others."""
+    """The format that the ending of a file's name belongs to, `None` for NIfTI and others."""
     name = split(path)[0].name.lower()
     return next((f for f in FORMATS if name.endswith(f.SUFFIXES)), None)
 
@@ -155,13 +155,13 @@ def display_name(path: str | Path) -> str:
 def _inner_name(place: Path, inner: str) -> str:
     if not place.is_dir() or ome_zarr.is_store(place):
         return inner
-    # a UID is long and identifies a patient's study; the number tells series apart
+    # a UID is long and identifies a patient's study; the number is enough to distinguish series
     number = next((s.number for s in series_in(place) if s.uid == inner), None)
     return f"series-{number if number is not None else inner.rsplit('.', 1)[-1]}"
 
 
 def label_suffix(path: str | Path) -> str:
-    """The ending of label maps that lie on a volume: in its own family, or NIfTI for medical formats."""
+    """The ending of the label maps of a volume: that of its own format family, or of NIfTI for medical formats."""
     found = recognise(path)
     return getattr(found, "LABEL_SUFFIX", ".nii.gz")
 
@@ -296,7 +296,7 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def _check_start(path: Path, found: ModuleType | None) -> None:
-    """Refuse what shows by its first bytes to be something else than its name says."""
+    """Refuse a file whose first bytes do not fit the format of its name."""
     start = _first_bytes(path)
     if not start:
         raise InputError(f"{path}: the file is empty; copy it again.")

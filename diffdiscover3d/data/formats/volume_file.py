@@ -242,7 +242,7 @@ def need(module: str, extra: str, name: str) -> ModuleType:
 
 @contextlib.contextmanager
 def damage_reported(name: str, what: str = "cannot be read") -> Iterator[None]:
-    """Within the context, whatever a library raises for a damaged file becomes one line."""
+    """Context in which any exception that a library raises for a damaged file becomes an error of one line."""
     try:
         yield
     except (DiffDiscoverError, MemoryError):
