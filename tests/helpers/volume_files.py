@@ -168,7 +168,8 @@ def write_ome_zarr(path: Path, volume: np.ndarray, zarr_format: int = 3, axes: s
     for level in range(levels):
         cut = tuple(slice(None, None, 2**level) if a in size else slice(None) for a in axes)
         array = volume[cut]
-        group.create_array(str(level), data=array, chunks=tuple(min(4, n) for n in array.shape))
+        chunks = tuple(min(4, n) for n in array.shape)
+        group.create_array(str(level), shape=array.shape, dtype=array.dtype, chunks=chunks)[:] = array
         scale = [size.get(a, 1.0) * (2**level if a in size else 1) for a in axes]
         transforms = [
             {"type": "scale", "scale": scale},

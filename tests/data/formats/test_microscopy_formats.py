@@ -259,8 +259,8 @@ def test_a_zarr_array_without_metadata_and_one_in_a_group(tmp_path):
     assert np.array_equal(plain.data, stack().T[:, ::-1, ::-1]) and plain.unit == "voxel"
     group = zarr.open_group(tmp_path / "many.zarr", mode="w")
     group.create_group("a")
-    group.create_array("a/raw", data=stack())
-    group.create_array("b", data=stack() + 1)
+    for name, values in (("a/raw", stack()), ("b", stack() + 1)):
+        group.create_array(name, shape=values.shape, dtype=values.dtype)[:] = values
     with pytest.raises(ValueError, match=r"holds a/raw, b; name one as many.zarr::NAME"):
         read_volume(tmp_path / "many.zarr")
     inner = read_volume(f"{tmp_path / 'many.zarr'}::a/raw")
