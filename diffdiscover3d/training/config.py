@@ -218,6 +218,12 @@ class DiscoveryConfig(TrainingConfig):
         ("auto", "labels"),
     )
     reliable_share: float = option(0.5, "share of the volumes to train on, those with the most reliable assignments")
+    reliability: str = option(
+        "contrast",
+        "by which assignments from clusters are ranked: contrast of the inclusions, or separation: contrast with all "
+        "that an inclusion touches, times its compactness",
+        ("contrast", "separation"),
+    )
     recolor_probability: float = option(0.75, "probability that assigned parts are given other mean intensities")
     sibling_order: str = option(
         "auto",
