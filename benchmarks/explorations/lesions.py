@@ -36,8 +36,12 @@ LARGE = 0.08  # share of the brain above which an implant of the first group is 
 # number of scenes, first seed and options of each group; lesions are large enough to be seen
 SCENES = {
     "implants": (36, 1000, SceneOptions(implants=(0, 0.7, 0.2, 0.1), spots=0.15, radius=(0.12, 0.55))),
-    "very_large_implants": (18, 3000, SceneOptions(implants=(0, 1, 0, 0), spots=0, radius=(0.45, 0.65))),
-    "implants_with_cores": (18, 4000, SceneOptions(implants=(0, 1, 0, 0), spots=0, radius=(0.3, 0.55), core=1)),
+    "very_large_implants": (18, 3000, SceneOptions(implants=(0.0, 1.0, 0.0, 0.0), spots=0.0, radius=(0.45, 0.65))),
+    "implants_with_cores": (
+        18,
+        4000,
+        SceneOptions(implants=(0.0, 1.0, 0.0, 0.0), spots=0.0, radius=(0.3, 0.55), core=1.0),
+    ),
 }
 
 
