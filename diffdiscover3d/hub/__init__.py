@@ -10,6 +10,7 @@ _MODULES = {
     "push": "registry",
     "push_folder": "upload",
     "render_card": "cards",
+    "resolve_model": "resolve",
 }
 __all__ = list(_MODULES)
 

@@ -4,7 +4,7 @@ Torch is imported when the network is loaded: a command that finds its work done
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +42,8 @@ class ResolvedModel:
         config: the contents of `config.json`, validated.
         working_grid: to which scans are resampled first; `None` if they keep their own grid.
         domain: what is known of the scans it was trained on, see `data/domain.py`; `None` if nothing is.
+
+    The networks that [`ResolvedModel.load`] has loaded stay in memory as long as this object.
     """
 
     name: str
@@ -51,6 +53,7 @@ class ResolvedModel:
     config: dict
     working_grid: WorkingGrid | None
     domain: dict | None = None
+    _loaded: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -92,15 +95,22 @@ class ResolvedModel:
     def load(self, levels: Sequence[int | None], device: "torch.device") -> "dict[int | None, StructureDiscoveryModel]":
         """The networks of some levels. Those of one hierarchy share their weights, which are read once.
 
+        A second call with the same levels and device returns the same networks.
+
         Raises:
             ModelError: if the files are damaged.
         """
         from diffdiscover3d.hub.registry import load_discovery
 
-        if len(levels) == 1:
-            return {levels[0]: load_discovery(str(self.folder), levels[0]).to(device)}
-        networks = load_discovery(str(self.folder)).to(device).levels
-        return {level: networks[level - 1] for level in levels}
+        key = (tuple(levels), str(device))
+        if key not in self._loaded:
+            if len(levels) == 1:
+                networks = {levels[0]: load_discovery(str(self.folder), levels[0]).to(device)}
+            else:
+                nested = load_discovery(str(self.folder)).to(device).levels
+                networks = {level: nested[level - 1] for level in levels}
+            self._loaded[key] = networks
+        return dict(self._loaded[key])
 
     def describe(self, level: int | None) -> dict:
         """What a sidecar records about the model, as JSON values; of a local folder its name without the path."""
@@ -113,17 +123,19 @@ class ResolvedModel:
         return {**described, "sha256": self.weights_sha256}
 
 
-def resolve_model(name: str, revision: str | None = None) -> ResolvedModel:
+def resolve_model(name: str | ResolvedModel, revision: str | None = None) -> ResolvedModel:
     """Find a discovery network; a Hub repository is fetched, or taken from the cache.
 
     Args:
-        name: an embedded model's name, a folder, or a Hub id.
+        name: an embedded model's name, a folder, or a Hub id; a model that is resolved already is returned as it is.
         revision: branch, tag or commit of a Hub id.
 
     Raises:
         ModelError: if there is no such model, or a file that describes it is damaged.
         NetworkError: if the Hub cannot be reached and the cache does not hold it.
     """
+    if isinstance(name, ResolvedModel):
+        return name
     commit = None
     if name in embedded_models():
         folder = embedded_models()[name].discovery

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from diffdiscover3d.data.formats.registry import split, stem
 from diffdiscover3d.errors import DiffDiscoverError
+from diffdiscover3d.hub.resolve import ResolvedModel, resolve_model
 from diffdiscover3d.models.embedded import DEFAULT_MODEL
 from diffdiscover3d.segmentation.arrays import is_in_memory
 from diffdiscover3d.segmentation.device import choose_device
@@ -27,7 +28,7 @@ def segment(
     output: str | Path | None = None,
     *,
     beside_inputs: bool = False,
-    model: str = DEFAULT_MODEL,
+    model: str | ResolvedModel = DEFAULT_MODEL,
     level: int | str | None = None,
     revision: str | None = None,
     device: str = "auto",
@@ -80,7 +81,8 @@ def segment(
         output: folder for the results, or, for one input and level, the label map; only for files. If scans in
             different folders have one name, the results keep these folders.
         beside_inputs: write the results of each file beside it, as the command does by default.
-        model: an embedded model's name, a folder, or a Hub id.
+        model: an embedded model's name, a folder, a Hub id, or a [`ResolvedModel`], whose networks are loaded once for
+            several calls.
         level: of a model with levels: its number, 1 the coarsest (default 2), or "all"; then the files are called
             `<stem>_level-<L>_dseg.*`, and `<stem>_tree.json` lists how the parts are nested.
         revision: of a Hub repository.
@@ -141,6 +143,7 @@ def segment(
     if given := [name for name in (*_OF_FILES, "on_done") if options[name]]:
         raise ValueError(f"`{given[0]}` is about files that are written; name an `output`, or set `beside_inputs`.")
     if in_memory and several:
+        options["model"] = resolve_model(model, revision)  # loaded once for all volumes
         return [segment(one, **options) for one in inputs]
     if in_memory:
         return segment_volume(inputs, **options)

@@ -41,7 +41,7 @@ def segment_files(
     inputs,
     output: str | Path | None,
     *,
-    model: str,
+    model: str | ResolvedModel,
     level: int | str | None,
     revision: str | None,
     device: str,

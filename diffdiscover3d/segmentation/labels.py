@@ -8,7 +8,7 @@ import numpy as np
 
 from diffdiscover3d.data.formats.nifti.output import output_header
 from diffdiscover3d.data.formats.reading import read_volume
-from diffdiscover3d.hub.resolve import resolve_model
+from diffdiscover3d.hub.resolve import ResolvedModel, resolve_model
 from diffdiscover3d.segmentation.arrays import NAME, as_scan
 from diffdiscover3d.segmentation.device import choose_device
 from diffdiscover3d.segmentation.files import check_options
@@ -24,7 +24,7 @@ def segment_volume(
     scan,
     /,
     *,
-    model: str,
+    model: str | ResolvedModel,
     revision: str | None,
     level: int | str | None,
     num_parts: int | None,

@@ -21,13 +21,8 @@ from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline
 from diffdiscover3d.training.config import DiscoveryConfig
 from diffdiscover3d.training.nesting import denoise
-from diffdiscover3d.training.spatial_split import (
-    clean_pieces,
-    contrasts,
-    count_pieces,
-    divide_structure,
-    refine_boundaries,
-)
+from diffdiscover3d.training.reliability import contrasts, separation
+from diffdiscover3d.training.spatial_split import clean_pieces, count_pieces, divide_structure, refine_boundaries
 
 logger = logging.getLogger("diffdiscover3d")
 _MOST_FREE = 6  # parts of a structure whose every order is tried
@@ -206,7 +201,7 @@ class Assignments:
                 raw, clean, within, len(family), spacing, alike, self.config.potts_strength, self.config.seed
             )
             labels[within] = np.asarray(family)[divided[within]]
-        reliability = [contrasts(raw, labels, family).min(initial=np.inf) for family in self.families]
+        reliability = [separation(raw, labels, family, spacing, alike) for family in self.families]
         return self._described(volume, labels, np.array(reliability))
 
     def _from_labels(self, model, volume, item: dict) -> Assignment:

@@ -197,22 +197,6 @@ def count_pieces(labels: np.ndarray, families: Sequence[Sequence[int]]) -> int:
     return count
 
 
-def contrasts(raw: np.ndarray, labels: np.ndarray, family: Sequence[int]) -> np.ndarray:
-    """|mean of an inclusion - mean of what surrounds it|, in standard deviations of the latter; 0 for an absent one.
-
-    Args:
-        raw: (H, W, D) intensities.
-        labels: (H, W, D) parts.
-        family: the part that surrounds the others first.
-    """
-    around = raw[labels == family[0]]
-    if len(around) < 2:
-        return np.zeros(len(family) - 1)
-    spread = max(float(around.std()), 1e-6)
-    inside = [raw[labels == part] for part in family[1:]]
-    return np.array([abs(float(x.mean() - around.mean())) / spread if len(x) else 0.0 for x in inside])
-
-
 def largest_first(labels: np.ndarray, count: int) -> np.ndarray:
     """Renumber the parts 1 to count - 1 by size, the largest first; 0 stays."""
     sizes = np.bincount(labels.ravel(), minlength=count)[1:]

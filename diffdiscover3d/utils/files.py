@@ -15,15 +15,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 from diffdiscover3d.errors import DiffDiscoverError, ModelError, OutputError
+from diffdiscover3d.utils.temporary_folders import clear_abandoned, temporary_folder
 
 _LARGEST_JSON = 2**28  # bytes
+_TEMPORARY = ".diffdiscover3d-file."  # prefix of the hidden folders of [`atomic_file`]
 _DISK_MARGIN = 2**20  # bytes to leave free for small files next to a large one
 MODEL_MARKERS = ("model_index.json", "config.json")  # files that identify a model folder
 
 
 @contextlib.contextmanager
 def atomic_file(target: str | Path, suffix: str = "") -> Iterator[Path]:
-    """Yield a temporary path in the folder of the target. It is renamed to the target on success, or deleted on error.
+    """Yield a temporary path beside the target. It is renamed to the target on success, or deleted on error.
+
+    It is in a hidden folder that its process locks. If the process is killed, the next one that writes a file to the
+    folder of the target deletes it.
 
     Args:
         target: path of the file to write.
@@ -33,22 +38,23 @@ def atomic_file(target: str | Path, suffix: str = "") -> Iterator[Path]:
         OutputError: if the folder cannot be created or written to, or the disk is full.
     """
     target = Path(target)
-    try:
+    with output_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name[:40]}.", suffix=suffix or ".tmp", dir=target.parent)
-        os.close(handle)
-    except OSError as error:
-        raise output_error(target, error) from error
-    temporary = Path(name)
-    try:
-        with output_errors(target):
+        clear_temporary_files(target.parent)
+        with temporary_folder(target.parent, _TEMPORARY) as folder:
+            temporary = folder / f"new{suffix or '.tmp'}"
+            temporary.touch(mode=0o600)
             yield temporary
             sync(temporary)
             set_permissions([temporary])
             os.replace(temporary, target)
             sync(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def clear_temporary_files(folder: Path) -> None:
+    """Delete the temporary files that killed processes have left in a folder; see [`atomic_file`]."""
+    with contextlib.suppress(OSError):  # what cannot be deleted stays
+        clear_abandoned(folder, _TEMPORARY)
 
 
 @contextlib.contextmanager

@@ -11,29 +11,24 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from diffdiscover3d.errors import OutputError
 from diffdiscover3d.utils.files import (
     MODEL_MARKERS,
-    output_error,
+    clear_temporary_files,
     output_errors,
     read_json,
     remove_empty,
     set_permissions,
     sync,
 )
-from diffdiscover3d.utils.locks import hold, release
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from diffdiscover3d.utils.temporary_folders import clear_abandoned, temporary_folder
 
 _PREFIX = ".diffdiscover3d."
-_JOURNAL, _UNDO, _OWNER = "journal.json", "undo.json", "owner"
+_JOURNAL, _UNDO = "journal.json", "undo.json"
+_JOURNALS = (_JOURNAL, _UNDO)  # deleted first: without them a staging folder is no unfinished commit
 _REPLACED, _NEW = "replaced", "new"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux, see renameat2(2)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
@@ -112,20 +107,13 @@ def _staging_folder(target: Path) -> Iterator[Path]:
     """A locked staging folder in `target`, which is created if need be; an empty `target` is removed in the end."""
     missing = [p for p in (target, *target.parents) if not p.exists()]
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        recover_folder(target)
-        staging, owner = _create_staging(target)
-    except OSError as error:
-        remove_empty(missing)
-        raise error if isinstance(error, OutputError) else output_error(target, error) from error
-    hold(owner)
-    try:
         with output_errors(target):
-            (staging / _NEW).mkdir()
-            yield staging
+            target.mkdir(parents=True, exist_ok=True)
+            recover_folder(target)
+            with temporary_folder(target, _PREFIX, _JOURNALS) as staging:
+                (staging / _NEW).mkdir()
+                yield staging
     finally:
-        _delete(staging)
-        release(owner)
         remove_empty(missing)
 
 
@@ -136,78 +124,9 @@ def recover_folder(target: str | Path) -> None:
         OutputError: if a recorded move cannot be completed.
     """
     target = Path(target)
-    for staging in sorted(target.glob(f"{_PREFIX}*")) if target.is_dir() else []:
-        if not staging.is_dir() or (owner := _claim(staging)) is None:
-            with contextlib.suppress(OSError):
-                staging.rmdir()  # empty if its process was killed before it had claimed it, or at the very end
-            continue  # otherwise its process is still running
-        try:
-            with output_errors(target):
-                _recover(staging, target)
-            _delete(staging)
-        finally:
-            os.close(owner)
-
-
-def _create_staging(target: Path) -> tuple[Path, int | None]:
-    """A new staging folder, and the lock on it if this file system has locks.
-
-    Before it is locked, another process may take the folder for one of a killed process and delete it; then another
-    is created.
-    """
-    while True:
-        staging = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target))
-        try:
-            owner = _claim(staging, create=True)
-        except BlockingIOError:
-            continue
-        if owner is None and not staging.is_dir():  # removed while it was empty
-            continue
-        if owner is None or _is_at(owner, staging / _OWNER):
-            return staging, owner
-        os.close(owner)
-
-
-def _delete(staging: Path) -> None:
-    """Delete a staging folder: first the journals, without which it is no unfinished commit, and the lock last."""
-    for name in (_JOURNAL, _UNDO):
-        (staging / name).unlink(missing_ok=True)
-    for path in staging.iterdir():
-        if path.name != _OWNER:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        (staging / _OWNER).unlink(missing_ok=True)
-        staging.rmdir()
-
-
-def _claim(staging: Path, create: bool = False) -> int | None:
-    """Lock a staging folder; `None` if this file system has no locks or, unless `create`, its process is running.
-
-    Raises:
-        BlockingIOError: if another process has locked a folder that is being created.
-    """
-    if fcntl is None:
-        return None
-    try:
-        handle = os.open(staging / _OWNER, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o666)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        if create and isinstance(error, BlockingIOError):
-            raise
-        return None
-    return handle
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    """Whether a path is that of an open file, which may have been deleted."""
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except OSError:
-        return False
+    with output_errors(target):
+        clear_abandoned(target, _PREFIX, lambda staging: _recover(staging, target), _JOURNALS)
+    clear_temporary_files(target)
 
 
 def _commit(staging: Path, target: Path, overwrite: bool) -> None:

@@ -12,7 +12,8 @@ import torch
 from diffdiscover3d.data.datasets.synthetic import LEVEL_PARTS
 from diffdiscover3d.data.domain import DOMAIN_FILE
 from diffdiscover3d.errors import DiffDiscoverError, ModelError, NothingToDivideError
-from diffdiscover3d.hub.registry import load_discovery, load_teacher
+from diffdiscover3d.hub.registry import load_teacher
+from diffdiscover3d.hub.resolve import resolve_model
 from diffdiscover3d.segmentation.driver import SegmentedFile, segment
 from diffdiscover3d.segmentation.outputs import Extras, check_cases, plan_cases
 from diffdiscover3d.training.recipes import Training, diffusion_training, train_level
@@ -125,14 +126,16 @@ def _discover_into(output: Path, source, *, include, progress: bool, tell, on_er
 def _discover_in_memory(folder: Path, source, *, tell, **options) -> DiscoverOutput:
     """Train in a folder, and return the models and the label maps of all scans."""
     run = prepare(folder, source, tell=tell, **options)
-    model, labels = _train_all(run, tell), []
+    folder, labels = _train_all(run, tell), []
+    model = resolve_model(str(folder))  # loaded once for all scans
     for scan in run.plan.scans:
         reading = run.plan.reading
         if (volume := run.volumes.get(scan)) is not None:
             scan, reading = volume, {"nan_to_zero": options["nan_to_zero"]}
-        found = segment(scan, model=str(model), level="all", device=run.device, **reading)
+        found = segment(scan, model=model, level="all", device=run.device, **reading)
         labels.append({level or 1: one for level, one in found.items()})
-    return DiscoverOutput(load_discovery(str(model)), load_teacher(str(model)), labels, run.domain)
+    finest = list(model.load(model.choose_levels("all"), run.place).values())[-1]
+    return DiscoverOutput(finest.cpu(), load_teacher(str(folder)), labels, run.domain)
 
 
 def _train_all(run: DiscoverRun, tell: Callable[[str], None]) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.explorations import signals, trainings
+from benchmarks.explorations import assignments, signals, trainings
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeatureOutput
 
 
@@ -106,3 +106,31 @@ def test_options_of_a_training_are_those_its_preset_does_not_have(tmp_path):
         "stages": [1, 3],
         "init_from": "features first",
     }
+
+
+def test_divisions_are_ranked_by_each_rule():
+    found = [
+        {"Dice": 0.9, "contrast": 1.0, "separation": 1.0},
+        {"Dice": 0.5, "contrast": 3.0, "separation": 0.0},  # one object in two halves
+        {"Dice": 0.8, "contrast": 2.0, "separation": 0.9},
+        {"Dice": 0.6, "contrast": 0.5, "separation": 0.2},
+    ]
+    (row,) = assignments.best_halves({(2, 1): found})
+    assert row["all"] == pytest.approx(0.7) and row["better half by contrast"] == pytest.approx(0.65)
+    assert row["better half by separation"] == row["better half by Dice"] == pytest.approx(0.85)
+
+
+def test_a_division_is_scored_inside_the_part_it_divides():
+    grid = (12, 10, 8)
+    before, true = np.zeros(grid, dtype=np.int64), np.zeros(grid, dtype=np.int64)
+    before[1:11, 1:9, 1:7] = 1
+    true[before == 1] = 1
+    true[2:5, 2:5, 2:5], true[7:9, 6:8, 3:5] = 2, 3
+    found = np.choose(true, [0, 1, 3, 2])  # the inclusions in the other order: matched
+    raw = np.asarray([0.0, 1.0, 3.0, -1.0])[true] + np.random.default_rng(0).normal(0, 0.2, grid)
+    ((part, values),) = assignments.rank(raw, found, np.stack([before, true]), 2)
+    assert part == 1 and values["Dice"] == 1.0
+    assert values["contrast"] == pytest.approx(10, rel=0.1) and values["separation"] == pytest.approx(10, rel=0.1)
+    found[2:5, 2:5, 2:5] = 1
+    ((_, values),) = assignments.rank(raw, found, np.stack([before, true]), 2)
+    assert values["separation"] == 0.0 and values["Dice"] == pytest.approx((2 * 445 / (445 + 472) + 1) / 3)

@@ -1,7 +1,10 @@
 """The tables of scores: what is collected, and what counts as met."""
 
+import re
+
 import pytest
 
+from benchmarks import DOCS
 from benchmarks.paper.tables import (
     GROUPS,
     LEVELS,
@@ -103,3 +106,10 @@ def test_rows_of_the_same_settings_are_taken_over(tmp_path):
     other = row("ours", 2, 0.7) | {"settings": {**table.settings_of(METHODS["ours"]), "recipe_sha256": "0"}}
     take_over(table, [good, other])
     assert collect(table, fill=False) == {1: [good]}
+
+
+def test_scores_in_the_readme_are_those_of_the_tables():
+    score = re.compile(r"\d\.\d{3}(?: ± \d\.\d{3})? \(\d\.\d{3}\)")
+    page = set(score.findall((DOCS / "tables.md").read_text(encoding="utf-8")))
+    readme = score.findall((DOCS.parent / "README.md").read_text(encoding="utf-8"))
+    assert len(readme) >= 30 and not set(readme) - page

@@ -1,12 +1,16 @@
 """`segment` with arrays, nibabel and SimpleITK images: labels of the same kind, on the same grid."""
 
+import json
+
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
 from diffdiscover3d.errors import InputError
+from diffdiscover3d.hub.resolve import resolve_model
 from diffdiscover3d.segmentation.driver import segment
+from tests.helpers.loading import counted_loads
 from tests.helpers.volume_files import ORIENTATIONS, stored
 
 sitk = pytest.importorskip("SimpleITK")
@@ -86,6 +90,26 @@ def test_files_without_an_output(volume, labels, tiny_discovery, tmp_path, monke
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(ValueError, match="`report` is about files"):
         segment(tmp_path / "in", model=str(tiny_discovery), report=True)
+
+
+def test_the_model_is_loaded_once(volume, labels, tiny_discovery, tmp_path, monkeypatch):
+    """For a list of arrays, images and files, and for several calls with one resolved model."""
+    nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "a.nii")
+    inputs = [volume, tmp_path / "a.nii", nib.Nifti1Image(volume, np.eye(4)), tmp_path]
+    loads = counted_loads(monkeypatch)
+    found = segment(inputs, model=str(tiny_discovery))
+    assert len(loads) == 1
+    arrays = [found[0], *(np.asarray(image.dataobj) for image in (*found[1:3], *found[3]))]
+    assert len(arrays) == 4 and all(np.array_equal(array, labels) for array in arrays)
+    model = resolve_model(str(tiny_discovery))
+    for _ in range(2):
+        assert np.array_equal(segment(volume, model=model), labels)
+    assert len(loads) == 2 and resolve_model(model) is model
+    network = model.load((None,), torch.device("cpu"))[None]
+    assert not network.training and len(loads) == 2
+    segment(tmp_path / "a.nii", tmp_path / "out", model=model)
+    sidecar = json.loads((tmp_path / "out" / "a_dseg.json").read_text())
+    assert sidecar["model"]["id"] == tiny_discovery.name and len(loads) == 2
 
 
 def test_what_cannot_be_used(volume, tiny_discovery, tmp_path):

@@ -5,7 +5,6 @@ import pytest
 
 from diffdiscover3d.training.spatial_split import (
     clean_pieces,
-    contrasts,
     count_pieces,
     divide_structure,
     largest_first,
@@ -133,13 +132,6 @@ def test_families_are_cleaned_apart():
     labels[10, 14, 10] = 4
     cleaned = clean_pieces(labels, [(2, 3), (1, 4)])
     assert cleaned[10, 6, 10] == 2 and cleaned[10, 14, 10] == 1
-
-
-def test_contrasts_count_in_deviations_of_what_surrounds():
-    labels = boxes(((2, 6), (2, 6), (2, 6)), ((10, 14), (10, 14), (10, 14)))
-    raw = noisy(labels, (1, 4, 1), 0.0) + np.where(np.indices(GRID).sum(axis=0) % 2, 0.5, -0.5)
-    np.testing.assert_allclose(contrasts(raw, labels, (0, 1, 2)), [6.0, 0.0], atol=0.02)
-    np.testing.assert_allclose(contrasts(raw, labels, (0, 1, 3)), [6.0, 0.0], atol=0.02)  # part 3 is not there
 
 
 def test_largest_first():

@@ -29,8 +29,9 @@ def umask():
 def test_file_appears_whole(tmp_path):
     target = tmp_path / "new" / "a.bin"
     with atomic_file(target, suffix=".nii.gz") as temporary:
-        assert temporary.parent == target.parent and temporary.name.endswith(".nii.gz")
-        assert temporary.name.startswith(".")  # hidden, so that it is not listed as a scan
+        assert temporary.name.endswith(".nii.gz")
+        assert temporary.parent.parent == target.parent  # on the same disk
+        assert temporary.parent.name.startswith(".")  # hidden, so that it is not listed as a scan
         temporary.write_bytes(b"half")
         assert not target.exists()
         temporary.write_bytes(b"whole")

@@ -125,7 +125,7 @@ def test_a_folder_taken_for_abandoned_before_it_is_locked(tmp_path, monkeypatch,
                 real(held[0], operation)
         return real(handle, operation)
 
-    monkeypatch.setattr(module.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with staged_folder(tmp_path) as folder:
         for taken in tmp_path.glob(".diffdiscover3d.*"):  # the other process deletes what it has locked
             if taken != folder.parent:

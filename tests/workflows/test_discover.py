@@ -32,6 +32,7 @@ from diffdiscover3d.workflows.discover_plan import (
     read_plan,
 )
 from diffdiscover3d.workflows.discover_scans import DiscoverRun
+from tests.helpers.loading import counted_loads
 
 PLENTY = 2**40
 
@@ -233,7 +234,10 @@ def test_without_an_output_nothing_is_left_behind(scans, tmp_path, monkeypatch):
     array = np.asarray(image.dataobj)
     picture = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
     volumes = [scans / "s0.nii.gz", image, picture]
+    loads = counted_loads(monkeypatch)
     found = discover(volumes, preset="quick", levels=2, device="cpu", tell=lines.append)
+    # trainings load those of their own folders; the result is loaded once for all scans and for the output
+    assert len([source for source in loads if source.endswith("model/discovery")]) == 1
     assert sorted(tmp_path.rglob("*")) == before and lines[-1].startswith("Step 4 of 4")
     assert [network.config.num_parts for network in found.model.levels] == [2, 4] and not found.model.training
     assert not found.pipeline.unet.training and found.domain["scans"] == 3
