@@ -5,9 +5,10 @@
 FOLDER holds scans `<case>_flair.nii.gz`; names in `brats` are left out. Without an atlas, tissue is taken from boxes in
 the frame of a scan, which is right, anterior, superior: the thalami, putamina and the internal capsules in `DEEP`, the
 centrum semiovale in `WHITE`, and the cortex 3 to 6 mm below the surface. Scans are smoothed with a Gaussian of one
-voxel (1.5 mm). Fluid, below 0.6 times white matter, is left out; white matter is the median of its box. Values are
-relative to white matter: percentiles of the deep box, whose upper ones are grey matter, and of the cortex. `deviations`
-are the upper ones in robust standard deviations above the median of the brain, the unit of `brightness_evidence`.
+voxel (1.5 mm). White matter is the most frequent intensity in its box, as lesions are bright there; fluid, below 0.6
+times white matter, is left out. Values are relative to white matter: percentiles of the deep box, whose upper ones are
+grey matter, and of the cortex. `deviations` are the upper ones in robust standard deviations above the median of the
+brain, the unit of `brightness_evidence`.
 Writes `results/deep-grey.json`.
 """
 
