@@ -81,7 +81,7 @@ def _run(config: TrainingConfig, accelerator) -> str:
     from diffdiscover3d.training.schedules import settle_epochs
 
     push = _prepare_push(config, accelerator)
-    brats = _brats_options(config)
+    brats = config.brats  # fail fast on invalid options
     names = (getattr(config, name, None) for name in ("init_from", "parent"))
     start, parent = (load_discovery(name) if name else None for name in names)
     working = _working_grid(config, start or parent)
@@ -173,14 +173,6 @@ def _check_start(config: DiscoveryConfig, start) -> None:
                 f"`{name}` must be that of --init-from, {start.config[name]!r}, got {getattr(config, name)!r}; "
                 f"give --{name} {start.config[name]}."
             )
-
-
-def _brats_options(config: TrainingConfig):
-    """The BraTS preprocessing options; those not given default to the paper's values."""
-    from diffdiscover3d.data.datasets.brats import BraTSOptions
-
-    given = {name: getattr(config, name) for name in ("modality", "grade", "crop", "clip_percentiles")}
-    return BraTSOptions(**{name: value for name, value in given.items() if value is not None})
 
 
 def _describe(error: BaseException) -> str:

@@ -21,18 +21,12 @@ from diffdiscover3d.cli.listing import list_contents
 from diffdiscover3d.cli.models import convert_authors_checkpoint, list_models
 from diffdiscover3d.cli.options import (
     Device,
-    IgnoreAffine,
     Include,
-    MissingChunks,
     Model,
-    NanToZero,
     Neurological,
     Overwrite,
     Quiet,
-    Resolution,
-    Series,
-    VolumeNumber,
-    VoxelSize,
+    with_reading_options,
 )
 from diffdiscover3d.cli.report import report
 from diffdiscover3d.cli.train import OPTIONS, train
@@ -116,6 +110,7 @@ def _options(
 
 
 @app.command(rich_help_panel="Use", epilog="Example: diffdiscover3d segment scan.nii.gz --preview")
+@with_reading_options()
 def segment(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Volumes, folders, globs or lists.")],
     output: Annotated[
@@ -149,13 +144,8 @@ def segment(
     ] = "model",
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Skip scans whose results exist.")] = False,
-    volume: VolumeNumber = None,
-    nan_to_zero: NanToZero = False,
-    ignore_affine: IgnoreAffine = False,
-    series: Series = None,
-    resolution: Resolution = 0,
-    missing_chunks: MissingChunks = False,
-    voxel_size: VoxelSize = None,
+    *,
+    reading: dict,
     include: Include = None,
     neurological: Neurological = False,
     num_parts: Annotated[
@@ -183,18 +173,9 @@ def segment(
 
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
-    reading = {
-        "volume": volume,
-        "nan_to_zero": nan_to_zero,
-        "ignore_affine": ignore_affine,
-        "series": series,
-        "resolution": resolution,
-        "missing_chunks": missing_chunks,
-        "voxel_size": voxel_size,
-    }
     if not overwrite and not resume and all(split(source)[0].exists() for source in inputs):
         extras = Extras(preview, statistics, tables, probabilities, report)
-        refuse_taken(inputs, output, model, level is Level.ALL, extras, include or (), series, share)
+        refuse_taken(inputs, output, model, level is Level.ALL, extras, include or (), reading["series"], share)
     refuse_early(inputs, device, by_slabs=not fast, **reading)
     from diffdiscover3d.segmentation.driver import segment as run
 

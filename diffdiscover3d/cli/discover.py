@@ -7,20 +7,11 @@ from typing import Annotated
 
 import typer
 
-from diffdiscover3d.cli.options import (
-    Device,
-    IgnoreAffine,
-    Include,
-    MissingChunks,
-    NanToZero,
-    Quiet,
-    Series,
-    VolumeNumber,
-    VoxelSize,
-)
+from diffdiscover3d.cli.options import Device, Include, Quiet, Series, with_reading_options
 from diffdiscover3d.utils.terminal import say
 
 
+@with_reading_options("resolution", "series")
 def discover(
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Your scans: a folder, glob or text list.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for all files.")] = Path("discovered"),
@@ -37,11 +28,8 @@ def discover(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an earlier run.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of the trainings.")] = False,
-    volume: VolumeNumber = None,
-    nan_to_zero: NanToZero = False,
-    ignore_affine: IgnoreAffine = False,
-    missing_chunks: MissingChunks = False,
-    voxel_size: VoxelSize = None,
+    *,
+    reading: dict,
     resolution: Annotated[int | None, typer.Option("--resolution", min=0, help="Level of a pyramid.")] = None,
     series: Series = None,
     include: Include = None,
@@ -75,11 +63,7 @@ def discover(
             device=device,
             seed=seed,
             spacing=spacing,
-            volume=volume,
-            nan_to_zero=nan_to_zero,
-            ignore_affine=ignore_affine,
-            missing_chunks=missing_chunks,
-            voxel_size=voxel_size,
+            **reading,
             resolution=resolution,
             series=series,
             include=include or (),

@@ -6,23 +6,11 @@ from typing import Annotated
 
 import typer
 
-from diffdiscover3d.cli.options import (
-    Device,
-    IgnoreAffine,
-    MissingChunks,
-    Model,
-    NanToZero,
-    OutputFolder,
-    Overwrite,
-    Resolution,
-    Seed,
-    Series,
-    VolumeNumber,
-    VoxelSize,
-)
+from diffdiscover3d.cli.options import Device, Model, OutputFolder, Overwrite, Seed, with_reading_options
 from diffdiscover3d.utils.terminal import say
 
 
+@with_reading_options()
 def features(
     input: Annotated[str, typer.Argument(help="A volume.")],
     output: OutputFolder = Path("."),
@@ -39,26 +27,12 @@ def features(
     seed: Seed = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
-    volume: VolumeNumber = None,
-    nan_to_zero: NanToZero = False,
-    ignore_affine: IgnoreAffine = False,
-    series: Series = None,
-    resolution: Resolution = 0,
-    missing_chunks: MissingChunks = False,
-    voxel_size: VoxelSize = None,
+    *,
+    reading: dict,
 ) -> None:
     """Write the diffusion features of a scan, one 4-D NIfTI per decoder stage, aligned with the scan."""
     from diffdiscover3d.segmentation.preflight import refuse_early
 
-    reading = {
-        "volume": volume,
-        "nan_to_zero": nan_to_zero,
-        "ignore_affine": ignore_affine,
-        "series": series,
-        "resolution": resolution,
-        "missing_chunks": missing_chunks,
-        "voxel_size": voxel_size,
-    }
     refuse_early([input], device, **reading)
     from diffdiscover3d.workflows.features import extract_features
 

@@ -1,5 +1,8 @@
 """Options shared by several commands."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -30,3 +33,43 @@ Neurological = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 OutputFolder = Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")]
+
+# how files are read: in the order of the help, with their defaults
+_READING = {
+    "volume": (VolumeNumber, None),
+    "nan_to_zero": (NanToZero, False),
+    "ignore_affine": (IgnoreAffine, False),
+    "series": (Series, None),
+    "resolution": (Resolution, 0),
+    "missing_chunks": (MissingChunks, False),
+    "voxel_size": (VoxelSize, None),
+}
+
+
+def with_reading_options(*left_out: str) -> Callable[[Callable], Callable]:
+    """Give a command the options about how its files are read.
+
+    They take the place of its keyword-only parameter `reading`, which receives a dict of their values.
+
+    Args:
+        *left_out: those that the command does not take, or declares itself.
+    """
+    options = {name: option for name, option in _READING.items() if name not in left_out}
+
+    def decorate(command: Callable) -> Callable:
+        @functools.wraps(command)
+        def with_reading(**given):
+            return command(reading={name: given.pop(name) for name in options}, **given)
+
+        parameters = []
+        for parameter in inspect.signature(command).parameters.values():
+            if parameter.name != "reading":
+                parameters.append(parameter)
+                continue
+            for name, (annotation, default) in options.items():
+                parameters.append(inspect.Parameter(name, parameter.kind, default=default, annotation=annotation))
+        with_reading.__signature__ = inspect.Signature(parameters)
+        with_reading.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return with_reading
+
+    return decorate

@@ -13,6 +13,8 @@ def clean_mask(mask: np.ndarray) -> np.ndarray:
     Returns:
         (H, W, D) bool; empty if `mask` is.
     """
+    # By scipy: MONAI's KeepLargestConnectedComponent needs scikit-image, its MedianSmooth repeats the voxels at the
+    # border of the volume, and these two and FillHoles work on the whole volume, which is slower.
     mask = np.asarray(mask) != 0
     if not mask.any():
         return mask

@@ -201,7 +201,10 @@ class Assignments:
                 raw, clean, within, len(family), spacing, alike, self.config.potts_strength, self.config.seed
             )
             labels[within] = np.asarray(family)[divided[within]]
-        reliability = [separation(raw, labels, family, spacing, alike) for family in self.families]
+        if self.config.reliability == "separation":
+            reliability = [separation(raw, labels, family, spacing, alike) for family in self.families]
+        else:
+            reliability = [contrasts(raw, labels, family).min(initial=np.inf) for family in self.families]
         return self._described(volume, labels, np.array(reliability))
 
     def _from_labels(self, model, volume, item: dict) -> Assignment:

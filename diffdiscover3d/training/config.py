@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diffdiscover3d.data.formats.units import SPACING_UNITS
 from diffdiscover3d.training.aliases import as_fields
+from diffdiscover3d.training.brats_config import BraTSConfig
 from diffdiscover3d.training.options import added, option, read_options, require
 from diffdiscover3d.training.reading_config import ReadingConfig
 
@@ -25,7 +26,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", 
 
 
 @dataclass(frozen=True)
-class TrainingConfig(ReadingConfig):
+class TrainingConfig(BraTSConfig, ReadingConfig):
     """Options common to both phases. Every field is an option of `python -m diffdiscover3d.train`."""
 
     dataset: str = option("synthetic-regular", "a named dataset, or a folder, glob or text list of NIfTI volumes")
@@ -59,12 +60,6 @@ class TrainingConfig(ReadingConfig):
         None, "voxel size to which volumes of files are resampled (1 or 3 numbers)"
     )
     spacing_unit: str = added("mm", "unit of --spacing: mm, or voxel for multiples of a file's voxels", SPACING_UNITS)
-    modality: str | None = option(None, "BraTS modality: flair (default), t1, t1ce or t2")
-    grade: str | None = option(None, "grade of BraTS 2017 to 2019: HGG (default), LGG or all", ("HGG", "LGG", "all"))
-    crop: tuple[int, ...] | None = option(None, "central crop of BraTS volumes, three integers (default: 200 200 155)")
-    clip_percentiles: tuple[float, ...] | None = option(
-        None, "clip BraTS intensities to these two percentiles of the tissue (default: no clipping)"
-    )
     flips: bool = option(True, "randomly flip volumes along each axis")
     num_workers: int = option(0, "data-loading workers per training process")
     seed: int = option(0, "random seed of weights, data order, noise and augmentation")
@@ -89,6 +84,7 @@ class TrainingConfig(ReadingConfig):
     extendable: typing.ClassVar[bool] = True  # whether a finished training may be resumed with more steps
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("volume_size", "spacing"):
             value = getattr(self, name)
             if value is not None:
@@ -111,9 +107,6 @@ class TrainingConfig(ReadingConfig):
                 f"one of {choices}",
                 value,
             )
-        for name in ("crop", "clip_percentiles"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
         size = self.volume_size
         require(size is None or (len(size) == 3 and min(size) > 1), "volume_size", "one or three integers > 1", size)
         self._check_optimiser()
@@ -225,6 +218,12 @@ class DiscoveryConfig(TrainingConfig):
         ("auto", "labels"),
     )
     reliable_share: float = option(0.5, "share of the volumes to train on, those with the most reliable assignments")
+    reliability: str = option(
+        "contrast",
+        "by which assignments from clusters are ranked: contrast of the inclusions, or separation: contrast with all "
+        "that an inclusion touches, times its compactness",
+        ("contrast", "separation"),
+    )
     recolor_probability: float = option(0.75, "probability that assigned parts are given other mean intensities")
     sibling_order: str = option(
         "auto",

@@ -17,7 +17,6 @@ from diffdiscover3d.errors import ModelError
 from diffdiscover3d.training.config import DiscoveryConfig, make_config
 from diffdiscover3d.utils.files import check_regular
 
-ASSIGNMENTS_VERSION = 2  # raise when a change of the assignment step changes the networks
 _NEXT_START = 1_000  # seed offset between starts, larger than the range of typical user seeds
 
 
@@ -62,14 +61,8 @@ class Recipe:
         return self.starts if level == 1 < len(self.levels[1]) else 1
 
     def digest(self) -> str:
-        """The sha256 of all options, by which results of different recipes are told apart.
-
-        It depends on the rule of assignments, too, where a recipe has assignments from clusters.
-        """
+        """The sha256 of all options, by which results of different recipes are told apart."""
         words = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        steps = [make_config(DiscoveryConfig, **step) for trainings in self.levels.values() for step in trainings]
-        if any(step.objective == "assignment" and step.assign_from != "labels" for step in steps):
-            words += f" assignments {ASSIGNMENTS_VERSION}"
         return hashlib.sha256(words.encode()).hexdigest()
 
 

@@ -149,3 +149,36 @@ def test_errors_about_outputs(tmp_path, capsys, make_nifti, tiny_discovery):
                 4,
             )
             assert set(_OPTION.findall(said := capsys.readouterr().err)) <= options, said
+
+
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [
+        ("segment", "diffdiscover3d.segmentation.preflight.refuse_early"),
+        ("features", "diffdiscover3d.segmentation.preflight.refuse_early"),
+        ("report", "diffdiscover3d.workflows.reports.make_reports"),
+        ("discover", "diffdiscover3d.workflows.discover.discover"),
+    ],
+)
+def test_options_about_reading_reach_the_function(command, function, tmp_path, monkeypatch):
+    nib.save(nib.Nifti1Image(files.phantom(), np.eye(4)), tmp_path / "a.nii")
+    taken = []
+
+    def take(*_, **options):
+        taken.append(options)
+        raise InterruptedError
+
+    monkeypatch.setattr(function, take)
+    defaults = {"volume": None, "nan_to_zero": False, "ignore_affine": False, "series": None,
+                "resolution": None if command == "discover" else 0, "missing_chunks": False,
+                "voxel_size": None}  # fmt: skip
+    given = {"volume": 2, "nan_to_zero": True, "ignore_affine": True, "series": "1.2.3", "resolution": 1,
+             "missing_chunks": True, "voxel_size": "1,1,2mm"}  # fmt: skip
+    flags = ["--volume", "2", "--nan-to-zero", "--ignore-affine", "--series", "1.2.3", "--resolution", "1",
+             "--missing-chunks", "--voxel-size", "1,1,2mm"]  # fmt: skip
+    where = [str(tmp_path / "a.nii"), "-o", str(tmp_path / "out")]
+    for arguments in (where, where + flags):
+        with pytest.raises(InterruptedError):
+            COMMANDS[command].main(arguments, prog_name=command, standalone_mode=False)
+    chosen = [{name: options[name] for name in defaults} for options in taken]
+    assert chosen == [defaults, given]

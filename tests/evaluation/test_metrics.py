@@ -1,10 +1,10 @@
 """Scores against hand-computed cases and brute force."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
-import torch
 from scipy import ndimage
 
 from diffdiscover3d.evaluation.metrics import (
@@ -75,14 +75,19 @@ def test_hausdorff_95_against_all_pairs_of_surface_voxels(seed, spacing):
     assert hausdorff_95(*masks[::-1], spacing) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.5, 2.0, 3.5)])
-def test_hausdorff_95_against_monai(spacing):
-    from monai.metrics import compute_hausdorff_distance
-
+def test_hausdorff_95_of_views_and_at_the_border():
+    """Masks that are no contiguous arrays, and that fill the volume; nothing is printed."""
     one, two = blobs(5)
-    both = [torch.from_numpy(m)[None, None].float() for m in (one, two)]
-    theirs = compute_hausdorff_distance(*both, include_background=True, percentile=95, spacing=spacing)
-    assert hausdorff_95(one, two, spacing) == pytest.approx(float(theirs), rel=1e-4)
+    expected = hausdorff_95(one, two, (0.5, 2.0, 3.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert hausdorff_95(one[::-1], two[::-1], np.array([0.5, 2, 3.5])) == pytest.approx(expected)
+        assert hausdorff_95(one.T.astype(int), two.T, (3.5, 2, 0.5)) == pytest.approx(expected)
+    full, slab = np.ones((6, 5, 9), bool), np.zeros((6, 5, 9), bool)
+    slab[:, :, 0] = True
+    assert hausdorff_95(full, full) == 0
+    # 30 of the 186 surface voxels of the full volume are 8 voxels away, which is more than 5%
+    assert hausdorff_95(full, slab, (1, 1, 2.5)) == hausdorff_95(slab, full, (1, 1, 2.5)) == 20
 
 
 def test_hausdorff_95_by_hand():

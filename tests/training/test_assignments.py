@@ -111,6 +111,19 @@ def test_clusters_in_space_are_assigned(scans, teacher, clean_is_raw):
     assert len(best.used) == 2 and best.used == sorted(best.used)
 
 
+def test_an_object_in_two_halves_is_reliable_by_its_contrast_only(tmp_path, teacher, clean_is_raw):
+    values, labels = cell(0)
+    one_object = np.where(labels > 1, values - 1.5, values)  # the inclusions vanish, a larger and brighter one appears
+    one_object[4:9, 4:12, 3:8] += 2.5
+    for name, scan in (("a", one_object), ("b", values)):
+        nib.save(nib.Nifti1Image(scan, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    used = {
+        rule: assign(tmp_path, teacher, inside_of_it((1, 3)), reliable_share=0.5, reliability=rule).used
+        for rule in ("contrast", "separation")
+    }
+    assert used == {"contrast": [0], "separation": [1]}
+
+
 def test_spacing_of_a_resampled_scan(tmp_path, teacher, clean_is_raw, monkeypatch):
     nib.save(nib.Nifti1Image(cell(0)[0], np.diag([1, 2, 3, 1])), tmp_path / "cell.nii.gz")
     chosen, asked = config(tmp_path, teacher, "out"), []

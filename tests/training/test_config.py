@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from diffdiscover3d.data.datasets.brats import BraTSOptions
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.train import main
 from diffdiscover3d.training.aliases import ABSENT, ALIASES, SAME_NAMES
@@ -106,6 +107,18 @@ def test_rules_name_option_and_value(kind, options):
     with pytest.raises(ValueError, match=f"`{name}` must be") as error:
         make_config(kind, **options)
     assert repr(value) in str(error.value) or str(value) in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [DiffusionConfig, DiscoveryConfig, BrainConfig])
+def test_the_options_of_brats_become_those_of_its_dataset(kind, tmp_path):
+    assert make_config(kind).brats == BraTSOptions()
+    written = {"dataset": "brats", "modality": "t1n", "grade": "all", "crop": [20, 22, 19], "clip_percentiles": [1, 99]}
+    (tmp_path / "record.json").write_text(json.dumps(written))
+    config = make_config(kind, file=tmp_path / "record.json")
+    assert config.brats == BraTSOptions("t1", "all", (20, 22, 19), (1, 99))
+    assert written.items() <= as_dict(config).items()
+    with pytest.raises(ValueError, match="`modality` must be one of"):
+        make_config(kind, modality="pd").brats  # noqa: B018
 
 
 def test_every_option_is_a_flag():
