@@ -6,7 +6,7 @@
 FOLDER holds `<case>_flair.nii.gz` and `<case>_lesion.nii.gz`. Cases whose name begins with `brats` are gliomas, scored
 plain and post-processed ([`clean_mask`]); the others are MS scans, whose many lesions post-processing would remove. The
 command writes `results/brains.json` with the scores of every case, and pictures of the best, median and worst, those of
-gliomas without the scan. Finished cases of the same weights are kept. Healthy brains are the MS scans with their bright
+gliomas without the scan. Baselines that are there are kept. Healthy brains are the MS scans with their bright
 outliers smoothed away, and phantoms without a lesion.
 
 No baseline may choose with the mask; "best threshold" does, per scan, and is the bound of all thresholds.
@@ -249,11 +249,11 @@ def main() -> None:
     network = load_discovery(arguments.model)
     resolved = resolve_model(arguments.model)
     weights = {**resolved.weights_sha256, "config.json": sha256(resolved.folder / "config.json")}
-    scores = before["scores"] if before.get("weights_sha256") == weights else {}
+    scores = {}
     for path in paths:
-        if (name := path.name.removesuffix("_flair.nii.gz")) not in scores:
-            scores[name] = score_model(path, network)
-            print(name, scores[name], flush=True)
+        name = path.name.removesuffix("_flair.nii.gz")
+        scores[name] = score_model(path, network)
+        print(name, scores[name], flush=True)
     ms = [p for p in paths if not p.name.startswith("brats")]
     result |= {
         "model": Path(arguments.model).name,

@@ -19,8 +19,6 @@ _SHARE = 0.2  # one value in so many of the border voxels: the background was fi
 _NOISE_LIMIT = 5.0  # otherwise: background voxels lie within so many standard deviations of the border's median
 _SMALLEST = 0.01  # smallest share of the voxels that is accepted as a foreground
 _SAMPLE = 1_000_000  # percentiles are taken from at most about so many voxels
-_PRIOR_LIMIT = 6.0  # of a network's logit: as large as the evidence, so that brightness alone marks nothing
-_ROUNDS = 2  # in which median and spread of ordinary tissue are computed again
 _MARGIN = 0.03  # of the foreground's box, added on each side
 _THIN = 0.01  # slices with less foreground than this share of the fullest slice do not extend the box
 
@@ -107,49 +105,6 @@ def looks_like_head(scaled: torch.Tensor, foreground: torch.Tensor) -> bool:
     if not len(shell) or not len(inner):
         return False
     return float(torch.from_numpy(shell).median()) < 0.6 * float(torch.from_numpy(inner).median())
-
-
-def brightness_evidence(scan: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
-    """Log-odds of lesion against ordinary tissue from brightness alone, (1, 1, H, W, D).
-
-    Zero where the slightly smoothed scan is 1.75 robust standard deviations above the median of the brain, and 3 more
-    for each further one, at most 6 either way.
-
-    Args:
-        scan: (1, 1, H, W, D), robustly scaled in its frame.
-        foreground: its mask, or that of the voxels whose median and spread count.
-    """
-    median, spread = robust_moments(scan[foreground])
-    smooth = 0.5 * scan + 0.5 * F.avg_pool3d(scan, 3, stride=1, padding=1)
-    return (3 * ((smooth - median) / spread - 1.75)).clamp(-6, 6)
-
-
-def add_brightness(logit: torch.Tensor, scan: torch.Tensor, foreground: torch.Tensor) -> torch.Tensor:
-    """Posterior log-odds: a network's logit, limited to [-6, 6], and the evidence of the intensities.
-
-    A large lesion raises the median and the spread of the brain, and thereby the threshold of the evidence. Both are
-    therefore computed again, twice, from the voxels whose log-odds are not positive, unless these are less than half of
-    the brain.
-
-    Args:
-        logit, scan, foreground: (1, 1, H, W, D); log-odds of lesion against ordinary tissue, and as for
-            [`brightness_evidence`].
-    """
-    prior = logit.clamp(-_PRIOR_LIMIT, _PRIOR_LIMIT)
-    posterior = prior + brightness_evidence(scan, foreground)
-    for _ in range(_ROUNDS):
-        ordinary = foreground & (posterior <= 0)
-        if 2 * int(ordinary.sum()) < int(foreground.sum()):
-            break
-        posterior = prior + brightness_evidence(scan, ordinary)
-    return posterior
-
-
-def robust_moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Median, and standard deviation from the median absolute deviation, of a sample."""
-    values = values[:: max(1, len(values) // 200_000)].float()
-    median = values.median()
-    return median, 1.4826 * (values - median).abs().median().clamp(min=1e-6)
 
 
 @dataclass(frozen=True)

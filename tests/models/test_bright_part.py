@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from diffdiscover3d.data.foreground import Frame, add_brightness, brightness_evidence, find_foreground, robust_scale
+from diffdiscover3d.data.brightness import add_brightness
+from diffdiscover3d.data.foreground import Frame, find_foreground, robust_scale
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from tests.models.test_framed_discovery import FRAME, SMALL, framed, head
 
@@ -11,34 +12,6 @@ from tests.models.test_framed_discovery import FRAME, SMALL, framed, head
 def nested(**config) -> StructureDiscoveryModel:
     torch.manual_seed(0)
     return StructureDiscoveryModel.from_parent(framed(), (1, 2), **SMALL, **config).eval()
-
-
-def test_the_evidence_is_added_to_the_limited_logit():
-    volume = head()[None, None]
-    inside = volume > 0
-    logit = torch.linspace(-9, 9, volume.numel()).reshape(volume.shape)
-    first = logit.clamp(-6, 6) + brightness_evidence(volume, inside)
-    second = logit.clamp(-6, 6) + brightness_evidence(volume, inside & (first <= 0))
-    expected = logit.clamp(-6, 6) + brightness_evidence(volume, inside & (second <= 0))
-    torch.testing.assert_close(add_brightness(logit, volume, inside), expected)
-    assert not torch.equal(first > 0, expected > 0)
-
-
-def test_a_large_lesion_does_not_hide_itself():
-    """Tissue of deviation 1, and 30 % of the brain 2.3 brighter; the network is sure of the core alone."""
-    volume = torch.randn((1, 1, 20, 24, 16), generator=torch.Generator().manual_seed(0))
-    core, rim = torch.zeros_like(volume, dtype=torch.bool), torch.zeros_like(volume, dtype=torch.bool)
-    core[:, :, :4], rim[:, :, 4:6] = True, True
-    volume = volume + 2.3 * (core | rim)
-    inside = torch.ones_like(core)
-    prior = torch.where(core, 4.0, torch.where(rim, 1.0, -2.0))
-    once, again = prior + brightness_evidence(volume, inside), add_brightness(prior, volume, inside)
-    shares = [float((log_odds > 0)[rim].float().mean()) for log_odds in (once, again)]
-    assert shares[0] < 0.6 < 0.7 < shares[1], shares
-    assert float((again > 0)[~(core | rim)].float().mean()) < 0.02
-    # where most of the brain is marked, nothing is left to compare with
-    bright = torch.full_like(volume, 6.0)
-    torch.testing.assert_close(add_brightness(bright, volume, inside), 6 + brightness_evidence(volume, inside))
 
 
 def test_only_the_two_parts_share_anew_and_by_the_posterior():
@@ -54,6 +27,14 @@ def test_only_the_two_parts_share_anew_and_by_the_posterior():
     total = soft[:, 1:2] + soft[:, 2:]
     expected = frame.paste(torch.cat([soft[:, :1], total * (1 - share), total * share], dim=1))
     torch.testing.assert_close(bright.segment(volume).probabilities, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_scans_of_a_batch_do_not_matter_to_each_other():
+    model, volumes = nested(bright_part=2), torch.stack([head(seed=0), head(seed=1) * 50])
+    together = model.segment(volumes)
+    for index, volume in enumerate(volumes):
+        torch.testing.assert_close(together.probabilities[index], model.segment(volume).probabilities[0])
+    torch.testing.assert_close(together.probabilities.sum(dim=1), torch.ones(2, *head().shape))
 
 
 @pytest.mark.parametrize("part", [0, 3])

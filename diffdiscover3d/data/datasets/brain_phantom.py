@@ -11,14 +11,16 @@ from scipy import ndimage
 
 from diffdiscover3d.data.datasets.synthetic import SPLITS, smooth_field
 
-PHANTOM_VERSION = 1  # raise it whenever a single voxel changes
+PHANTOM_VERSION = 2  # raise it whenever a single voxel changes
 PHANTOM_VARIANT = "brain-phantom"
 PHANTOM_LEVELS = {1: 2, 2: 3}  # background | brain; background | brain | lesion
 SHAPE = (96, 112, 96)
 SPACING_MM = 1.5
 _SEED = 23
-# mean intensities of fluid, white and grey matter, and their standard deviation between phantoms
-_TISSUE = ((0.12, 0.03), (0.45, 0.03), (0.57, 0.03))
+# mean intensities of fluid and white matter, that of grey relative to white matter, and their standard deviation
+# between phantoms; grey matter is measured in scans by `benchmarks/explorations/deep_grey.py`
+_TISSUE = ((0.12, 0.03), (0.45, 0.03), (1.11, 0.04))
+_GREY = (1.03, 1.19)  # limits of grey relative to white matter
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def brain_phantom(split: str, index: int) -> BrainPhantom:
     points = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in SHAPE], indexing="ij"))
     points = points + 0.02 * np.stack([smooth_field(rng, SHAPE, 10.0) for _ in range(3)])
     tissue = _tissue(rng, points)
-    means = np.array([0.0, *(rng.normal(mean, spread) for mean, spread in _TISSUE)])
+    fluid, white, grey = (rng.normal(mean, spread) for mean, spread in _TISSUE)
+    means = np.array([0.0, fluid, white, white * np.clip(grey, *_GREY)])
     brain = tissue > 0
     grain = 0.015 * smooth_field(rng, SHAPE, 1.0) + 0.02 * smooth_field(rng, SHAPE, 6.0)
     healthy = ndimage.gaussian_filter(means[tissue], 0.6) + grain
