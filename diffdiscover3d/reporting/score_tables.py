@@ -41,37 +41,50 @@ def write_table(target: Path, summary: Sequence[dict]) -> None:
 
 
 def plot_table(target: Path, summary: Sequence[dict]) -> None:
-    """Bars of the Dice of each method at each level, a panel per variant, error bars for the spread over seeds."""
+    """Bars of the Dice of each method: a panel for each level, a row for each method, a colour for each variant.
+
+    Error bars show the spread over seeds, ticks the published score, hatched bars methods that are given labels.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import numpy as np
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     variants = list(dict.fromkeys(row["variant"] for row in summary))
     titles = list(dict.fromkeys(row["title"] for row in summary))
     levels = sorted({row["level"] for row in summary})
-    figure, axes = plt.subplots(1, len(variants), figsize=(1.5 + 5 * len(variants), 4), squeeze=False, sharey=True)
-    colours = {title: plt.get_cmap("tab20")(i) for i, title in enumerate(titles)}
-    handles = {}
-    for axis, variant in zip(axes[0], variants, strict=True):
-        here = list(dict.fromkeys(row["title"] for row in summary if row["variant"] == variant))
-        width = 0.8 / len(here)
-        for i, title in enumerate(here):
-            found = {r["level"]: r for r in summary if r["variant"] == variant and r["title"] == title}
-            heights = [found[n]["dice"] if n in found else np.nan for n in levels]
-            # NaN draws no error bar: one seed has no spread
-            spreads = [found[n]["dice_spread"] if n in found and len(found[n]["seeds"]) > 1 else np.nan for n in levels]
-            places = np.arange(len(levels)) + (i - (len(here) - 1) / 2) * width
-            handles[title] = axis.bar(places, heights, width, yerr=spreads, color=colours[title], capsize=1.5)
-        axis.set_title(variant)
-        axis.set_xticks(range(len(levels)), [f"level {n}" for n in levels])
-        axis.set_ylim(0, 1)
-    axes[0][0].set_ylabel("Dice")
-    figure.legend([handles[title] for title in titles], titles, loc="outside right upper", fontsize=8, frameon=False)
+    colours = {variant: plt.get_cmap("Set2")(i) for i, variant in enumerate(variants)}
+    size = (3.5 + 2.2 * len(levels), 1.3 + 0.28 * len(titles))
+    figure, axes = plt.subplots(1, len(levels), figsize=size, squeeze=False, sharey=True)
+    thick = 0.8 / len(variants)
+    for axis, level in zip(axes[0], levels, strict=True):
+        for row in (row for row in summary if row["level"] == level):
+            y = titles.index(row["title"]) + (variants.index(row["variant"]) - (len(variants) - 1) / 2) * thick
+            spread = row["dice_spread"] if len(row["seeds"]) > 1 else None
+            hatch = None if row.get("labels", "none") == "none" else "////"
+            colour = colours[row["variant"]]
+            axis.barh(y, row["dice"], thick, xerr=spread, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
+            if row.get("published") is not None:
+                axis.plot([row["published"]] * 2, [y - thick / 2, y + thick / 2], color="black", linewidth=1)
+        axis.set_title(f"level {level}", fontsize=9)
+        axis.set_xlim(0, 1)
+        axis.set_xlabel("Dice", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="x", linewidth=0.4)
+        axis.set_axisbelow(True)
+    axes[0][0].set_yticks(range(len(titles)), titles)
+    axes[0][0].set_ylim(len(titles) - 0.5, -0.5)
+    handles = [Patch(color=colours[variant], label=variant) for variant in variants]
+    if any(row.get("labels", "none") != "none" for row in summary):
+        handles.append(Patch(facecolor="grey", edgecolor="white", hatch="////", label="given labels"))
+    if any(row.get("published") is not None for row in summary):
+        handles.append(Line2D([], [], color="black", linewidth=1, label="published, other volumes"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.set_layout_engine("constrained")
     with atomic_file(target) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+        figure.savefig(temporary, format="png", dpi=130)
     plt.close(figure)
 
 
