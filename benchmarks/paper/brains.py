@@ -6,7 +6,7 @@
 FOLDER holds `<case>_flair.nii.gz` and `<case>_lesion.nii.gz`. Cases whose name begins with `brats` are gliomas, scored
 plain and post-processed ([`clean_mask`]); the others are MS scans, whose many lesions post-processing would remove. The
 command writes `results/brains.json` with the scores of every case, and pictures of the best, median and worst, those of
-gliomas without the scan. Baselines that are there are kept. Healthy brains are the MS scans with their bright
+gliomas without the scan. Baselines already in the file are kept. Healthy brains are the MS scans with their bright
 outliers smoothed away, and phantoms without a lesion.
 
 No baseline may choose with the mask; "best threshold" does, per scan, and is the bound of all thresholds.

@@ -3,6 +3,7 @@
 All take one scan in its frame, torch tensors of shape (1, 1, H, W, D), and need no labels.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -124,7 +125,8 @@ def threshold_nearby(
         return torch.full_like(brightness, threshold)
     lesion = large.numpy()[components].astype("float32")
     share = ndimage.gaussian_filter(lesion, _NEAR, mode="constant")
-    total = ndimage.gaussian_filter(lesion * brightness[0, 0].float().cpu().numpy(), _NEAR, mode="constant")
+    values = brightness[0, 0].float().cpu().numpy()
+    total = ndimage.gaussian_filter(np.where(lesion > 0, values, 0), _NEAR, mode="constant")
     halfway = (total / share.clip(1e-6) / 2).clip(_LOWEST, max(_LOWEST, threshold))
     weight = (share / _TRUSTED).clip(0, 1)
     lowered = torch.from_numpy(threshold + weight * (halfway - threshold)).to(brightness)

@@ -131,10 +131,15 @@ def resolve_model(name: str | ResolvedModel, revision: str | None = None) -> Res
         revision: branch, tag or commit of a Hub id.
 
     Raises:
-        ModelError: if there is no such model, or a file that describes it is damaged.
+        ModelError: if there is no such model, a file that describes it is damaged, or a resolved model is of another
+            revision.
         NetworkError: if the Hub cannot be reached and the cache does not hold it.
     """
     if isinstance(name, ResolvedModel):
+        if revision not in (None, name.revision, name.commit):
+            raise ModelError(
+                f"{name.name}: resolved at revision {name.revision}, not {revision}; resolve it again with that one."
+            )
         return name
     commit = None
     if name in embedded_models():

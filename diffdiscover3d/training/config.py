@@ -218,7 +218,7 @@ class DiscoveryConfig(TrainingConfig):
         ("auto", "labels"),
     )
     reliable_share: float = option(0.5, "share of the volumes to train on, those with the most reliable assignments")
-    reliability: str = option(
+    reliability: str = added(
         "contrast",
         "by which assignments from clusters are ranked: contrast of the inclusions, or separation: contrast with all "
         "that an inclusion touches, times its compactness",

@@ -47,6 +47,8 @@ def separation(
     Returns:
         0 or more; 0 if an inclusion is absent, infinite for a family without inclusions.
     """
+    if len(family) == 1:
+        return np.inf
     found = contrasts(raw, labels, family)
     if not found.all():
         return 0.0

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -19,6 +20,8 @@ from diffdiscover3d.utils.temporary_folders import clear_abandoned, temporary_fo
 
 _LARGEST_JSON = 2**28  # bytes
 _TEMPORARY = ".diffdiscover3d-file."  # prefix of the hidden folders of [`atomic_file`]
+_CLEAR_AGAIN = 60.0  # seconds after which a folder is looked through again
+_CLEARED: dict[Path, float] = {}  # when this process last looked through a folder
 _DISK_MARGIN = 2**20  # bytes to leave free for small files next to a large one
 MODEL_MARKERS = ("model_index.json", "config.json")  # files that identify a model folder
 
@@ -28,7 +31,8 @@ def atomic_file(target: str | Path, suffix: str = "") -> Iterator[Path]:
     """Yield a temporary path beside the target. It is renamed to the target on success, or deleted on error.
 
     It is in a hidden folder that its process locks. If the process is killed, the next one that writes a file to the
-    folder of the target deletes it.
+    folder of the target deletes it; a process looks for such folders at most once a minute, as the target's folder may
+    contain thousands of files.
 
     Args:
         target: path of the file to write.
@@ -40,7 +44,8 @@ def atomic_file(target: str | Path, suffix: str = "") -> Iterator[Path]:
     target = Path(target)
     with output_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        clear_temporary_files(target.parent)
+        if time.monotonic() - _CLEARED.get(target.parent, -math.inf) > _CLEAR_AGAIN:
+            clear_temporary_files(target.parent)
         with temporary_folder(target.parent, _TEMPORARY) as folder:
             temporary = folder / f"new{suffix or '.tmp'}"
             temporary.touch(mode=0o600)
@@ -53,6 +58,7 @@ def atomic_file(target: str | Path, suffix: str = "") -> Iterator[Path]:
 
 def clear_temporary_files(folder: Path) -> None:
     """Delete the temporary files that killed processes have left in a folder; see [`atomic_file`]."""
+    _CLEARED[folder] = time.monotonic()
     with contextlib.suppress(OSError):  # what cannot be deleted stays
         clear_abandoned(folder, _TEMPORARY)
 

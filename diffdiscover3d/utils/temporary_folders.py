@@ -38,8 +38,10 @@ def temporary_folder(parent: Path, prefix: str, delete_first: Sequence[str] = ()
     try:
         yield folder
     finally:
-        _delete(folder, delete_first)
-        release(owner)
+        try:
+            _delete(folder, delete_first)
+        finally:
+            release(owner)
 
 
 def clear_abandoned(
@@ -99,7 +101,7 @@ def _delete(folder: Path, delete_first: Sequence[str]) -> None:
     """Delete a folder, the lock last."""
     for name in delete_first:
         (folder / name).unlink(missing_ok=True)
-    with contextlib.suppress(FileNotFoundError):  # deleted by the user
+    with contextlib.suppress(OSError):  # deleted by the user; what cannot be deleted is left for the next process
         for path in folder.iterdir():
             if path.name != _OWNER:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

@@ -144,3 +144,10 @@ def test_other_precisions_decide_alike(dtype):
     single = add_brightness(prior, volume, INSIDE)
     other = add_brightness(prior.to(dtype), volume.to(dtype), INSIDE)
     assert other.dtype == torch.float32 and ((other > 0) == (single > 0)).float().mean() > 0.998
+
+
+def test_a_voxel_without_a_value_stays_alone():
+    brightness, found = torch.where(half_space(10, 20), 4.0, 0.0), half_space(10, 20)
+    expected = threshold_nearby(found, brightness, INSIDE)
+    brightness[0, 0, 2, 2, 2] = np.inf
+    torch.testing.assert_close(threshold_nearby(found, brightness, INSIDE), expected)

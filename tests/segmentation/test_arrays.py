@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffdiscover3d.errors import InputError
+from diffdiscover3d.errors import InputError, ModelError
 from diffdiscover3d.hub.resolve import resolve_model
 from diffdiscover3d.segmentation.driver import segment
 from tests.helpers.loading import counted_loads
@@ -105,6 +105,8 @@ def test_the_model_is_loaded_once(volume, labels, tiny_discovery, tmp_path, monk
     for _ in range(2):
         assert np.array_equal(segment(volume, model=model), labels)
     assert len(loads) == 2 and resolve_model(model) is model
+    with pytest.raises(ModelError, match="resolve it again with that one"):
+        resolve_model(model, revision="v2")
     network = model.load((None,), torch.device("cpu"))[None]
     assert not network.training and len(loads) == 2
     segment(tmp_path / "a.nii", tmp_path / "out", model=model)

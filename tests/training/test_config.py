@@ -211,3 +211,8 @@ def test_later_options_are_recorded_only_if_they_are_set():
         make_config(DiffusionConfig)
     ).keys() == set()
     assert as_dict(make_config(DiffusionConfig, snr_gamma=5.0))["snr_gamma"] == 5.0
+
+
+def test_an_option_of_a_later_version_is_recorded_where_it_differs():
+    assert "reliability" not in as_dict(make_config(DiscoveryConfig))
+    assert as_dict(make_config(DiscoveryConfig, reliability="separation"))["reliability"] == "separation"

@@ -68,4 +68,4 @@ def test_absent_inclusions_and_families_of_one_part():
     labels = boxes(CUBE)
     raw = coloured(labels, 1, 4)
     assert separation(raw, labels, (0, 1, 2)) == 0.0
-    assert separation(raw, labels, (0,)) == np.inf
+    assert separation(raw, labels, (0,)) == separation(raw, labels, (7,)) == np.inf

@@ -6,11 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from diffdiscover3d.utils import files, handles
 from diffdiscover3d.utils import temporary_folders as module
-from diffdiscover3d.utils.files import atomic_file
+from diffdiscover3d.utils.files import atomic_file, clear_temporary_files
 from diffdiscover3d.utils.staging import recover_folder
 from diffdiscover3d.utils.temporary_folders import clear_abandoned
 
@@ -104,9 +106,35 @@ def test_without_locks_nothing_is_deleted(tmp_path, monkeypatch, system):
         other.write_text("b")
     assert sorted(os.listdir(tmp_path)) == [left.name, "a", "b"] and len(list(left.iterdir())) == 2
     monkeypatch.undo()
-    with atomic_file(tmp_path / "a") as one:
-        one.write_text("new")
+    clear_temporary_files(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_a_folder_is_looked_through_once_a_minute(tmp_path, monkeypatch):
+    looked, now = [], [1000.0]
+    monkeypatch.setattr(files, "clear_abandoned", lambda folder, _: looked.append(folder))
+    monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
+    for _ in range(3):
+        with atomic_file(tmp_path / "a") as one:
+            one.write_text("a")
+    assert looked == [tmp_path]
+    now[0] += 61
+    with atomic_file(tmp_path / "a") as one:
+        one.write_text("a")
+    assert looked == [tmp_path] * 2
+
+
+def test_what_cannot_be_deleted_neither_fails_nor_stays_locked(tmp_path, monkeypatch):
+    def iterdir(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", iterdir)
+        with atomic_file(tmp_path / "a") as one:
+            one.write_text("a")
+    assert (tmp_path / "a").read_text() == "a" and not handles._HELD
+    clear_temporary_files(tmp_path)
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_a_folder_that_is_deleted_while_it_is_claimed(tmp_path, monkeypatch):
