@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from diffdiscover3d.models import cpu_kernels, mixed_precision
@@ -89,7 +90,7 @@ class LinearAttention(_Attention):
         super().__init__(channels, heads, head_dim, norm_after=True)
         self._fits: dict[tuple, bool] = {}
         head = torch.arange(heads * head_dim) // head_dim
-        self.register_buffer("other_heads", head[:, None] != head[None, :], persistent=False)
+        self.register_buffer("same_head", head[:, None] == head[None, :], persistent=False)
 
     def attend(self, q, k, v):
         return self._look_up(q, k.softmax(dim=-1) @ v.transpose(-1, -2))
@@ -100,20 +101,16 @@ class LinearAttention(_Attention):
         wq, wk, wv = self.qkv.weight.flatten(1).chunk(3)
         flat = tokens.reshape(-1, channels)
         q = self.kernels.query_weights(F.linear(flat, wq).view(-1, self.heads, self.head_dim))
-        k, total = self.kernels.key_weights(F.linear(flat, wk).view(batch, voxels, width))
+        k, v = (F.linear(flat, w).view(batch, voxels, width) for w in (wk, wv))
         # sums over hundreds of thousands of voxels run in segments, or a GPU would compute them on few multiprocessors
-        pieces = (batch * segments, voxels // segments, width)
-        context = torch.bmm(k.reshape(pieces).transpose(1, 2), F.linear(flat, wv).view(pieces))
-        if segments > 1:
-            context = context.view(batch, segments, width, width).sum(dim=1)
-        context = (context / total[:, :, None]).to(k.dtype).masked_fill(self.other_heads, 0).view(-1, width)
+        context = _Context.apply(k, v, self.same_head, self.head_dim**-0.5, segments).transpose(1, 2)
         # The last projection is applied to the contexts instead of to the voxels. Since the query weights of each head
         # sum to one, adding a share of the bias to each head's values adds the bias to each voxel.
-        weight, share = self.out.weight.flatten(1), self.out.bias / (self.heads * self.head_dim**-0.5)
-        values = F.linear(context, weight, share).view(batch, width, channels) * self.head_dim**-0.5
+        values = F.linear(context, self.out.weight.flatten(1), self.out.bias / self.heads)
         if segments > 1:
             values = values[:, None].expand(-1, segments, -1, -1).reshape(-1, width, channels)
-        return torch.bmm(q.view(pieces), values).view(batch, voxels, channels)
+        found = torch.bmm(q.view(batch * segments, -1, width), values)
+        return found if segments == 1 else found.view(tokens.shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         voxels = math.prod(x.shape[2:])
@@ -167,6 +164,59 @@ class LinearAttention(_Attention):
         """Queries (0), keys (1) or values (2), (B, heads, head_dim, voxels)."""
         weight = self.qkv.weight.chunk(3)[which]
         return F.conv3d(self.norm(x), weight).reshape(x.shape[0], self.heads, self.head_dim, -1)
+
+
+class _Context(torch.autograd.Function):
+    """Sums of the values over the voxels, weighted by the softmax of the keys over the voxels.
+
+    CUDA's softmax over an inner axis runs on few multiprocessors, and over the last axis it would need copies. Here the
+    exponentials are computed in place, and the small result is divided by their sums instead of each of them.
+    """
+
+    @staticmethod
+    def forward(ctx, k, v, same_head, scale: float, segments: int) -> torch.Tensor:
+        """See [`LinearAttention.attend_tokens`].
+
+        Args:
+            k, v: (B, N, C).
+            same_head: (C, C) whether two channels belong to the same head; other sums are 0.
+            scale: factor of the sums.
+            segments: number of parts of the voxels that are summed separately first.
+
+        Returns:
+            (B, C of the values, C of the keys).
+        """
+        precise = torch.float64 if k.dtype == torch.float64 else torch.float32
+        weights = (k - k.amax(dim=1, keepdim=True)).exp_()
+        factors = same_head / weights.sum(dim=1, keepdim=True, dtype=precise).mul_(1 / scale)
+        found = torch.bmm(_cut(v, segments).transpose(1, 2), _cut(weights, segments))
+        if segments > 1:
+            found = found.view(-1, segments, *found.shape[1:]).sum(dim=1, dtype=precise)
+        context = found * factors
+        ctx.save_for_backward(weights, v, context, factors)
+        ctx.scale, ctx.segments = scale, segments
+        return context.to(k.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor):
+        weights, v, context, factors = ctx.saved_tensors
+        gradient = gradient * factors
+        of_total = (gradient * context).sum(dim=1, keepdim=True)  # times -1 / scale
+        if ctx.segments > 1:
+            gradient, of_total = (t.repeat_interleave(ctx.segments, dim=0) for t in (gradient, of_total))
+        gradient, of_total = gradient.to(v.dtype), of_total.to(v.dtype)
+        pieces = _cut(weights, ctx.segments)
+        of_keys = torch.baddbmm(of_total, _cut(v, ctx.segments), gradient, beta=-1 / ctx.scale).mul_(pieces)
+        of_values = torch.bmm(pieces, gradient.transpose(1, 2))
+        if ctx.segments > 1:
+            of_keys, of_values = of_keys.view(v.shape), of_values.view(v.shape)
+        return of_keys, of_values, None, None, None
+
+
+def _cut(tokens: torch.Tensor, segments: int) -> torch.Tensor:
+    """(B, N, C) to (B * segments, N / segments, C)."""
+    return tokens if segments == 1 else tokens.view(-1, tokens.shape[1] // segments, tokens.shape[2])
 
 
 def _segments(voxels: int) -> int:

@@ -1,5 +1,6 @@
 """Forward passes of a network replayed as CUDA graphs."""
 
+import dataclasses
 from collections import OrderedDict
 
 import torch
@@ -24,7 +25,7 @@ class GraphedCalls:
         self._graphs: OrderedDict[tuple, tuple | None] = OrderedDict()
 
     def __call__(self, network: nn.Module, *tensors: torch.Tensor, **options):
-        """The output of `network(*tensors, **options)`, a mapping of tensors and other values.
+        """The output of `network(*tensors, **options)`, a dataclass of tensors and other values.
 
         Args:
             tensors: on the network's device.
@@ -47,7 +48,7 @@ class GraphedCalls:
         for place, given in zip(inputs, tensors, strict=True):
             place.copy_(given)
         graph.replay()
-        return type(output)(**{name: _copied(value) for name, value in output.items()})
+        return type(output)(**{f.name: _copied(getattr(output, f.name)) for f in dataclasses.fields(output)})
 
     @staticmethod
     def _capture(network: nn.Module, tensors: tuple, options: dict) -> tuple:

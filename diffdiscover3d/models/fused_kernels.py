@@ -27,24 +27,17 @@ class Kernels(NamedTuple):
         norm_silu: (x, weight, bias, groups, eps, addend or None) to `silu(group_norm(x)) + addend`.
         to_tokens: (x, weight, bias) to the layer norm over the channels of a volume, as tokens.
         query_weights: (B, N, heads, head_dim) to their softmax over `head_dim`.
-        key_weights: (B, N, C) to the numerators of their softmax over the tokens, in [0, 1], and the sums of these over
-            the tokens, (B, C) in float32.
         add_tokens: (x, tokens, weight, bias) to `x` plus the layer norm of the tokens; no norm if `weight` is `None`.
     """
 
     norm_silu: "NormSiLUKernel"
     to_tokens: "Kernel"
     query_weights: "Kernel"
-    key_weights: "PairKernel"
     add_tokens: "Kernel"
 
 
 class Kernel(Protocol):
     def __call__(self, *tensors: torch.Tensor | None) -> torch.Tensor: ...
-
-
-class PairKernel(Protocol):
-    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class NormSiLUKernel(Protocol):
@@ -92,19 +85,13 @@ def _query_weights(q):
     return q.softmax(dim=-1)
 
 
-def _key_weights(k):
-    # CUDA's softmax over an inner axis runs on few multiprocessors, and over the last axis it would need copies
-    weights = (k - k.detach().amax(dim=1, keepdim=True)).exp()
-    return weights, weights.sum(dim=1, dtype=torch.promote_types(k.dtype, torch.float32))
-
-
 def _add_tokens(x, tokens, weight, bias):
     if weight is not None:
         tokens = F.layer_norm(tokens, weight.shape, weight, bias, EPS)
     return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-NATIVE = Kernels(_norm_silu, _to_tokens, _query_weights, _key_weights, _add_tokens)
+NATIVE = Kernels(_norm_silu, _to_tokens, _query_weights, _add_tokens)
 
 
 # For the compiler: written in float32, from which it generates kernels that load and store the type of `x`.
@@ -122,11 +109,6 @@ def _to_tokens_float32(x, weight, bias):
 
 def _query_weights_float32(q):
     return q.float().softmax(dim=-1).to(q.dtype)
-
-
-def _key_weights_float32(k):
-    weights = (k.float() - k.detach().amax(dim=1, keepdim=True).float()).exp()
-    return weights.to(k.dtype), weights.sum(dim=1)
 
 
 def _add_tokens_float32(x, tokens, weight, bias):
@@ -148,7 +130,6 @@ def compiled_kernels(dynamic: bool = True) -> Kernels:
         _norm_silu_float32,
         _to_tokens_float32,
         _query_weights_float32,
-        _key_weights_float32,
         _add_tokens_float32,
     )
     # one function serves every level of a network: more shapes than the compiler allows for by default

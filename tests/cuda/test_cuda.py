@@ -53,8 +53,9 @@ def gradients(unet, device, dtype, bf16=False, memory_format=torch.contiguous_fo
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
-@pytest.mark.parametrize(("dtype", "bf16", "limit"), [(torch.float64, False, 1e-9), (torch.float32, True, 0.05)])
+@pytest.mark.parametrize(("dtype", "bf16", "limit"), [(torch.float64, False, 1e-7), (torch.float32, True, 0.05)])
 def test_gradients_are_those_of_a_cpu_in_double_precision(dtype, bf16, limit, memory_format):
+    # the sinusoids of the timestep are float32 on both
     torch.manual_seed(0)
     unet = UNet3DModel(**TINY)
     expected = gradients(unet, "cpu", torch.float64)
@@ -82,9 +83,13 @@ def test_the_triton_norm_is_pytorchs_in_double_precision(shape):
 
 def test_metrics_of_a_step_do_not_wait_for_the_next(tmp_path):
     metrics = StepMetrics(torch.device("cuda"), tmp_path)
-    metrics.add(1, ("loss",), torch.tensor([0.5, 1.0, 0.0], device="cuda"))
+    first, second = torch.tensor([[0.5, 1.0, 0.0], [0.25, 1.0, 0.0]], device="cuda")
+    for step in range(1, 4):  # pinned memory is allocated, which waits for the device
+        metrics.add(step, ("loss",), second)
+    metrics.catch_up(everything=True)
+    metrics.add(4, ("loss",), first)
     torch.cuda._sleep(2_000_000_000)  # about a second
-    metrics.add(2, ("loss",), torch.tensor([0.25, 1.0, 0.0], device="cuda"))
+    metrics.add(5, ("loss",), second)
     metrics.catch_up()
     assert metrics.latest == {"loss": 0.5}
     assert not torch.cuda.current_stream().query()
