@@ -65,7 +65,7 @@ class Cicek(TrainedBaseline):
     presets = {  # noqa: RUF012
         "paper": CicekConfig(),
         "small": CicekConfig(
-            channels=(8, 16, 32, 64), crop=48, batch_size=2, steps=1_000, learning_rate=3e-3, bf16=True
+            channels=(8, 16, 32, 64), crop=48, batch_size=2, steps=4_000, learning_rate=3e-3, bf16=True
         ),
     }
 
