@@ -6,6 +6,7 @@ import sys
 
 if "DIFFDISCOVER3D_TEST_CUDA" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests outside tests/cuda compare bits and times of a CPU
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU; read when Triton is imported
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a worker for each core

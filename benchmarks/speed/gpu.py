@@ -27,7 +27,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 from benchmarks.speed.baselines import PlainStep, add_noise, hooked_features, monai_diffusion_unet, upsample
 from benchmarks.speed.discovery_step import FIXED, PAPER, make_teacher
-from benchmarks.speed.gpu_run import Finished, Run, Timed, exact_float32, graphed, median_seconds, time_training
+from benchmarks.speed.gpu_run import Finished, Run, Timed, exact_float32, median_seconds, time_training
 from benchmarks.speed.paced import Repeated, random_volumes, training_config
 from benchmarks.speed.timing import synchronize
 from diffdiscover3d.models.cpu_kernels import Conv3d
@@ -57,7 +57,7 @@ def measure_ceilings(run: Run) -> None:
 
 
 def check_numbers(run: Run, fused: bool) -> None:
-    """Loss and gradients in bfloat16, with native or fused kernels, against float32 and its chunked attention."""
+    """Loss and gradients in bfloat16, with native, Triton or compiled kernels, against float32 in chunks."""
     torch.manual_seed(0)
     side = 16 if run.quick else 32
     options = {**UNET_PRESETS["paper"], "width": 32, "sample_size": side}
@@ -84,7 +84,10 @@ def check_numbers(run: Run, fused: bool) -> None:
         found = {"float32": gradients(False)}
     if fused and kind == "cuda":
         unet.fuse_kernels()
-    found["bfloat16, fused" if fused else "bfloat16"] = gradients(True)
+    found["bfloat16, compiled" if fused else "bfloat16"] = gradients(True)
+    if not fused:
+        unet.to(memory_format=torch.channels_last_3d)
+        found["bfloat16, channels-last"] = gradients(True)
     for name, vector in found.items():
         limit = 1e-4 if name == "float32" else 0.1
         difference = float((vector - expected).norm() / expected.norm())
@@ -99,9 +102,9 @@ def diffusion_step(run: Run, preset: str, target: float | None = None, profiled:
     if run.device == "cpu":  # where compiling takes minutes and there are no CUDA graphs
         options.pop("compile", None)
     fixed = {"preset": preset, "batch_size": BATCH, "sample_size": side, "mixed_precision": "bf16"}
-    config = training_config(DiffusionConfig, 1, **{**fixed, "memory_format": "contiguous", **options})
+    config = training_config(DiffusionConfig, 1, **{**fixed, "memory_format": "channels_last", **options})
     volumes = Repeated(random_volumes(BATCH, (side,) * 3, 0))
-    shown = ", ".join(f"{k} {v}" for k, v in options.items()) or "eager"
+    shown = ", ".join(f"{k} {v}" for k, v in options.items()) or "as by default"
 
     def make_task(config, accelerator) -> DiffusionTraining:
         return DiffusionTraining(config, (side,) * 3)
@@ -114,7 +117,7 @@ def discovery_step(run: Run, case: dict, name: str, target=None, profiled=False,
     """A training step of the segmentation network with the small teacher."""
     side = 24 if run.quick else 50
     common = {"preset": "small", "num_parts": 8, "stages": (3,), "batch_size": BATCH, "teacher": "small"}
-    fixed = {"mixed_precision": "bf16", "memory_format": "contiguous"}
+    fixed = {"mixed_precision": "bf16", "memory_format": "channels_last"}
     config = training_config(DiscoveryConfig, 1, **{**common, **case, **fixed, **options})
     volumes = Repeated(random_volumes(BATCH, (side,) * 3, 0))
 
@@ -128,7 +131,7 @@ def discovery_step(run: Run, case: dict, name: str, target=None, profiled=False,
             kept.update({index: kept[index % BATCH] for index in range(len(volumes))})
         return task
 
-    shown = ", ".join(f"{k} {v}" for k, v in options.items()) or "eager"
+    shown = ", ".join(f"{k} {v}" for k, v in options.items()) or "as by default"
     time_training(run, f"discovery step, {name}, {side}^3, bf16: {shown}", make_task, config, volumes, target, profiled)
 
 
@@ -170,7 +173,10 @@ def features(run: Run) -> None:
         side = 16 if run.quick else UNET_PRESETS[preset]["sample_size"]
         torch.manual_seed(0)
         unet = UNet3DModel(**{**UNET_PRESETS[preset], "sample_size": side}).eval().to(run.device)
+        unet.to(memory_format=torch.channels_last_3d)
         pipe = DiffusionFeaturePipeline(unet, make_scheduler(250))
+        graphed = DiffusionFeaturePipeline(unet, make_scheduler(250))
+        graphed.enable_cuda_graphs()
         baseline = UNet3DModel(**unet.config).eval().to(run.device)
         baseline.load_state_dict(unet.state_dict())
         Conv3d.release(baseline)
@@ -181,7 +187,7 @@ def features(run: Run) -> None:
         noise = torch.randn(1, *volume.shape, device=run.device)
         for stage in (1, 2, 3):
 
-            def own(bf16: bool, pipe=pipe, volume=volume, noise=noise, stage=stage):
+            def own(bf16: bool, pipe, volume=volume, noise=noise, stage=stage):
                 with torch.autocast(volume.device.type, torch.bfloat16, enabled=bf16):
                     return pipe.extract(volume, noise, FEATURE_TIMESTEP, (stage,)).features[0]
 
@@ -195,14 +201,15 @@ def features(run: Run) -> None:
             expected = hooked()
             rounds = 2 if run.quick else 15
             theirs, on_voxels = (1e3 * median_seconds(run, way, rounds) for way in (hooked, direct))
-            ways = {"float32": functools.partial(own, False), "bf16": functools.partial(own, True)}
-            graph = 1e3 * median_seconds(run, graphed(run, ways["bf16"]), rounds)
+            ways = {
+                "float32": functools.partial(own, False, pipe),
+                "bf16": functools.partial(own, True, pipe),
+                "bf16, CUDA graphs": functools.partial(own, True, graphed),
+            }
             for name, way in ways.items():
                 ours = 1e3 * median_seconds(run, way, rounds)
                 distance = float((way().float() - expected).norm() / expected.norm())
                 more = {"ours_ms": ours, "hooks_ms": theirs, "hooks_on_voxels_ms": on_voxels, "difference": distance}
-                if name == "bf16":
-                    more["graph_ms"] = graph
                 more = {k: float(f"{v:.4g}") for k, v in more.items()}
                 run.row(
                     f"features, stage {stage}, {preset}, {name}", theirs / ours, "times", 3.0, at_least=True, **more
@@ -263,7 +270,7 @@ def learning(run: Run, preset: str, seconds: float, **options) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         quick = {"width": 16, "sample_size": 16} if run.quick else {}
-        fixed = {"preset": preset, "mixed_precision": "bf16", "memory_format": "contiguous"}
+        fixed = {"preset": preset, "mixed_precision": "bf16", "memory_format": "channels_last"}
         quiet = {"output_dir": str(Path(folder) / "training"), "log_every": 1 if run.quick else 50}
         config = training_config(DiffusionConfig, 50_000, **{**fixed, **quiet, **quick, **options})
         accelerator = make_accelerator(config)
@@ -303,31 +310,29 @@ def main() -> None:
     if options.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
     run = Run(options)
-    graphs = {"cuda_graphs": True}
+    eager = {"cuda_graphs": False}
     run.section("ceilings", measure_ceilings)
-    run.section("paper", diffusion_step, "paper", 60.0, True)
-    run.section("small", diffusion_step, "small", 12.0, True)
-    run.section("paper graphs", lambda r: diffusion_step(r, "paper", 60.0, **graphs))
-    run.section("small graphs", lambda r: diffusion_step(r, "small", 12.0, **graphs))
+    run.section("paper", diffusion_step, "paper", 60.0)
+    run.section("small", diffusion_step, "small", 12.0)
+    run.section("paper eager", lambda r: diffusion_step(r, "paper", None, True, **eager))
+    run.section("small eager", lambda r: diffusion_step(r, "small", None, True, **eager))
+    run.section("paper contiguous", lambda r: diffusion_step(r, "paper", None, memory_format="contiguous"))
     paper, fixed = PAPER, {**PAPER, **FIXED}
-    run.section("discovery", discovery_step, paper, "the paper's losses, fresh teacher", 25.0, True)
-    run.section("discovery graphs", lambda r: discovery_step(r, paper, "the paper's losses, fresh", 25.0, **graphs))
-    run.section("discovery fixed", lambda r: discovery_step(r, fixed, "the paper's losses, fixed", 25.0, **graphs))
+    run.section("discovery", discovery_step, paper, "the paper's losses, fresh teacher", 25.0)
+    run.section("discovery fixed", discovery_step, fixed, "the paper's losses, fixed teacher", 25.0)
+    run.section("discovery eager", lambda r: discovery_step(r, paper, "the paper's losses, fresh", None, True, **eager))
     run.section("numbers", check_numbers, False)
     run.section("features", features)
     run.section("segment", segment)
+    # a section that hangs must not cost the others
+    compiled = {"compile": True}
+    run.section("paper compiled", lambda r: diffusion_step(r, "paper", 45.0, True, **compiled), limit=90)
+    run.section("small compiled", lambda r: diffusion_step(r, "small", 12.0, **compiled), limit=90)
+    run.section("numbers, compiled", check_numbers, True, limit=60)
     run.section("baselines", baselines)
     run.section("tests", cuda_tests)
     if options.train_seconds:
-        run.section("learning", lambda r: learning(r, "paper", options.train_seconds, **graphs))
-    # compiling takes minutes on some hosts, and a section that hangs must not cost the others
-    compiled = {"compile": True}
-    run.section("small compiled", lambda r: diffusion_step(r, "small", 12.0, **compiled, **graphs), limit=150)
-    run.section("paper compiled", lambda r: diffusion_step(r, "paper", 45.0, True, **compiled), limit=150)
-    run.section("paper compiled graphs", lambda r: diffusion_step(r, "paper", 45.0, **compiled, **graphs), limit=150)
-    run.section("numbers, fused", check_numbers, True, limit=150)
-    last = {**compiled, "memory_format": "channels_last"}
-    run.section("paper channels-last", lambda r: diffusion_step(r, "paper", 45.0, **graphs, **last), limit=150)
+        run.section("learning", lambda r: learning(r, "paper", options.train_seconds))
     run.write()
     print(json.dumps({"errors": list(run.result["errors"]), "seconds": run.result["seconds"]}))
 

@@ -58,6 +58,7 @@ class Timed:
             synchronize(device)
             self.found["seconds"] = (time.perf_counter() - self._clock) / steps
             self.found["peak_gib"] = self._run.peak_gib()
+            self.found["reserved_gib"] = self._run.reserved_gib()
             if not self._profiled:
                 raise Finished
             self._warnings = self._stack.enter_context(warnings.catch_warnings(record=True))
@@ -180,6 +181,10 @@ class Run:
     def peak_gib(self) -> float | None:
         return torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else None
 
+    def reserved_gib(self) -> float | None:
+        """What the process holds, the memory of CUDA graphs included."""
+        return torch.cuda.memory_reserved() / 2**30 if self.device == "cuda" else None
+
     def watch_synchronisation(self, enabled: bool) -> None:
         if self.device == "cuda":
             torch.cuda.set_sync_debug_mode("warn" if enabled else "default")
@@ -245,24 +250,9 @@ def time_training(run: Run, name: str, make_task: Callable, config, volumes, tar
             train(task, config, volumes, accelerator)
     found = task.found
     details = {"host_ms": 1e3 * found["host_seconds"], "peak_gib": found["peak_gib"]}
+    details["reserved_gib"] = found["reserved_gib"]
     details["seconds_in_all"] = time.perf_counter() - clock
     run.row(name, 1e3 * found["seconds"], "ms", target, **{k: v and round(v, 2) for k, v in details.items()})
     if profiled:
         run.detail(name, {k: found[k] for k in ("waits", "profile")})
     return found
-
-
-def graphed(run: Run, way: Callable) -> Callable:
-    """A call captured as a CUDA graph: what it would take without the host."""
-    if run.device != "cuda":
-        return way
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            way()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        way()
-    return graph.replay

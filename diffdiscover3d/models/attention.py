@@ -100,13 +100,13 @@ class LinearAttention(_Attention):
         wq, wk, wv = self.qkv.weight.flatten(1).chunk(3)
         flat = tokens.reshape(-1, channels)
         q = self.kernels.query_weights(F.linear(flat, wq).view(-1, self.heads, self.head_dim))
-        k = self.kernels.key_weights(F.linear(flat, wk).view(batch, voxels, width))
+        k, total = self.kernels.key_weights(F.linear(flat, wk).view(batch, voxels, width))
         # sums over hundreds of thousands of voxels run in segments, or a GPU would compute them on few multiprocessors
         pieces = (batch * segments, voxels // segments, width)
         context = torch.bmm(k.reshape(pieces).transpose(1, 2), F.linear(flat, wv).view(pieces))
         if segments > 1:
             context = context.view(batch, segments, width, width).sum(dim=1)
-        context = context.masked_fill(self.other_heads, 0).view(-1, width)
+        context = (context / total[:, :, None]).to(k.dtype).masked_fill(self.other_heads, 0).view(-1, width)
         # The last projection is applied to the contexts instead of to the voxels. Since the query weights of each head
         # sum to one, adding a share of the bias to each head's values adds the bias to each voxel.
         weight, share = self.out.weight.flatten(1), self.out.bias / (self.heads * self.head_dim**-0.5)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffdiscover3d.models.channel_padding import convolve_padded
+from diffdiscover3d.models import triton_norm
+from diffdiscover3d.models.channel_padding import convolve
 from diffdiscover3d.models.cpu_kernels import ChannelsLastNormSiLU, Conv3d, wants_channels_last_norm
 from diffdiscover3d.models.fused_kernels import NATIVE, Kernels
 
@@ -42,8 +43,14 @@ class NormSiLU(nn.GroupNorm):
         super().__init__(groups, channels)
         self.kernels: Kernels = NATIVE
 
-    def forward(self, x: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
-        """SiLU of the norm of `x`, plus `addend`."""
+    def forward(
+        self, x: torch.Tensor, addend: torch.Tensor | None = None, offset: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """SiLU of the norm of `x`, plus `addend`; `offset` (C,) is added to `x` first."""
+        if triton_norm.is_supported(x):
+            return triton_norm.norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, addend, offset)
+        if offset is not None:
+            x = x + offset.to(x.dtype)[:, None, None, None]
         if wants_channels_last_norm(x):
             y = ChannelsLastNormSiLU.apply(x, self.weight, self.bias, self.num_groups, self.eps)
             return y if addend is None else y + addend
@@ -74,8 +81,16 @@ class ResidualBlock(nn.Module):
         """
         if self.time_projection is not None and shift is None:
             shift = self.time_projection(F.silu(time))[:, :, None, None, None]
-        hidden = self.norm1(convolve_padded(self.conv1, x), shift)
-        return self.norm2(self.conv2(hidden), convolve_padded(self.shortcut, x))
+        hidden = self.norm1(*self._convolve(self.conv1, x, shift))
+        return self.norm2(*self._convolve(self.conv2, hidden, convolve(self.shortcut, x)))
+
+    def _convolve(
+        self, conv: nn.Conv3d, x: torch.Tensor, addend: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Arguments of the norm after a convolution, which adds the bias where its kernel can do so at no cost."""
+        if triton_norm.is_supported(x):
+            return convolve(conv, x, with_bias=False), addend, conv.bias
+        return convolve(conv, x), addend, None
 
 
 def project_time(blocks: Sequence[ResidualBlock], time: torch.Tensor) -> list[torch.Tensor]:

@@ -27,19 +27,24 @@ class Kernels(NamedTuple):
         norm_silu: (x, weight, bias, groups, eps, addend or None) to `silu(group_norm(x)) + addend`.
         to_tokens: (x, weight, bias) to the layer norm over the channels of a volume, as tokens.
         query_weights: (B, N, heads, head_dim) to their softmax over `head_dim`.
-        key_weights: (B, N, C) to their softmax over the tokens.
+        key_weights: (B, N, C) to the numerators of their softmax over the tokens, in [0, 1], and the sums of these over
+            the tokens, (B, C) in float32.
         add_tokens: (x, tokens, weight, bias) to `x` plus the layer norm of the tokens; no norm if `weight` is `None`.
     """
 
     norm_silu: "NormSiLUKernel"
     to_tokens: "Kernel"
     query_weights: "Kernel"
-    key_weights: "Kernel"
+    key_weights: "PairKernel"
     add_tokens: "Kernel"
 
 
 class Kernel(Protocol):
     def __call__(self, *tensors: torch.Tensor | None) -> torch.Tensor: ...
+
+
+class PairKernel(Protocol):
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class NormSiLUKernel(Protocol):
@@ -88,8 +93,9 @@ def _query_weights(q):
 
 
 def _key_weights(k):
-    # CUDA's softmax over an inner axis of this length runs on few multiprocessors; over the last axis on all
-    return k.transpose(1, 2).softmax(dim=-1).transpose(1, 2)
+    # CUDA's softmax over an inner axis runs on few multiprocessors, and over the last axis it would need copies
+    weights = (k - k.detach().amax(dim=1, keepdim=True)).exp()
+    return weights, weights.sum(dim=1, dtype=torch.promote_types(k.dtype, torch.float32))
 
 
 def _add_tokens(x, tokens, weight, bias):
@@ -119,7 +125,8 @@ def _query_weights_float32(q):
 
 
 def _key_weights_float32(k):
-    return k.float().softmax(dim=1).to(k.dtype)
+    weights = (k.float() - k.detach().amax(dim=1, keepdim=True).float()).exp()
+    return weights.to(k.dtype), weights.sum(dim=1)
 
 
 def _add_tokens_float32(x, tokens, weight, bias):
@@ -146,4 +153,5 @@ def compiled_kernels(dynamic: bool = True) -> Kernels:
     )
     # one function serves every level of a network: more shapes than the compiler allows for by default
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    torch._inductor.config.compile_threads = 1  # a pool of processes takes longer to start than these few to compile
     return Kernels(*(torch.compile(f, dynamic=dynamic) for f in functions))

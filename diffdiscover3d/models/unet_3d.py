@@ -16,7 +16,7 @@ from diffdiscover3d.data.transforms import pad_to_multiple
 from diffdiscover3d.models import cpu_kernels
 from diffdiscover3d.models.attention import ATTENTIONS, FullAttention, LinearAttention
 from diffdiscover3d.models.blocks import ResidualBlock, TimeEmbedding, project_time
-from diffdiscover3d.models.channel_padding import convolve_unfolded
+from diffdiscover3d.models.channel_padding import convolve, convolve_unfolded
 from diffdiscover3d.models.cpu_kernels import Conv3d, precise_if_small
 from diffdiscover3d.models.fused_kernels import NATIVE, compiled_kernels
 from diffdiscover3d.models.loading import StrictLoadingMixin
@@ -191,7 +191,7 @@ class UNet3DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
             if not return_sample and stage == max(stages):
                 return x, features
             x = upsample(x)
-        return self.conv_out(self._run(self.final_block, x)), features
+        return convolve(self.conv_out, self._run(self.final_block, x)), features
 
     def stage_channels(self, stage: int) -> int:
         """Channels of a decoder stage's feature map."""
@@ -240,7 +240,10 @@ class UNet3DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
     def _enter(self, x: torch.Tensor) -> torch.Tensor:
         if cpu_kernels.is_on_cpu(x) or torch.compiler.is_compiling():
             return self.conv_in(x)
-        return convolve_unfolded(self.conv_in, x)
+        # the weight of a convolution with one input channel has no memory format of its own
+        inner = self.down_levels[0].blocks[0].conv2.weight
+        is_last = inner.is_contiguous(memory_format=torch.channels_last_3d)
+        return convolve_unfolded(self.conv_in, x, torch.channels_last_3d if is_last else torch.contiguous_format)
 
     def _time_shifts(self, time: torch.Tensor) -> dict[nn.Module, Sequence[torch.Tensor]]:
         """The time embedding's projection for each block, by level; empty on a CPU, where each block computes its own.

@@ -89,6 +89,7 @@ class GraphedPass(EagerPass):
 
     def _capture(self, leaves: list, layout) -> None:
         self._zero_grad()
+        torch.cuda.empty_cache()  # a graph has memory of its own and cannot use what eager steps have cached
         self._layout = layout
         self._static = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
         torch.cuda.synchronize()
@@ -129,8 +130,8 @@ def make_pass(
     config: TrainingConfig,
     accelerator: Accelerator,
 ) -> EagerPass:
-    """The forward and backward pass of a training: a CUDA graph if `config` requests one and it is possible."""
-    if not config.cuda_graphs:
+    """The forward and backward pass of a training: a CUDA graph where it is possible, unless `config` forbids it."""
+    if config.cuda_graphs is False:
         return EagerPass(losses, accelerator.backward)
     obstacles = {
         "the device is no CUDA GPU": accelerator.device.type != "cuda",
@@ -140,6 +141,8 @@ def make_pass(
         "activations are recomputed": getattr(config, "gradient_checkpointing", False),
     }
     found = [reason for reason, holds in obstacles.items() if holds]
+    if found and config.cuda_graphs is None:
+        return EagerPass(losses, accelerator.backward)
     if found:
         logger.warning("--cuda-graphs is ignored: %s", "; ".join(found))
         return EagerPass(losses, accelerator.backward)

@@ -53,7 +53,9 @@ class TrainingConfig(BraTSConfig, ReadingConfig):
         "auto", "memory format of weights and volumes; auto: measure and use the faster", MEMORY_FORMATS
     )
     compile: bool = option(False, "compile the networks with torch.compile: slower start, faster steps")
-    cuda_graphs: bool = option(False, "replay each step as a CUDA graph: one GPU, one micro-batch per step")
+    cuda_graphs: bool | None = option(
+        None, "replay each step as a CUDA graph; by default on one GPU with one micro-batch per step"
+    )
     tf32: bool = option(False, "compute float32 matrix products on a GPU in TF32, with 10 bits of mantissa")
     volume_size: tuple[int, ...] | None = option(None, "resample all volumes to this grid (one or three integers)")
     spacing: tuple[float, ...] | None = added(

@@ -58,6 +58,7 @@ class DiffusionTraining:
             self.model.enable_gradient_checkpointing()
         self.scheduler = make_scheduler(config.num_train_timesteps, config.prediction_type)
         self.ema = EMAModel(self.model.parameters(), decay=config.ema_decay, foreach=True)
+        self._ema_is_placed = False
         self.volume_grid = config.volume_size or self.model.noise_grid
         if self.volume_grid is None and common_grid is None:
             raise ValueError("the volumes differ in shape: give --volume-size to resample them to a common grid.")
@@ -113,9 +114,11 @@ class DiffusionTraining:
         return False
 
     def after_step(self, step: int) -> dict[str, float]:
-        device = next(self.model.parameters()).device
-        if self.ema.shadow_params[0].device != device:
-            self.ema.to(device)
+        if not self._ema_is_placed:
+            # averages of another device or memory format would be updated tensor by tensor
+            pairs = zip(self.ema.shadow_params, self.model.parameters(), strict=True)
+            self.ema.shadow_params = [torch.empty_like(p).copy_(shadow).detach() for shadow, p in pairs]
+            self._ema_is_placed = True
         self.ema.step(self.model.parameters())
         return {}
 
@@ -148,6 +151,7 @@ class DiffusionTraining:
         step = int(ema.pop("step"))
         shadow = [ema[str(i)] for i in range(len(ema))]
         self.ema.load_state_dict({**self.ema.state_dict(), "optimization_step": step, "shadow_params": shadow})
+        self._ema_is_placed = False
 
     def save(self, folder: Path, final: bool = True) -> None:
         """Save the averaged weights as a pipeline folder."""

@@ -157,6 +157,8 @@ def train(
     if config.tf32:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
+    if accelerator.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # shapes are fixed, and cuDNN guesses badly for some of 3D convolutions
     trained = [p for p in task.model.parameters() if p.requires_grad]  # a parent is frozen
     optimizer = make_optimizer(config, trained, accelerator.device)
     task.model.to(memory_format=FORMATS[config.memory_format])

@@ -13,8 +13,9 @@ MAX_BAD_STEPS = 5  # consecutive non-finite steps before a training stops with a
 class StepMetrics:
     """Queue of step metrics that are still on the device.
 
-    Reading a value from a GPU synchronises with all queued work. The metrics of a step are therefore read after the
-    next step has been queued, unless they are needed immediately. On a CPU they are read immediately.
+    Reading a value from an accelerator synchronises with all queued work. The metrics of a step are therefore read
+    after the next step has been queued, unless they are needed immediately; on a CUDA GPU from a copy in host memory,
+    so that only the step itself is waited for and the GPU goes on with the next. On a CPU they are read immediately.
 
     Args:
         device: device of the training.
@@ -31,7 +32,7 @@ class StepMetrics:
         self.bad_steps, self.stop_requested = 0, False
         self._lag = 0 if device.type == "cpu" else 1
         self._output = output
-        self._waiting: list[tuple[int, tuple[str, ...], torch.Tensor]] = []
+        self._waiting: list[tuple[int, tuple[str, ...], torch.Tensor, torch.cuda.Event | None]] = []
 
     def add(self, step: int, names: tuple[str, ...], values: torch.Tensor) -> None:
         """Queue the metrics of a step.
@@ -42,7 +43,11 @@ class StepMetrics:
             values: (len(names) + 2,) the losses, whether the gradient is finite, and whether a stop was requested, all
                 averaged over the processes.
         """
-        self._waiting.append((step, names, values))
+        copied = None
+        if values.device.type == "cuda":
+            values, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        self._waiting.append((step, names, values, copied))
 
     def catch_up(self, everything: bool = False) -> None:
         """Read the queued metrics except those of the last step on a GPU; `everything` includes the last step.
@@ -51,7 +56,9 @@ class StepMetrics:
             ModelError: after too many consecutive non-finite steps.
         """
         while len(self._waiting) > (0 if everything else self._lag):
-            step, names, values = self._waiting.pop(0)
+            step, names, values, copied = self._waiting.pop(0)
+            if copied is not None:
+                copied.synchronize()
             *losses, finite, stop = values.tolist()
             self.latest = dict(zip(names, losses, strict=True))
             self.stop_requested |= stop > 0

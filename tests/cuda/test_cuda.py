@@ -6,15 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from diffdiscover3d.models import triton_norm
 from diffdiscover3d.models.attention import LinearAttention
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNet3DModel
+from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
 from diffdiscover3d.training.data_order import draw_noise
 from diffdiscover3d.training.diffusion import DiffusionTraining
 from diffdiscover3d.training.discovery import DiscoveryTraining
 from diffdiscover3d.training.dropout import hashed_masks, slot_keys
 from diffdiscover3d.training.loop import make_accelerator, train
+from diffdiscover3d.training.step_metrics import StepMetrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 TINY = {"width": 8, "channel_multipliers": (1, 2, 4), "attention": ("linear", "linear", None), "norm_groups": 4}
@@ -39,8 +42,8 @@ class Volumes:
         return {"volume": self.volumes[range(6)[index]]}
 
 
-def gradients(unet, device, dtype, bf16=False):
-    unet = torch.nn.Module.to(unet, device=device, dtype=dtype)
+def gradients(unet, device, dtype, bf16=False, memory_format=torch.contiguous_format):
+    unet = torch.nn.Module.to(unet, device=device, dtype=dtype, memory_format=memory_format)
     unet.zero_grad()
     x = torch.randn(2, 1, *GRID, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
@@ -49,13 +52,61 @@ def gradients(unet, device, dtype, bf16=False):
     return torch.cat([p.grad.flatten().cpu().double() for p in unet.parameters()])
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
 @pytest.mark.parametrize(("dtype", "bf16", "limit"), [(torch.float64, False, 1e-9), (torch.float32, True, 0.05)])
-def test_gradients_are_those_of_a_cpu_in_double_precision(dtype, bf16, limit):
+def test_gradients_are_those_of_a_cpu_in_double_precision(dtype, bf16, limit, memory_format):
     torch.manual_seed(0)
     unet = UNet3DModel(**TINY)
     expected = gradients(unet, "cpu", torch.float64)
-    found = gradients(unet, "cuda", dtype, bf16)
+    found = gradients(unet, "cuda", dtype, bf16, memory_format)
     assert (found - expected).norm() < limit * expected.norm()
+
+
+@pytest.mark.skipif(triton_norm.triton is None, reason="needs Triton")
+@pytest.mark.parametrize("shape", [(3, 40, 20, 12, 36), (1, 512, 4, 6, 5)])
+def test_the_triton_norm_is_pytorchs_in_double_precision(shape):
+    torch.manual_seed(0)
+    like = {"device": "cuda", "dtype": torch.bfloat16}
+    x, addend, upstream = (torch.randn(shape, **like).to(memory_format=torch.channels_last_3d) for _ in range(3))
+    weight, bias, offset = torch.randn(3, shape[1], device="cuda")
+    inputs = [t.requires_grad_() for t in (x, weight, bias, addend, offset)]
+    found = triton_norm.norm_silu(x, weight, bias, 8, 1e-5, addend, offset)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    normed = F.group_norm(exact[0] + exact[4][:, None, None, None], 8, exact[1], exact[2], 1e-5)
+    expected = F.silu(normed) + exact[3]
+    ours, theirs = torch.autograd.grad(found, inputs, upstream), torch.autograd.grad(expected, exact, upstream.double())
+    for a, b in zip([found, *ours], [expected, *theirs], strict=True):
+        limit = 0.01 if a.dtype == torch.bfloat16 else 1e-5
+        assert (a.double() - b).norm() < limit * b.norm()
+
+
+def test_metrics_of_a_step_do_not_wait_for_the_next(tmp_path):
+    metrics = StepMetrics(torch.device("cuda"), tmp_path)
+    metrics.add(1, ("loss",), torch.tensor([0.5, 1.0, 0.0], device="cuda"))
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    metrics.add(2, ("loss",), torch.tensor([0.25, 1.0, 0.0], device="cuda"))
+    metrics.catch_up()
+    assert metrics.latest == {"loss": 0.5}
+    assert not torch.cuda.current_stream().query()
+    metrics.catch_up(everything=True)
+    assert metrics.latest == {"loss": 0.25}
+
+
+def test_graphed_features_are_the_eager_ones():
+    torch.manual_seed(0)
+    eager = DiffusionFeaturePipeline(UNet3DModel(**TINY), make_scheduler(250)).to("cuda")
+    graphed = DiffusionFeaturePipeline(eager.unet, eager.scheduler)
+    graphed.enable_cuda_graphs()
+    for seed in range(4):  # eager, captured, replayed
+        volume = torch.rand(GRID, generator=torch.Generator().manual_seed(seed))
+        for options in ({"stages": (1, 2)}, {"stages": (2,), "denoised": True}):
+            found, expected = (
+                p(volume, generator=torch.Generator().manual_seed(seed), **options) for p in (graphed, eager)
+            )
+            for a, b in zip(found.features, expected.features, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert len(graphed._graphs._graphs) == 2
+    assert all(graphed._graphs._graphs.values())
 
 
 def test_attention_is_whole_where_memory_allows():
@@ -81,8 +132,6 @@ def make_diffusion(config, accelerator):
 
 
 def make_discovery(config, accelerator):
-    from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
-
     torch.manual_seed(0)
     teacher = DiffusionFeaturePipeline(UNet3DModel(**TINY), make_scheduler(250))
     return DiscoveryTraining(config, teacher, Volumes(), [Volumes()[0]], accelerator)
