@@ -33,9 +33,19 @@ def standardised_brightness(scan: torch.Tensor, ordinary: torch.Tensor) -> torch
         scan: (1, 1, H, W, D), robustly scaled in its frame.
         ordinary: bool mask of the voxels whose median and spread count.
     """
-    median, spread = robust_moments(scan[ordinary])
+    return _standardise(_smooth(scan), scan, ordinary)
+
+
+def _smooth(scan: torch.Tensor) -> torch.Tensor:
+    """Half of each voxel, and half of the mean of the 3×3×3 voxels around it."""
     scan = scan.float()
-    return (0.5 * scan + 0.5 * F.avg_pool3d(scan, 3, stride=1, padding=1) - median) / spread
+    return 0.5 * scan + 0.5 * F.avg_pool3d(scan, 3, stride=1, padding=1)
+
+
+def _standardise(smooth: torch.Tensor, scan: torch.Tensor, ordinary: torch.Tensor) -> torch.Tensor:
+    """[`standardised_brightness`] of a scan that is smoothed already."""
+    median, spread = robust_moments(scan[ordinary])
+    return (smooth - median) / spread
 
 
 def brightness_evidence(
@@ -51,7 +61,12 @@ def brightness_evidence(
         foreground: its mask, or that of the voxels whose median and spread count.
         threshold: a number, or one for each voxel.
     """
-    return (_SLOPE * (standardised_brightness(scan, foreground) - threshold)).clamp(-_LIMIT, _LIMIT)
+    return _evidence(standardised_brightness(scan, foreground), threshold)
+
+
+def _evidence(brightness: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
+    """[`brightness_evidence`] of a standardised brightness."""
+    return (_SLOPE * (brightness - threshold)).clamp(-_LIMIT, _LIMIT)
 
 
 def add_brightness(
@@ -82,17 +97,18 @@ def add_brightness(
         (1, 1, H, W, D) float32.
     """
     prior = logit.float().clamp(-_LIMIT, _LIMIT)
-    tissue = foreground
-    posterior = prior + brightness_evidence(scan, tissue, threshold)
+    smooth = _smooth(scan)
+    brightness = _standardise(smooth, scan, foreground)
+    posterior = prior + _evidence(brightness, threshold)
     for _ in range(rounds):
-        fewer = foreground & (posterior <= ordinary)
-        if 2 * int(fewer.sum()) < int(foreground.sum()):
+        tissue = foreground & (posterior <= ordinary)
+        if 2 * int(tissue.sum()) < int(foreground.sum()):
             break
-        tissue = fewer
-        posterior = prior + brightness_evidence(scan, tissue, threshold)
+        brightness = _standardise(smooth, scan, tissue)
+        posterior = prior + _evidence(brightness, threshold)
     if nearby:
-        levels = threshold_nearby(posterior > 0, standardised_brightness(scan, tissue), foreground, threshold)
-        posterior = prior + brightness_evidence(scan, tissue, levels)
+        levels = threshold_nearby(posterior > 0, brightness, foreground, threshold)
+        posterior = prior + _evidence(brightness, levels)
     return posterior
 
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from diffdiscover3d.training.spatial_split import face_areas
+
 _TOUCHING = 0.15  # share of the smaller surface from which on two inclusions are compared
 
 
@@ -15,12 +17,19 @@ def contrasts(raw: np.ndarray, labels: np.ndarray, family: Sequence[int]) -> np.
         labels: (H, W, D) parts.
         family: the part that surrounds the others first.
     """
+    return _contrasts(raw, labels, family)[0]
+
+
+def _contrasts(raw: np.ndarray, labels: np.ndarray, family: Sequence[int]) -> tuple[np.ndarray, list[float], float]:
+    """[`contrasts`], the mean of each inclusion (NaN for an absent one), and the standard deviation around them."""
     around = raw[labels == family[0]]
     if len(around) < 2:
-        return np.zeros(len(family) - 1)
-    spread = max(float(around.std()), 1e-6)
+        return np.zeros(len(family) - 1), [np.nan] * (len(family) - 1), np.nan
+    mean, spread = around.mean(), max(float(around.std()), 1e-6)
     inside = [raw[labels == part] for part in family[1:]]
-    return np.array([abs(float(x.mean() - around.mean())) / spread if len(x) else 0.0 for x in inside])
+    means = [x.mean() if len(x) else np.nan for x in inside]
+    found = [abs(float(m - mean)) / spread if len(x) else 0.0 for x, m in zip(inside, means, strict=True)]
+    return np.array(found), [float(m) for m in means], spread
 
 
 def separation(
@@ -49,12 +58,10 @@ def separation(
     """
     if len(family) == 1:
         return np.inf
-    found = contrasts(raw, labels, family)
+    found, means, spread = _contrasts(raw, labels, family)
     if not found.all():
         return 0.0
-    spread = max(float(raw[labels == family[0]].std()), 1e-6)
     masks = [labels == part for part in family[1:]]
-    means = [float(raw[mask].mean()) for mask in masks]
     surfaces = [_area(mask, ~mask, spacing) for mask in masks]
     for i in range(len(masks)):
         for j in range(i):
@@ -69,9 +76,8 @@ def separation(
 
 def _area(one: np.ndarray, other: np.ndarray, spacing: Sequence[float]) -> float:
     """The area in mm² of the voxel faces between two masks."""
-    total = 0.0
+    faces = []
     for axis in range(3):
         a, b = np.moveaxis(one, axis, 0), np.moveaxis(other, axis, 0)
-        faces = (a[1:] & b[:-1]).sum() + (a[:-1] & b[1:]).sum()
-        total += float(faces) * float(np.prod(spacing)) / spacing[axis]
-    return total
+        faces.append((a[1:] & b[:-1]).sum() + (a[:-1] & b[1:]).sum())
+    return float(face_areas(spacing, faces).sum())

@@ -205,9 +205,19 @@ def largest_first(labels: np.ndarray, count: int) -> np.ndarray:
     return rank[labels]
 
 
+def face_areas(spacing: Sequence[float], faces: Sequence[int] = (1, 1, 1)) -> np.ndarray:
+    """The area in mm² of voxel faces across each axis, (3,) float64.
+
+    Args:
+        spacing: edge lengths of a voxel in mm.
+        faces: how many there are across each axis.
+    """
+    return np.asarray(faces) * np.prod(spacing) / np.asarray(spacing, dtype=np.float64)
+
+
 def _face_weights(strength: float, spacing: Sequence[float]) -> np.ndarray:
     """The attraction along each axis, in proportion to the area of the faces; their mean is `strength`."""
-    area = np.prod(spacing) / np.asarray(spacing, dtype=np.float64)
+    area = face_areas(spacing)
     return (strength * area / area.mean()).astype(np.float32)
 
 

@@ -18,6 +18,7 @@ import yaml
 
 from diffdiscover3d.errors import ModelError, NetworkError
 from diffdiscover3d.hub.download import _find_damage, _list_files
+from diffdiscover3d.hub.registry import embedded_models, load_teacher
 from diffdiscover3d.hub.upload import _hide_paths
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
@@ -117,6 +118,7 @@ cli("push", root + "/discovery", "user/mixed")
 answer["mixed"] = cli("push", root + "/diffusion", "user/mixed")
 answer["none"] = cli("push", root, "user/none")
 answer["bad"] = cli("push", root + "/discovery", "../etc/passwd")
+answer["embedded"] = cli("push", embedded, "user/brain-flair-diffusion", "-q")
 from diffdiscover3d import DiffusionFeaturePipeline, StructureDiscoveryModel, UNet3DModel
 pipe = DiffusionFeaturePipeline.from_pretrained(root + "/diffusion")
 answer["pipe"] = pipe.push_to_hub("user/cells")
@@ -125,7 +127,8 @@ network = StructureDiscoveryModel.from_pretrained(root + "/discovery")
 answer["sharded"] = network.push_to_hub("user/sharded", max_shard_size="100KB", commit_message="in shards")
 answer["whole"] = network.push_to_hub("user/sharded", scores={"rows": [{"method": "diffdiscover3d", "dice": 0.5}]})
 """
-    return python(code, hub.environment(tmp_path_factory.mktemp("pusher")), root=str(models))
+    embedded = str(embedded_models()["brain-flair"].diffusion)
+    return python(code, hub.environment(tmp_path_factory.mktemp("pusher")), root=str(models), embedded=embedded)
 
 
 def test_a_push_is_one_commit(hub, pushed):
@@ -260,6 +263,7 @@ answer["cached"] = cli("pull", "user/parts", "--local-files-only")
 answer["uncached"] = cli("pull", "user/hidden", "--local-files-only")
 answer["revision"] = cli("pull", "user/parts", "--revision", "v9")
 answer["missing"] = cli("pull", "user/nothing")
+answer["embedded"] = cli("pull", "user/brain-flair-diffusion", folder + "/embedded", "-q")
 """
 
 
@@ -315,6 +319,20 @@ def test_segment_offline_sends_no_request(hub, pulled, models, tmp_path):
     assert "cache" in done.stderr and sum(hub.requests.values()) == asked
     labels = (tmp_path / "0" / "scan_dseg.nii.gz").read_bytes()
     assert hashlib.sha256(labels).hexdigest() == online["labels"]
+
+
+def test_the_embedded_diffusion_model_of_brains_can_be_shared(pushed, pulled):
+    answer, folder, _ = pulled
+    assert pushed["embedded"][0] == 0 and answer["embedded"] == [0, str(folder / "embedded"), ""]
+    own = embedded_models()["brain-flair"].diffusion
+    names = {p.relative_to(folder / "embedded").as_posix() for p in (folder / "embedded").rglob("*") if p.is_file()}
+    assert names == {p.relative_to(own).as_posix() for p in own.rglob("*") if p.is_file()} | {"README.md"}
+    card = (folder / "embedded" / "README.md").read_text()
+    assert "diffdiscover3d.train diffusion --preset small --dataset ms_flair" in card
+    assert "--spacing 1.5 1.5 1.5" in card and "--sample-size 48 48 48" in card
+    weights = load_teacher("brain-flair").unet.state_dict()
+    again = load_teacher(str(folder / "embedded")).unet.state_dict()
+    assert weights.keys() == again.keys() and all(torch.equal(again[name], value) for name, value in weights.items())
 
 
 def test_pull_to_a_folder(pulled):
