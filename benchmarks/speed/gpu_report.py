@@ -26,7 +26,8 @@ def _measured(result: dict) -> list[str]:
         bound = "at least" if row.get("at_least") else "at most"
         target = "" if row["target"] is None else f"{bound} {row['target']:g}"
         verdict = {None: "", True: "met", False: "**missed**"}[row["met"]]
-        peak = f"{row['peak_gib']:.2f} GiB" if row.get("peak_gib") else ""
+        held = row.get("reserved_gib") or row.get("peak_gib")  # of trainings with the memory of their graphs
+        peak = f"{held:.2f} GiB" if held else ""
         rows.append([row["what"], f"{row['value']:.4g} {row['unit']}", peak, target, verdict])
     text.append(markdown_table(["what", "value", "peak memory", "target", ""], rows))
     text.append(f"\n`{result['command']}`. Steps are those of the package's own loop. {result.get('note', '')}\n")

@@ -1,0 +1,107 @@
+"""Calls replayed as graphs, on a stand-in for CUDA graphs that computes a captured call again."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from diffdiscover3d.models import cuda_graphs
+from diffdiscover3d.models.cuda_graphs import GraphedCalls
+from diffdiscover3d.models.unet_3d import UNet3DModel, UNet3DOutput
+from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor's device as a GPU."""
+
+    type: str = "cuda"
+
+
+class OnGPU(torch.Tensor):
+    """A tensor of the host that names a GPU as its device."""
+
+    device = Place()
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """The calls that were captured."""
+    calls = []
+
+    class Graph:
+        def replay(self):
+            network, inputs, options, output = self.call
+            again = network(*inputs, **options)
+            for old, new in zip(output.features, again.features, strict=True):
+                old.copy_(new)
+
+    def capture(network, tensors, options):
+        graph, inputs = Graph(), [t.clone() for t in tensors]
+        output = network(*inputs, **options)
+        graph.call = network, inputs, options, output
+        calls.append(options)
+        return graph, inputs, output
+
+    monkeypatch.setattr(GraphedCalls, "_capture", staticmethod(capture))
+    monkeypatch.setattr(cuda_graphs, "autocast_dtype", lambda device: None)
+    return calls
+
+
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x, stages=(1,)):
+        return UNet3DOutput(sample=None, features=tuple(self.weight * s * x for s in stages), extent=(1, 2, 3))
+
+
+def volume(seed, side=2):
+    return torch.rand(side, 3, generator=torch.Generator().manual_seed(seed)).as_subclass(OnGPU)
+
+
+@torch.no_grad()
+def test_the_second_call_of_a_kind_is_captured_and_later_ones_replayed(captured):
+    network, calls = Network(), GraphedCalls(limit=2)
+    kept = []
+    for seed in range(4):
+        for stages in ((1,), (1, 3)):
+            found = calls(network, volume(seed), stages=stages)
+            for s, feature in zip(stages, found.features, strict=True):
+                torch.testing.assert_close(torch.Tensor(feature), 2 * s * torch.Tensor(volume(seed)))
+            assert found.sample is None and found.extent == (1, 2, 3)
+            kept.append(found.features[0].clone())
+    assert captured == [{"stages": (1,)}, {"stages": (1, 3)}]
+    torch.testing.assert_close(torch.Tensor(kept[-1]), 2 * torch.Tensor(volume(3)))
+
+    calls(network, volume(0, side=5))  # a third kind: the oldest graph is dropped
+    assert len(calls._graphs) == 2
+    network.weight.data = torch.tensor(3.0)  # other memory: the old graphs do not fit
+    for seed in range(3):
+        found = calls(network, volume(seed), stages=(1,))
+        torch.testing.assert_close(torch.Tensor(found.features[0]), 3 * torch.Tensor(volume(seed)))
+
+
+def test_calls_with_gradients_are_not_captured(captured):
+    network, calls = Network(), GraphedCalls()
+    for seed in range(3):
+        assert calls(network, volume(seed)).features[0].requires_grad
+    assert not captured
+
+
+def test_a_cpu_ignores_graphs():
+    torch.manual_seed(0)
+    unet = UNet3DModel(width=8, channel_multipliers=(1, 2), attention=(None, None), norm_groups=4)
+    pipe = DiffusionFeaturePipeline(unet, make_scheduler(250))
+
+    def features():
+        return pipe(torch.ones(6, 4, 8).cumsum(2), generator=torch.Generator().manual_seed(0), stages=(1,)).features[0]
+
+    expected = features()
+    pipe.enable_cuda_graphs()
+    for _ in range(3):
+        torch.testing.assert_close(features(), expected, rtol=0, atol=0)
+    assert not pipe._graphs._graphs
+    pipe.disable_cuda_graphs()
+    torch.testing.assert_close(features(), expected, rtol=0, atol=0)
