@@ -110,7 +110,7 @@ def spatial_consistency(
         masks = masks if masks.dtype == torch.float64 else masks.float()
         shares = []
         for family in families:
-            parts = masks[:, list(family)]
+            parts = torch.stack([masks[:, part] for part in family], dim=1)  # no indices from the host
             whole = _spread(parts.sum(dim=1, keepdim=True), spacing)[:, 0]
             tiny = torch.finfo(masks.dtype).eps * parts.sum(dim=(1, 2, 3, 4)).clamp(min=1)
             shares.append(_spread(parts, spacing).sum(dim=1) / torch.maximum(whole, tiny))
@@ -183,11 +183,18 @@ def assignment_loss(
             overlap = torch.einsum("bixyz,bjxyz->bij", probs, truth)
             entropy = -torch.einsum("bixyz,bjxyz->bij", found, truth) / volume.clamp(min=1)[:, None, None]
             cost = entropy + (1 - (2 * overlap + 1) / (sizes + 1)) / len(family)
+            places = tuple(tuple(family.index(part) for part in order) for order in orders)
+            places = _on_device(places, logits.device)
             columns = torch.arange(len(family), device=logits.device)
-            places = [[family.index(part) for part in order] for order in orders]
-            costs = torch.stack([cost[:, place, columns].sum(dim=1) for place in places])
-            losses.append(costs.amin(dim=0) * (volume > 0))
+            losses.append(cost[:, places, columns].sum(dim=2).amin(dim=1) * (volume > 0))
         return torch.stack(losses).mean()
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
+    """A table of indices, kept because a copy to a GPU would be waited for."""
+    with torch.inference_mode(False):
+        return torch.tensor(rows, device=device)
 
 
 def _spread(masks: torch.Tensor, spacing: Sequence[float]) -> torch.Tensor:

@@ -129,9 +129,14 @@ def make_pass(
     zero_grad: Callable[[], None],
     config: TrainingConfig,
     accelerator: Accelerator,
+    suits_graphs: bool = True,
 ) -> EagerPass:
-    """The forward and backward pass of a training: a CUDA graph where it is possible, unless `config` forbids it."""
-    if config.cuda_graphs is False:
+    """The forward and backward pass of a training.
+
+    Args:
+        suits_graphs: whether a CUDA graph is used where it is possible and `config` leaves the choice open.
+    """
+    if config.cuda_graphs is False or (config.cuda_graphs is None and not suits_graphs):
         return EagerPass(losses, accelerator.backward)
     obstacles = {
         "the device is no CUDA GPU": accelerator.device.type != "cuda",

@@ -92,6 +92,7 @@ class BrainTraining:
     """The nested network, its scenes and its losses."""
 
     name = "brain"
+    suits_graphs = False  # not tried
 
     def __init__(self, config: BrainConfig, scans: BrainScans, accelerator: Accelerator):
         torch.manual_seed(config.seed)

@@ -43,6 +43,7 @@ class DiffusionTraining:
     """The diffusion pretraining task: UNet, noise and L1 loss."""
 
     name = "diffusion"
+    suits_graphs = True  # the losses depend on the tensors of the batch alone, in fixed shapes
     device = torch.device("cpu")
 
     def __init__(self, config: DiffusionConfig, common_grid: tuple[int, int, int] | None):

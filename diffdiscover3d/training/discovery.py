@@ -115,6 +115,14 @@ class DiscoveryTraining:
             raise ValueError(f"`children` must sum to `num_parts` ({config.num_parts}), got {children}.")
         return StructureDiscoveryModel.from_parent(parent, children, dropout=config.dropout, norm=config.norm)
 
+    @property
+    def suits_graphs(self) -> bool:
+        """Whether steps are replayed as CUDA graphs by default. On assigned parts this was not tried.
+
+        Robust scaling selects the foreground's voxels, whose number differs.
+        """
+        return self.assignments is None and self.model.config.scaling == "min_max"
+
     @cached_property
     def _division(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The parts predicted by the network, and the matrix of their parents.

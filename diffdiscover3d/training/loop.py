@@ -44,6 +44,7 @@ class Task(Protocol):
     volume_grid: tuple[int, int, int] | None  # volumes are resampled to it; None leaves them
 
     device: torch.device  # of the training
+    suits_graphs: bool  # whether its steps are replayed as CUDA graphs by default
 
     def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """All random numbers for one volume, drawn on the CPU; a function of the generator alone."""
@@ -179,7 +180,8 @@ def train(
         )
 
     model.train()
-    backward = make_pass(functools.partial(task.losses, model), trained, optimizer.zero_grad, config, accelerator)
+    losses = functools.partial(task.losses, model)
+    backward = make_pass(losses, trained, optimizer.zero_grad, config, accelerator, task.suits_graphs)
     batches = _read_ahead(_make_loader(task, config, volumes, accelerator, start))
     metrics, clock, timed = StepMetrics(accelerator.device, output), time.perf_counter(), start
     alone = accelerator.num_processes == 1

@@ -148,4 +148,16 @@ def test_graphs_are_refused_where_they_cannot_work(options, reason, caplog):
     made = make_pass(lambda batch: {}, [], lambda: None, DiffusionConfig(**options), Accelerator())
     assert type(made) is EagerPass
     assert not caplog.records  # by default nothing is promised
+
+
+@pytest.mark.parametrize(
+    ("wanted", "suits", "graphed"),
+    [(None, True, True), (None, False, False), (False, True, False), (True, False, True)],
+)
+def test_graphs_are_the_default_where_they_suit(cuda, wanted, suits, graphed):
+    class Accelerator:
+        device, num_processes, scaler, backward = torch.device("cuda"), 1, None, None
+
+    made = make_pass(None, [], None, DiffusionConfig(cuda_graphs=wanted), Accelerator(), suits)
+    assert isinstance(made, GraphedPass) == graphed
     assert backward._WARMUP == 3
