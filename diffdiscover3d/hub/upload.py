@@ -14,6 +14,7 @@ from pathlib import Path
 from diffdiscover3d.errors import ModelError, NetworkError
 from diffdiscover3d.hub.cards import CARD_NAME, DATASETS, PICTURE_NAME, SCORES_NAME, folder_kind, write_card
 from diffdiscover3d.hub.download import MODEL_FILES, is_model_file, is_repo_id
+from diffdiscover3d.models.embedded import embedded_card
 from diffdiscover3d.utils.checksums import update_checksums
 from diffdiscover3d.utils.files import read_model_json
 
@@ -38,7 +39,7 @@ def push_folder(
 
     Args:
         folder: as the trainings write it. The card shows `scores.json` (written by `evaluate --output`); a README.md
-            in the folder is kept as the card. Only the files in `MODEL_FILES` are uploaded, without the local paths
+            in the folder is kept as the card, and an embedded model keeps its own. Only the files in `MODEL_FILES` are uploaded, without the local paths
             in configs and options; checkpoints, previews, logs and other files are not. Files in `MODEL_FILES` that
             the repository has and this folder has not are deleted from it.
         repo_id: `user/name`; created if it does not exist.
@@ -79,6 +80,9 @@ def push_folder(
             _add_picture(folder, staged)
         else:
             (staged / PICTURE_NAME).unlink(missing_ok=True)
+        card = embedded_card(folder)
+        if card is not None and not (staged / CARD_NAME).exists():  # it names whose scans the model was trained on
+            shutil.copyfile(card, staged / CARD_NAME)
         if not (staged / CARD_NAME).exists():
             write_card(staged, repo_id)
         try:

@@ -40,6 +40,16 @@ def embedded_models() -> dict[str, EmbeddedModel]:
     return {p.name: EmbeddedModel(p.name, p) for p in folders}
 
 
+def embedded_card(folder: Path) -> Path | None:
+    """The model card of an embedded model's folder, if the model has one of its own.
+
+    Cards of the others are rendered from their options.
+    """
+    folder = folder.resolve()
+    card = folder.parent / "README.md"
+    return card if folder.parent.parent == ASSETS.resolve() and card.is_file() else None
+
+
 def nested_levels(file: Path) -> tuple[int, ...]:
     """The levels of a nested discovery network, from its `config.json`."""
     config, depth = read_json(file), 1

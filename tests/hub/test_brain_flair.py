@@ -1,5 +1,7 @@
 """The embedded models of `brain-flair`, network and diffusion model, on phantoms that they have not seen."""
 
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -51,6 +53,13 @@ def test_level_1_agrees_with_level_2(model):
     volume = brain_phantom("validation", 1).volume
     coarse, fine = (level.segment(volume).labels[0].numpy() for level in model.levels)
     assert np.mean((coarse == BRAIN) == (fine != BACKGROUND)) > 0.98
+
+
+def test_its_card_is_that_of_the_repository():
+    card = (Path(__file__).parents[2] / "hub_cards" / "brain-flair.md").read_text(encoding="utf-8")
+    links = "](https://github.com/diffdiscover3d/diffdiscover3d/blob/main/"
+    own = embedded_models()["brain-flair"].folder / "README.md"
+    assert own.read_text(encoding="utf-8") == card.replace("](../", links)
 
 
 @pytest.fixture(scope="module")
