@@ -192,7 +192,7 @@ def assignment_loss(
 
 @functools.lru_cache(maxsize=64)
 def _on_device(rows: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
-    """A table of indices, kept because a copy to a GPU would be waited for."""
+    """A table of indices, cached to avoid a synchronising copy to a GPU."""
     with torch.inference_mode(False):
         return torch.tensor(rows, device=device)
 

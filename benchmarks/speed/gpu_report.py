@@ -1,6 +1,7 @@
 """The GPU's part of docs/speed.md, from `gpu.json` and `operators.json`."""
 
 import json
+import re
 from pathlib import Path
 
 from diffdiscover3d.reporting.markdown import markdown_table
@@ -26,13 +27,14 @@ def _measured(result: dict) -> list[str]:
         bound = "at least" if row.get("at_least") else "at most"
         target = "" if row["target"] is None else f"{bound} {row['target']:g}"
         verdict = {None: "", True: "met", False: "**missed**"}[row["met"]]
-        held = row.get("reserved_gib") or row.get("peak_gib")  # of trainings with the memory of their graphs
-        peak = f"{held:.2f} GiB" if held else ""
-        rows.append([row["what"], f"{row['value']:.4g} {row['unit']}", peak, target, verdict])
-    text.append(markdown_table(["what", "value", "peak memory", "target", ""], rows))
+        memory = [f"{row[k]:.2f} GiB" if row.get(k) else "" for k in ("peak_gib", "reserved_gib")]
+        rows.append([row["what"], f"{row['value']:.4g} {row['unit']}", *memory, target, verdict])
+    header = ["what", "value", "peak of tensors", "held, with graphs", "target", ""]
+    text.append(markdown_table(header, rows))
     text.append(f"\n`{result['command']}`. Steps are those of the package's own loop. {result.get('note', '')}\n")
     for name, error in result["errors"].items():
-        text.append(f"*{name} failed: {error.strip().splitlines()[-1][:200]}*\n")
+        kinds = [line for line in error.splitlines() if re.match(r"[\w.]+(Error|Exception)\b", line)]
+        text.append(f"*{name} failed: {(kinds or error.strip().splitlines())[-1][:200]}*\n")
     for name, detail in result["details"].items():
         if isinstance(detail, dict) and "profile" in detail:
             text += _profile(name, detail["profile"])

@@ -103,10 +103,11 @@ class LinearAttention(_Attention):
         q = self.kernels.query_weights(F.linear(flat, wq).view(-1, self.heads, self.head_dim))
         k, v = (F.linear(flat, w).view(batch, voxels, width) for w in (wk, wv))
         # sums over hundreds of thousands of voxels run in segments, or a GPU would compute them on few multiprocessors
-        context = _Context.apply(k, v, self.same_head, self.head_dim**-0.5, segments).transpose(1, 2)
+        context = _Context.apply(k, v, self.same_head, self.head_dim**-0.5, segments)
         # The last projection is applied to the contexts instead of to the voxels. Since the query weights of each head
         # sum to one, adding a share of the bias to each head's values adds the bias to each voxel.
-        values = F.linear(context, self.out.weight.flatten(1), self.out.bias / self.heads)
+        values = F.linear(context.view(-1, width), self.out.weight.flatten(1), self.out.bias / self.heads)
+        values = values.view(batch, width, channels)
         if segments > 1:
             values = values[:, None].expand(-1, segments, -1, -1).reshape(-1, width, channels)
         found = torch.bmm(q.view(batch * segments, -1, width), values)
@@ -170,7 +171,9 @@ class _Context(torch.autograd.Function):
     """Sums of the values over the voxels, weighted by the softmax of the keys over the voxels.
 
     CUDA's softmax over an inner axis runs on few multiprocessors, and over the last axis it would need copies. Here the
-    exponentials are computed in place, and the small result is divided by their sums instead of each of them.
+    exponentials are computed in place, and the small result is divided by their sums instead of each of them. The mean
+    of the values is subtracted first and added to the result: in bfloat16 the gradient of the keys would otherwise be
+    the difference of two large numbers.
     """
 
     @staticmethod
@@ -184,31 +187,33 @@ class _Context(torch.autograd.Function):
             segments: number of parts of the voxels that are summed separately first.
 
         Returns:
-            (B, C of the values, C of the keys).
+            (B, C of the keys, C of the values).
         """
         precise = torch.float64 if k.dtype == torch.float64 else torch.float32
+        mean = v.mean(dim=1, keepdim=True)
+        v = v - mean
         weights = (k - k.amax(dim=1, keepdim=True)).exp_()
-        factors = same_head / weights.sum(dim=1, keepdim=True, dtype=precise).mul_(1 / scale)
-        found = torch.bmm(_cut(v, segments).transpose(1, 2), _cut(weights, segments))
+        total = weights.sum(dim=1, dtype=precise)[..., None]
+        found = torch.bmm(_cut(weights, segments).transpose(1, 2), _cut(v, segments))
         if segments > 1:
             found = found.view(-1, segments, *found.shape[1:]).sum(dim=1, dtype=precise)
-        context = found * factors
-        ctx.save_for_backward(weights, v, context, factors)
-        ctx.scale, ctx.segments = scale, segments
-        return context.to(k.dtype)
+        centred, factors = found / total, same_head * scale
+        ctx.save_for_backward(weights, v, centred, factors, total)
+        ctx.segments = segments
+        return ((centred + mean) * factors).to(k.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor):
-        weights, v, context, factors = ctx.saved_tensors
-        gradient = gradient * factors
-        of_total = (gradient * context).sum(dim=1, keepdim=True)  # times -1 / scale
+        weights, v, centred, factors, total = ctx.saved_tensors
+        gradient = gradient * factors / total
+        of_total = (gradient * centred).sum(dim=-1)[:, None]  # times -1
         if ctx.segments > 1:
             gradient, of_total = (t.repeat_interleave(ctx.segments, dim=0) for t in (gradient, of_total))
         gradient, of_total = gradient.to(v.dtype), of_total.to(v.dtype)
         pieces = _cut(weights, ctx.segments)
-        of_keys = torch.baddbmm(of_total, _cut(v, ctx.segments), gradient, beta=-1 / ctx.scale).mul_(pieces)
-        of_values = torch.bmm(pieces, gradient.transpose(1, 2))
+        of_keys = torch.baddbmm(of_total, _cut(v, ctx.segments), gradient.transpose(1, 2), beta=-1).mul_(pieces)
+        of_values = torch.bmm(pieces, gradient)
         if ctx.segments > 1:
             of_keys, of_values = of_keys.view(v.shape), of_values.view(v.shape)
         return of_keys, of_values, None, None, None

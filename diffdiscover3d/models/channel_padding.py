@@ -1,8 +1,8 @@
-"""Convolutions whose channel counts do not suit tensor cores, computed exactly with channels padded by zeros.
+"""Convolutions of the UNet in the forms that suit an accelerator; the results are the same.
 
 cuDNN's tensor core kernels need channel counts that are multiples of 8. The paper's network enters with 1 and continues
-with 42 channels (the `small` preset with 10), for which cuDNN falls back to slow kernels: on an H100 half of the time
-of a `small` training step was spent there (docs/speed.md).
+with 42 channels (the `small` preset with 10), for which cuDNN falls back to slow kernels. These channels are padded by
+zeros.
 """
 
 import torch
@@ -48,6 +48,8 @@ def convolve(conv: nn.Module, x: torch.Tensor, with_bias: bool = True) -> torch.
         with_bias: whether to add its bias.
     """
     if not isinstance(conv, nn.Conv3d):
+        return conv(x)
+    if torch.compiler.is_compiling():  # channels are not padded then
         return conv(x)
     missing = x.shape[1] - conv.in_channels
     bias = conv.bias if with_bias else None

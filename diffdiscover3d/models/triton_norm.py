@@ -10,6 +10,8 @@ Statistics are sums of values and of squares. For bfloat16 and float16 volumes t
 volume itself.
 """
 
+import functools
+import logging
 import math
 
 import torch
@@ -18,9 +20,10 @@ from torch.autograd.function import once_differentiable
 try:
     import triton
     import triton.language as tl
-except ImportError:  # Triton exists for Linux on GPUs only; PyTorch's own kernels are used instead
+except ImportError:  # PyTorch's own kernels are used instead
     triton = None
 
+logger = logging.getLogger("diffdiscover3d")
 _TILE = 4096  # elements of a volume that a program holds at a time
 _CHANNELS = 64  # channels of a tile; more channels take more programs
 _PROGRAMS = 1024  # wanted for a batch: several for each multiprocessor
@@ -28,13 +31,31 @@ _NO_ADDEND, _SHIFT, _VOLUME = range(3)
 
 
 def is_supported(x: torch.Tensor) -> bool:
-    """Whether [`norm_silu`] can be used: Triton, a CUDA GPU, half precision, channels-last memory."""
+    """Whether [`norm_silu`] can be used: Triton, a CUDA GPU, half precision, channels-last memory, no compiler."""
     return (
         triton is not None
         and x.device.type == "cuda"
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.is_contiguous(memory_format=torch.channels_last_3d)
+        and not torch.compiler.is_compiling()
+        and _compiles(x.device)
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _compiles(device: torch.device) -> bool:
+    """Whether Triton can compile for a GPU; it needs a C compiler, and supports recent GPUs only."""
+    try:
+        x = torch.zeros(1, 8, 4, 4, 4, device=device, dtype=torch.bfloat16)
+        plan, partial = _Plan(x, 1, _TILE), x.new_empty((1, 1, 2, 8), dtype=torch.float32)
+        where = {"HAS_OFFSET": False, **plan.tile}
+        with torch.cuda.device_of(x):
+            _sum_moments[plan.sums](x, x, partial, *plan.sizes, plan.steps, **where)
+        return True
+    except Exception as error:  # of the driver, the C compiler or Triton, of many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        logger.warning("Triton cannot compile for %s, PyTorch's slower norms are used: %s", device, reason)
+        return False
 
 
 def norm_silu(

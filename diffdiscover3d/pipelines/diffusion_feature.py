@@ -75,9 +75,9 @@ class DiffusionFeaturePipeline(HubPipelineMixin, DiffusionPipeline):
     def enable_cuda_graphs(self) -> None:
         """Replay the UNet as a CUDA graph from the second volume of a shape on.
 
-        The host then launches one graph instead of hundreds of kernels for each volume, which is what the time of small
-        volumes goes into. Graphs keep the memory of a forward pass for each shape. Elsewhere than on a CUDA GPU
-        this changes nothing.
+        The host then launches one graph instead of hundreds of kernels for each volume. Graphs keep the memory of a
+        forward pass for each shape. Call it again after a change of how the UNet computes, as by
+        `enable_attention_slicing`. Elsewhere than on a CUDA GPU it changes nothing.
         """
         self._graphs = GraphedCalls()
 

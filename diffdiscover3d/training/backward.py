@@ -68,9 +68,11 @@ class GraphedPass(EagerPass):
         self._steps += 1
         if self._failed or self._steps <= _WARMUP:
             return self._on_stream(super().__call__, batch)
+        stream = torch.cuda.current_stream()
         try:
             self._capture(leaves, layout)
-        except (RuntimeError, torch.AcceleratorError) as error:
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a failed capture leaves its own
             self._graph, self._failed = None, True
             logger.warning("the step cannot be captured as a CUDA graph (%s); it runs eagerly", _first_line(error))
             self._zero_grad()
@@ -130,16 +132,19 @@ def make_pass(
     config: TrainingConfig,
     accelerator: Accelerator,
     suits_graphs: bool = True,
+    has_one_shape: bool = True,
 ) -> EagerPass:
     """The forward and backward pass of a training.
 
     Args:
         suits_graphs: whether a CUDA graph is used where it is possible and `config` leaves the choice open.
+        has_one_shape: whether all batches have the same shapes.
     """
     if config.cuda_graphs is False or (config.cuda_graphs is None and not suits_graphs):
         return EagerPass(losses, accelerator.backward)
     obstacles = {
         "the device is no CUDA GPU": accelerator.device.type != "cuda",
+        "volumes differ in shape": not has_one_shape,
         "there are several processes": accelerator.num_processes > 1,
         "float16 scales its loss on the host": accelerator.scaler is not None,
         "gradients are accumulated": config.gradient_accumulation_steps > 1,

@@ -92,7 +92,8 @@ class BrainTraining:
     """The nested network, its scenes and its losses."""
 
     name = "brain"
-    suits_graphs = False  # not tried
+    suits_graphs = False  # replaying its steps was not tested
+    has_one_shape = True
 
     def __init__(self, config: BrainConfig, scans: BrainScans, accelerator: Accelerator):
         torch.manual_seed(config.seed)

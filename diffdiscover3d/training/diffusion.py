@@ -43,7 +43,8 @@ class DiffusionTraining:
     """The diffusion pretraining task: UNet, noise and L1 loss."""
 
     name = "diffusion"
-    suits_graphs = True  # the losses depend on the tensors of the batch alone, in fixed shapes
+    suits_graphs = True  # the losses depend on the tensors of the batch alone
+    has_one_shape = True
     device = torch.device("cpu")
 
     def __init__(self, config: DiffusionConfig, common_grid: tuple[int, int, int] | None):

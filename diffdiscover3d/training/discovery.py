@@ -83,6 +83,7 @@ class DiscoveryTraining:
         shared = common_grid(volumes)
         kept = shared or getattr(volumes, "working_grid", None)  # each volume keeps its own grid
         self.volume_grid = config.volume_size or (None if kept else median_grid(volumes))
+        self.has_one_shape = shared is not None or self.volume_grid is not None
         if kept is None and config.volume_size is None:
             logger.info("volumes differ in shape: resampling all to %s (set by --volume-size)", self.volume_grid)
         self.spacing = config.spacing or grid_spacing(volumes, self.volume_grid)
@@ -117,7 +118,7 @@ class DiscoveryTraining:
 
     @property
     def suits_graphs(self) -> bool:
-        """Whether steps are replayed as CUDA graphs by default. On assigned parts this was not tried.
+        """Whether steps are replayed as CUDA graphs by default. For assigned parts this was not tested.
 
         Robust scaling selects the foreground's voxels, whose number differs.
         """

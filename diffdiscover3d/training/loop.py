@@ -22,7 +22,7 @@ from diffdiscover3d.training.config import TrainingConfig, as_dict
 from diffdiscover3d.training.data_order import StepBatches, TrainingVolumes, draw_generator
 from diffdiscover3d.training.dropout import sees_its_own_batch_only, set_slots, use_slot_dropout
 from diffdiscover3d.training.optimizers import check_8bit_adam, make_optimizer, skips_on_device
-from diffdiscover3d.training.precision import FORMATS
+from diffdiscover3d.training.precision import FORMATS, measured_convolutions
 from diffdiscover3d.training.resume import CONFIG_FILE, resume_training, save_training
 from diffdiscover3d.training.schedules import learning_rate_at
 from diffdiscover3d.training.step_metrics import StepMetrics
@@ -45,6 +45,7 @@ class Task(Protocol):
 
     device: torch.device  # of the training
     suits_graphs: bool  # whether its steps are replayed as CUDA graphs by default
+    has_one_shape: bool  # whether all batches have the same shapes
 
     def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """All random numbers for one volume, drawn on the CPU; a function of the generator alone."""
@@ -158,8 +159,6 @@ def train(
     if config.tf32:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
-    if accelerator.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # shapes are fixed, and cuDNN guesses badly for some of 3D convolutions
     trained = [p for p in task.model.parameters() if p.requires_grad]  # a parent is frozen
     optimizer = make_optimizer(config, trained, accelerator.device)
     task.model.to(memory_format=FORMATS[config.memory_format])
@@ -181,11 +180,13 @@ def train(
 
     model.train()
     losses = functools.partial(task.losses, model)
-    backward = make_pass(losses, trained, optimizer.zero_grad, config, accelerator, task.suits_graphs)
+    how = (task.suits_graphs, task.has_one_shape)
+    backward = make_pass(losses, trained, optimizer.zero_grad, config, accelerator, *how)
     batches = _read_ahead(_make_loader(task, config, volumes, accelerator, start))
     metrics, clock, timed = StepMetrics(accelerator.device, output), time.perf_counter(), start
     alone = accelerator.num_processes == 1
     with (
+        measured_convolutions(accelerator.device, task.has_one_shape),
         StopRequest(accelerator.num_processes) as stop,
         ProgressBar(config.max_steps, accelerator.is_main_process, start) as bar,
     ):

@@ -1,12 +1,13 @@
 """Choose the fastest precision and memory format of a device by measurement."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -141,18 +142,19 @@ def _measure(network: nn.Module, volume: torch.Tensor, now: Callable[[], float])
     device = volume.device
     ways = list(itertools.product(("no", "bf16"), MEMORY_FORMATS[1:]))
     seconds: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
-    for _ in range(1 + _ROUNDS):  # interleaved, so that other load affects all alike
-        for precision, layout in ways:
-            network.zero_grad()
-            network.to(memory_format=FORMATS[layout])
-            x = volume.contiguous(memory_format=FORMATS[layout])
-            _wait_for(device)
-            clock = now()
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                loss = network(x).float().square().mean()
-            loss.backward()
-            _wait_for(device)
-            seconds[precision, layout].append(now() - clock)
+    with measured_convolutions(device):
+        for _ in range(1 + _ROUNDS):  # interleaved, so that other load affects all alike
+            for precision, layout in ways:
+                network.zero_grad()
+                network.to(memory_format=FORMATS[layout])
+                x = volume.contiguous(memory_format=FORMATS[layout])
+                _wait_for(device)
+                clock = now()
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    loss = network(x).float().square().mean()
+                loss.backward()
+                _wait_for(device)
+                seconds[precision, layout].append(now() - clock)
     # the first pass also prepares; a coarse clock may see no time at all
     return {way: max(min(times[1:]), 1e-9) for way, times in seconds.items()}
 
@@ -165,6 +167,23 @@ def choose(seconds: dict[tuple[str, str], float]) -> dict[str, str]:
     gain = seconds["no", best["no"]] / seconds["bf16", best["bf16"]]
     precision = "bf16" if gain >= _GAIN else "no"
     return {"mixed_precision": precision, "memory_format": best[precision]}
+
+
+@contextlib.contextmanager
+def measured_convolutions(device: torch.device, enabled: bool = True) -> Iterator[None]:
+    """Let cuDNN measure its kernels for each shape and use the fastest, in place of its heuristics.
+
+    The heuristics choose slow kernels for some 3D convolutions of the UNets.
+
+    Args:
+        enabled: `False` changes nothing, for inputs of many shapes.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or (enabled and device.type == "cuda")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _wait_for(device: torch.device) -> None:

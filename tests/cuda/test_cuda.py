@@ -11,6 +11,8 @@ from diffdiscover3d.models.attention import LinearAttention
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
+from diffdiscover3d.training import backward, loop
+from diffdiscover3d.training.backward import EagerPass, GraphedPass
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
 from diffdiscover3d.training.data_order import draw_noise
 from diffdiscover3d.training.diffusion import DiffusionTraining
@@ -128,8 +130,27 @@ def train_losses(folder, make_task, config):
 
 def run(kind, folder, make_task, **options):
     fixed = {"preset": "small", "max_steps": 8, "log_every": 1, "preview_every": 0, "mixed_precision": "bf16"}
-    fixed |= {"memory_format": "contiguous", "batch_size": 2, "output_dir": str(folder)}
+    fixed |= {"batch_size": 2, "output_dir": str(folder)}
     return train_losses(folder, make_task, make_config(kind, **{**fixed, **options}))
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The passes that trainings make."""
+    made = []
+
+    def make_pass(*arguments):
+        made.append(backward.make_pass(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(loop, "make_pass", make_pass)
+    return made
+
+
+def assert_one_was_replayed(passes):
+    eager, graphed = passes
+    assert type(eager) is EagerPass and isinstance(graphed, GraphedPass)
+    assert graphed._graph is not None and not graphed._failed
 
 
 def make_diffusion(config, accelerator):
@@ -142,20 +163,24 @@ def make_discovery(config, accelerator):
     return DiscoveryTraining(config, teacher, Volumes(), [Volumes()[0]], accelerator)
 
 
-def test_a_graphed_diffusion_training_is_the_eager_one(tmp_path):
-    options = {"width": 8, "sample_size": (16, 24, 8)}
-    plain = run(DiffusionConfig, tmp_path / "eager", make_diffusion, **options)
-    graphed = run(DiffusionConfig, tmp_path / "graphed", make_diffusion, cuda_graphs=True, **options)
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_a_graphed_diffusion_training_is_the_eager_one(tmp_path, passes, memory_format):
+    options = {"width": 8, "sample_size": (16, 24, 8), "memory_format": memory_format}
+    plain = run(DiffusionConfig, tmp_path / "eager", make_diffusion, cuda_graphs=False, **options)
+    graphed = run(DiffusionConfig, tmp_path / "graphed", make_diffusion, **options)
     assert len(plain) == 8
     torch.testing.assert_close(graphed, plain, rtol=2e-2, atol=1e-3)
+    assert_one_was_replayed(passes)
 
 
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("noise", ["fresh", "fixed"])
-def test_a_graphed_discovery_training_is_the_eager_one(tmp_path, noise):
-    options = {"teacher_noise": noise, "teacher": "none", "dropout": 0.2}
-    plain = run(DiscoveryConfig, tmp_path / "eager", make_discovery, **options)
-    graphed = run(DiscoveryConfig, tmp_path / "graphed", make_discovery, cuda_graphs=True, **options)
+def test_a_graphed_discovery_training_is_the_eager_one(tmp_path, passes, noise, memory_format):
+    options = {"teacher_noise": noise, "teacher": "none", "dropout": 0.2, "memory_format": memory_format}
+    plain = run(DiscoveryConfig, tmp_path / "eager", make_discovery, cuda_graphs=False, **options)
+    graphed = run(DiscoveryConfig, tmp_path / "graphed", make_discovery, **options)
     torch.testing.assert_close(graphed, plain, rtol=5e-2, atol=5e-3)
+    assert_one_was_replayed(passes)
 
 
 def test_noise_and_masks_depend_on_slots_alone():

@@ -1,5 +1,6 @@
 """Calls replayed as graphs, on a stand-in for CUDA graphs that computes a captured call again."""
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -30,7 +31,7 @@ def captured(monkeypatch):
     calls = []
 
     class Graph:
-        def replay(self):
+        def replay(self):  # with the weights of the capture, as a graph reads them from where they were
             network, inputs, options, output = self.call
             again = network(*inputs, **options)
             for old, new in zip(output.features, again.features, strict=True):
@@ -39,11 +40,12 @@ def captured(monkeypatch):
     def capture(network, tensors, options):
         graph, inputs = Graph(), [t.clone() for t in tensors]
         output = network(*inputs, **options)
-        graph.call = network, inputs, options, output
+        graph.call = copy.deepcopy(network), inputs, options, output
         calls.append(options)
         return graph, inputs, output
 
     monkeypatch.setattr(GraphedCalls, "_capture", staticmethod(capture))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
     monkeypatch.setattr(cuda_graphs, "autocast_dtype", lambda device: None)
     return calls
 
@@ -71,16 +73,35 @@ def test_the_second_call_of_a_kind_is_captured_and_later_ones_replayed(captured)
             for s, feature in zip(stages, found.features, strict=True):
                 torch.testing.assert_close(torch.Tensor(feature), 2 * s * torch.Tensor(volume(seed)))
             assert found.sample is None and found.extent == (1, 2, 3)
-            kept.append(found.features[0].clone())
+            kept.append((seed, found.features[0]))
     assert captured == [{"stages": (1,)}, {"stages": (1, 3)}]
-    torch.testing.assert_close(torch.Tensor(kept[-1]), 2 * torch.Tensor(volume(3)))
+    for seed, feature in kept:  # no output lies in the memory of a graph
+        torch.testing.assert_close(torch.Tensor(feature), 2 * torch.Tensor(volume(seed)))
 
-    calls(network, volume(0, side=5))  # a third kind: the oldest graph is dropped
-    assert len(calls._graphs) == 2
+    for seed in range(2):  # a third kind: the oldest graph is dropped
+        calls(network, volume(seed, side=5))
+    assert len(captured) == 3 and len(calls._graphs) == 2
     network.weight.data = torch.tensor(3.0)  # other memory: the old graphs do not fit
     for seed in range(3):
         found = calls(network, volume(seed), stages=(1,))
         torch.testing.assert_close(torch.Tensor(found.features[0]), 3 * torch.Tensor(volume(seed)))
+
+
+@torch.no_grad()
+def test_a_capture_that_fails_is_not_tried_again(monkeypatch, captured, caplog):
+    def fail(network, tensors, options):
+        tried.append(options)
+        raise RuntimeError("out of memory\nmore")
+
+    tried, streams = [], []
+    monkeypatch.setattr(GraphedCalls, "_capture", staticmethod(fail))
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    network, calls = Network(), GraphedCalls()
+    for seed in range(4):
+        found = calls(network, volume(seed)).features[0]
+        torch.testing.assert_close(torch.Tensor(found), 2 * torch.Tensor(volume(seed)))
+    assert len(tried) == 1 and streams == ["the caller's"]
+    assert [r.message for r in caplog.records] == ["a forward pass cannot be captured as a CUDA graph: out of memory"]
 
 
 def test_calls_with_gradients_are_not_captured(captured):
