@@ -209,3 +209,25 @@ def test_windows_computed_together_give_the_same_parts(monkeypatch):
         shapes.clear()
         torch.testing.assert_close(model.segment(volume).probabilities, expected, rtol=1e-4, atol=1e-5)
         assert max(shapes) == together
+
+
+@pytest.mark.parametrize("mean", [0.0, 5.0])
+@pytest.mark.parametrize("segments", [1, 4])
+def test_contexts_in_bfloat16_are_near_double_precision(mean, segments):
+    """Values far from zero must not spoil the gradient of the keys, which does not depend on their mean."""
+    generator = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 2, 4096, 32, generator=generator).bfloat16()
+    v = (v.float() + mean).bfloat16()
+    same_head = torch.block_diag(*[torch.ones(8, 8)] * 4).bool()
+    upstream = torch.randn(2, 32, 32, generator=generator).bfloat16()
+
+    def compute(function, k, v):
+        k, v = k.requires_grad_(), v.requires_grad_()
+        out = function(k, v)
+        return out, *torch.autograd.grad(out, (k, v), upstream.to(out.dtype))
+
+    found = compute(lambda k, v: attention._Context.apply(k, v, same_head, 0.35, segments), k.clone(), v.clone())
+    expected = compute(lambda k, v: (k.softmax(1).transpose(1, 2) @ v) * same_head * 0.35, k.double(), v.double())
+    limits = (0.03 if mean == 0 else 0.005, 0.01, 0.01)  # without a mean the context itself is small
+    for a, b, limit in zip(found, expected, limits, strict=True):
+        assert (a.double() - b).norm() < limit * b.norm()

@@ -5,7 +5,6 @@ import contextlib
 import pytest
 import torch
 
-from diffdiscover3d.training import backward
 from diffdiscover3d.training.backward import EagerPass, GraphedPass, make_pass
 from diffdiscover3d.training.config import DiffusionConfig
 
@@ -152,13 +151,20 @@ def test_graphs_are_refused_where_they_cannot_work(options, reason, caplog):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "suits", "graphed"),
-    [(None, True, True), (None, False, False), (False, True, False), (True, False, True)],
+    ("wanted", "suits", "one_shape", "graphed"),
+    [
+        (None, True, True, True),
+        (None, False, True, False),
+        (None, True, False, False),
+        (False, True, True, False),
+        (True, False, True, True),
+        (True, True, False, False),
+    ],
 )
-def test_graphs_are_the_default_where_they_suit(cuda, wanted, suits, graphed):
+def test_graphs_are_the_default_where_they_suit(cuda, wanted, suits, one_shape, graphed, caplog):
     class Accelerator:
         device, num_processes, scaler, backward = torch.device("cuda"), 1, None, None
 
-    made = make_pass(None, [], None, DiffusionConfig(cuda_graphs=wanted), Accelerator(), suits)
+    made = make_pass(None, [], None, DiffusionConfig(cuda_graphs=wanted), Accelerator(), suits, one_shape)
     assert isinstance(made, GraphedPass) == graphed
-    assert backward._WARMUP == 3
+    assert bool(caplog.records) == bool(wanted and not graphed)

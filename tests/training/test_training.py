@@ -16,8 +16,10 @@ from accelerate.tracking import GeneralTracker
 from accelerate.utils import LoggerType
 from safetensors.torch import load_file
 
+from diffdiscover3d.data.working_grid import WorkingGrid
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.hub.registry import load_discovery, load_teacher
+from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.train import main, run
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
 from diffdiscover3d.training.diffusion import DiffusionTraining
@@ -419,3 +421,46 @@ def test_the_most_confident_epoch_is_kept(scans, teacher, tmp_path):
 
     kept = np.mean([model.segment(v["volume"][None]).probabilities.amax(1).mean() for v in load_volumes(str(scans))])
     assert kept == pytest.approx(max(confidences), abs=1e-4)
+
+
+def test_averages_take_the_memory_format_of_the_weights(scans, tmp_path):
+    """Otherwise a GPU would update them tensor by tensor."""
+    task = DiffusionTraining(diffusion(scans, tmp_path), GRID)
+    task.model.to(memory_format=torch.channels_last_3d)
+    start = [p.detach().clone() for p in task.model.parameters()]
+    for resumed in (False, True):
+        if resumed:
+            task.load_state(task.state())
+            task.ema.shadow_params = [s.contiguous() for s in task.ema.shadow_params]
+        with torch.no_grad():
+            for weight in task.model.parameters():
+                weight.add_(1.0)
+        expected = [s.clone() for s in task.ema.shadow_params]
+        task.after_step(1)
+        decay = task.ema.cur_decay_value
+        for average, before, weight in zip(task.ema.shadow_params, expected, task.model.parameters(), strict=True):
+            assert average.stride() == weight.stride()
+            torch.testing.assert_close(average, decay * before + (1 - decay) * weight.detach())
+    assert not torch.equal(task.ema.shadow_params[0], start[0])
+
+
+class OwnGrids(list):
+    """Volumes that keep their own grids."""
+
+    working_grid = WorkingGrid(spacing=(1.0, 1.0, 1.0))
+
+
+def test_graphs_are_for_batches_of_one_shape(teacher, tmp_path):
+    shapes = {"one": [(16, 12, 8)] * 2, "two": [(16, 12, 8), (8, 12, 16)]}
+    for name, options, one_shape in (
+        ("one", {}, True), ("two", {}, False), ("two", {"volume_size": (16, 12, 8)}, True),
+    ):  # fmt: skip
+        volumes = OwnGrids({"volume": torch.rand(1, *s), "spacing_mm": (1.0, 1.0, 1.0)} for s in shapes[name])
+        fixed = {"preset": "small", "num_parts": 2, "stages": (1,), "teacher": str(teacher), "mixed_precision": "no"}
+        config = make_config(DiscoveryConfig, **fixed, output_dir=str(tmp_path), spacing=(1.0, 1.0, 1.0), **options)
+        network = StructureDiscoveryModel(2, spacing=(1.0, 1.0, 1.0))
+        accelerator = make_accelerator(config)
+        task = DiscoveryTraining(config, load_teacher(str(teacher)), volumes, volumes, accelerator, start=network)
+        assert task.has_one_shape == one_shape and task.suits_graphs
+        task.model = StructureDiscoveryModel(2, scaling="robust")
+        assert not task.suits_graphs
