@@ -99,12 +99,10 @@ class _NormSiLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         x, weight, bias, offset, statistics, sums = ctx.saved_tensors
-        of_addend = None
-        if ctx.kind == _VOLUME and ctx.needs_input_grad[5]:
-            of_addend = gradient.to(ctx.addend_dtype)
+        of_addend = gradient.to(ctx.addend_dtype) if ctx.kind == _VOLUME else None
         gradient = gradient.contiguous(memory_format=torch.channels_last_3d)
         of_x, of_channels = _backward(gradient, x, weight, bias, offset, statistics, sums, ctx.groups)
-        if ctx.kind == _SHIFT and ctx.needs_input_grad[5]:
+        if ctx.kind == _SHIFT:
             of_addend = of_channels[:, 2].to(ctx.addend_dtype)[:, :, None, None, None]
         of_bias, of_weight, _, of_offset = of_channels.sum(dim=0)
         wanted = ctx.needs_input_grad
