@@ -243,7 +243,15 @@ def test_the_report_is_of_what_there_is(tmp_path):
 
 def test_the_report_shows_what_a_gpu_took_and_counts(tmp_path):
     rows = [
-        {"what": "a step", "value": 101.86, "unit": "ms", "target": 60.0, "met": False, "peak_gib": 2.233},
+        {
+            "what": "a step",
+            "value": 101.86,
+            "unit": "ms",
+            "target": 60.0,
+            "met": False,
+            "peak_gib": 2.233,
+            "reserved_gib": 6.9,
+        },
         {"what": "features", "value": 3.5, "unit": "times", "target": 3.0, "met": True, "at_least": True},
     ]
     profile = {"ms": 96.53, "launches": 1717.0, "longest": [{"name": "gemm<8>", "ms": 12.918, "count": 34.0}]}
@@ -252,15 +260,15 @@ def test_the_report_shows_what_a_gpu_took_and_counts(tmp_path):
         "environment": {"gpu": "NVIDIA H99", "packages": {"torch": "2.99"}},
         "rows": rows,
         "details": {"seconds of a step": 3.0, "a step": {"waits": [], "profile": profile}},
-        "errors": {"segment": "Traceback\nValueError: no scan"},
+        "errors": {"segment": "Traceback\nValueError: no scan\nmore advice"},
     }
     (tmp_path / "gpu.json").write_text(json.dumps(found))
     counts = {"operators": 1583, "casts": 1, "synchronising": 0, "gflop": 8844.45}
     (tmp_path / "operators.json").write_text(json.dumps({"batch": 4, "presets": {"paper": counts}}))
     page = write_report(tmp_path, tmp_path / "docs", ()).read_text()
     assert "## NVIDIA H99 (torch 2.99)" in page
-    assert "| a step | 101.9 ms | 2.23 GiB | at most 60 | **missed** |" in page
-    assert "| features | 3.5 times |  | at least 3 | met |" in page
+    assert "| a step | 101.9 ms | 2.23 GiB | 6.90 GiB | at most 60 | **missed** |" in page
+    assert "| features | 3.5 times |  |  | at least 3 | met |" in page
     assert "| `gemm<8>` | 12.92 | 34 |" in page and "96.5 ms of kernels, 1717 launches" in page
     assert "*segment failed: ValueError: no scan*" in page
     assert "| paper | 1583 | 1 | 0 | 8.84 |" in page
