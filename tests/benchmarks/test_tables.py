@@ -122,6 +122,6 @@ def rows_of_scores(text, heading):
 def test_scores_in_the_readme_are_those_of_the_tables():
     page = rows_of_scores((DOCS / "tables.md").read_text(encoding="utf-8"), r"\*\*(regular|irregular)\*\*")
     readme = rows_of_scores((DOCS.parent / "README.md").read_text(encoding="utf-8"), r"\| (regular|irregular) \|")
-    assert {variant: len(rows) for variant, rows in readme.items()} == {"regular": 8, "irregular": 7}
+    assert {variant: len(rows) for variant, rows in readme.items()} == {"regular": 8, "irregular": 8}
     for variant, rows in readme.items():
         assert not rows - page[variant]
