@@ -76,7 +76,9 @@ def run_child(command: Sequence[str], environment: Mapping[str, str]) -> tuple[i
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
         if asked:  # between the two lines before
             process.terminate()
-        return process.wait(), asked > 0
+        while True:  # a signal that arrives just before a wait without end would be handled after it
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=1), asked > 0
     except BaseException:
         if process is not None:
             process.kill()
