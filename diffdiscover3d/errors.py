@@ -45,6 +45,16 @@ class NothingToDivideError(DiffDiscoverError, ValueError):
     exit_code = 8
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class if it has none.
+
+    >>> first_line(RuntimeError("out of memory\\nmore")), first_line(EOFError())
+    ('out of memory', 'EOFError')
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def without_options(message: str) -> str:
     """A message without its last clause if that names an option, for commands that do not have it.
 

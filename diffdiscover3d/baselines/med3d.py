@@ -14,7 +14,7 @@ from torch import nn
 from diffdiscover3d.baselines.base import TrainedBaseline, place
 from diffdiscover3d.baselines.fitting import Schedule
 from diffdiscover3d.data.transforms import min_max_normalize
-from diffdiscover3d.errors import ModelError, NetworkError
+from diffdiscover3d.errors import ModelError, NetworkError, first_line
 from diffdiscover3d.losses import photometric_invariance, region_consistency
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 
@@ -86,8 +86,7 @@ def load_med3d(source: str | Path, seed: int = 0) -> Med3DFeatures:
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the unpickler raise almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{file}: is not a file of weights ({reason}); download it again.") from error
+        raise ModelError(f"{file}: is not a file of weights ({first_line(error)}); download it again.") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(v, torch.Tensor) for v in state.values()):
@@ -122,7 +121,7 @@ def _download(repo_id: str) -> Path:
         except EntryNotFoundError:
             continue
         except (HfHubHTTPError, OSError) as error:
-            raise NetworkError(f"{repo_id}: cannot be downloaded ({str(error).splitlines()[0]}).") from error
+            raise NetworkError(f"{repo_id}: cannot be downloaded ({first_line(error)}).") from error
     raise ModelError(f"{repo_id}: has none of {', '.join(_HUB_FILES)}.")
 
 

@@ -13,7 +13,7 @@ from diffdiscover3d.data.datasets.folder import VolumeFolder
 from diffdiscover3d.data.formats.nifti.header import check_reachable
 from diffdiscover3d.data.transforms import min_max_normalize
 from diffdiscover3d.data.working_grid import WorkingGrid, spacing_on
-from diffdiscover3d.errors import DiffDiscoverError, InputError, NetworkError
+from diffdiscover3d.errors import DiffDiscoverError, InputError, NetworkError, first_line
 
 # "synthetic" concatenates the volumes of all variants
 _VARIANTS_OF = {f"synthetic-{variant}": (variant,) for variant in synthetic.VARIANTS} | {
@@ -145,7 +145,7 @@ def _load_from_hub(repo_id: str, split: str) -> Sequence[dict]:
     except (OSError, ValueError) as error:
         if isinstance(error, DiffDiscoverError):
             raise
-        raise NetworkError(f"{repo_id}: cannot be loaded from the Hub: {str(error).splitlines()[0]}") from error
+        raise NetworkError(f"{repo_id}: cannot be loaded from the Hub: {first_line(error)}") from error
 
 
 def has_splits(name_or_path: str) -> bool:

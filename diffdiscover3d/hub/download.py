@@ -10,7 +10,7 @@ import re
 import time
 from pathlib import Path, PurePosixPath
 
-from diffdiscover3d.errors import ModelError, NetworkError
+from diffdiscover3d.errors import ModelError, NetworkError, first_line
 from diffdiscover3d.utils.files import sha256
 
 DATA_FILES = ("*.json", "*.safetensors", "*.md", "*.png")  # the files of a model; no others are fetched
@@ -187,6 +187,5 @@ def _network_error(repo_id: str, revision: str | None, error: Exception) -> Netw
     elif isinstance(error, errors.LocalEntryNotFoundError):
         reason = "is not in the local cache and the Hub cannot be reached (or offline mode is on); go online once"
     else:
-        lines = str(error).strip().splitlines()
-        reason = f"cannot be fetched from the Hub: {lines[0] if lines else type(error).__name__}"
+        reason = f"cannot be fetched from the Hub: {first_line(error)}"
     return NetworkError(f"{repo_id}: {reason}.")

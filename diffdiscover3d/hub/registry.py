@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers.utils import logging as diffusers_logging
 
-from diffdiscover3d.errors import ModelError, NetworkError, OutputError
+from diffdiscover3d.errors import ModelError, NetworkError, OutputError, first_line
 from diffdiscover3d.hub.cards import folder_kind
 from diffdiscover3d.hub.download import fetch_snapshot, is_data_file
 from diffdiscover3d.hub.sources import check_source, find_model
@@ -148,8 +148,7 @@ def _load(kind, source: str, marker: str, **options):
     except (ModelError, NetworkError):
         raise
     except Exception as error:  # diffusers and safetensors raise many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{source}: cannot be loaded as {kind.__name__}: {reason}") from error
+        raise ModelError(f"{source}: cannot be loaded as {kind.__name__}: {first_line(error)}") from error
 
 
 @contextmanager

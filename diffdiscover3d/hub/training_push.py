@@ -7,7 +7,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from diffdiscover3d.errors import DiffDiscoverError, ModelError, NetworkError
+from diffdiscover3d.errors import DiffDiscoverError, ModelError, NetworkError, first_line
 from diffdiscover3d.hub.upload import push_folder
 from diffdiscover3d.training.config import TrainingConfig
 
@@ -54,7 +54,7 @@ class TrainingPush:
         except HfHubHTTPError as error:
             if 400 <= error.response.status_code < 500:
                 raise NetworkError(
-                    f"{self.repo_id}: the Hub refuses to create the repository ({_first_line(error)}); check "
+                    f"{self.repo_id}: the Hub refuses to create the repository ({first_line(error)}); check "
                     "--hub-model-id and `hf auth whoami`, or leave out --push-to-hub."
                 ) from error
             self._warn_unreachable(error)
@@ -121,7 +121,7 @@ class TrainingPush:
             try:
                 self._create()
             except Exception as error:
-                raise NetworkError(f"{self.repo_id}: the push failed: {_first_line(error)}") from error
+                raise NetworkError(f"{self.repo_id}: the push failed: {first_line(error)}") from error
         return push_folder(folder, self.repo_id, private=self.private, commit_message=message)
 
     def _create(self) -> None:
@@ -132,11 +132,6 @@ class TrainingPush:
     def _warn_unreachable(self, error: Exception) -> None:
         logger.warning(
             "the Hub cannot be reached (%s); the training starts, and %s is pushed at its end",
-            _first_line(error),
+            first_line(error),
             self.repo_id,
         )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

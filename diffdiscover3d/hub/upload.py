@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffdiscover3d.errors import ModelError, NetworkError
+from diffdiscover3d.errors import ModelError, NetworkError, first_line
 from diffdiscover3d.hub.cards import CARD_NAME, DATASETS, PICTURE_NAME, SCORES_NAME, folder_kind, write_card
 from diffdiscover3d.hub.download import MODEL_FILES, is_model_file, is_repo_id
 from diffdiscover3d.models.embedded import embedded_card
@@ -102,10 +102,9 @@ def push_folder(
                 delete_patterns=list(MODEL_FILES),
             )
         except Exception as error:  # the Hub's client and its HTTP library raise many kinds
-            lines = str(error).strip().splitlines()
-            reason = lines[0] if lines else type(error).__name__
             raise NetworkError(
-                f"{repo_id}: the push failed: {reason} (`hf auth login` logs in; you must be allowed to write)"
+                f"{repo_id}: the push failed: {first_line(error)} "
+                "(`hf auth login` logs in; you must be allowed to write)"
             ) from error
     return str(commit.pr_url or commit.commit_url)
 

@@ -52,12 +52,11 @@ def convolve(conv: nn.Module, x: torch.Tensor, with_bias: bool = True) -> torch.
     if torch.compiler.is_compiling():  # channels are not padded then
         return conv(x)
     missing = x.shape[1] - conv.in_channels
+    weight = F.pad(conv.weight, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else conv.weight
     bias = conv.bias if with_bias else None
     is_product = conv.kernel_size == (1, 1, 1) and x.is_contiguous(memory_format=torch.channels_last_3d)
     if is_product and not cpu_kernels.is_on_cpu(x):
-        weight = F.pad(conv.weight.flatten(1), (0, missing))
-        return F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+        return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
     if with_bias and not missing:
         return conv(x)
-    weight = F.pad(conv.weight, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else conv.weight
     return F.conv3d(x, weight, bias, conv.stride, conv.padding)

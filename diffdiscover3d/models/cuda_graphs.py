@@ -9,6 +9,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
+from diffdiscover3d.errors import first_line
 from diffdiscover3d.models.mixed_precision import autocast_dtype
 
 logger = logging.getLogger("diffdiscover3d")
@@ -51,7 +52,7 @@ class GraphedCalls:
             except RuntimeError as error:
                 torch.cuda.set_stream(stream)  # a failed capture leaves its own
                 self._failed.add(key)
-                logger.warning("a forward pass cannot be captured as a CUDA graph: %s", str(error).splitlines()[0])
+                logger.warning("a forward pass cannot be captured as a CUDA graph: %s", first_line(error))
                 return network(*tensors, **options)
             while len(self._graphs) > self._limit:
                 self._graphs.popitem(last=False)

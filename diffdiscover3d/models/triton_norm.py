@@ -17,6 +17,8 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
+from diffdiscover3d.errors import first_line
+
 try:
     import triton
     import triton.language as tl
@@ -53,8 +55,7 @@ def _compiles(device: torch.device) -> bool:
             _sum_moments[plan.sums](x, x, partial, *plan.sizes, plan.steps, **where)
         return True
     except Exception as error:  # of the driver, the C compiler or Triton, of many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        logger.warning("Triton cannot compile for %s, PyTorch's slower norms are used: %s", device, reason)
+        logger.warning("Triton cannot compile for %s, PyTorch's slower norms are used: %s", device, first_line(error))
         return False
 
 

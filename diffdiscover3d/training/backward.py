@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from diffdiscover3d.errors import first_line
 from diffdiscover3d.training.config import TrainingConfig
 
 logger = logging.getLogger("diffdiscover3d")
@@ -74,7 +75,7 @@ class GraphedPass(EagerPass):
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # a failed capture leaves its own
             self._graph, self._failed = None, True
-            logger.warning("the step cannot be captured as a CUDA graph (%s); it runs eagerly", _first_line(error))
+            logger.warning("the step cannot be captured as a CUDA graph (%s); it runs eagerly", first_line(error))
             self._zero_grad()
             return super().__call__(batch)
         return self._replay(leaves)
@@ -157,7 +158,3 @@ def make_pass(
         logger.warning("--cuda-graphs is ignored: %s", "; ".join(found))
         return EagerPass(losses, accelerator.backward)
     return GraphedPass(losses, accelerator.backward, parameters, zero_grad)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

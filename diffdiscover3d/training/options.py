@@ -7,7 +7,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from diffdiscover3d.errors import InputError
+from diffdiscover3d.errors import InputError, first_line
 from diffdiscover3d.training.aliases import aliases_of, as_fields, explain_unknown
 
 
@@ -61,7 +61,7 @@ def read_options(kind: type, file: str | Path, given: Mapping | None = None) -> 
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}); a YAML file must end in .yaml or .yml.") from error
     except Exception as error:  # yaml is imported only for YAML files, so its error class may be undefined
-        raise InputError(f"{path}: not valid YAML ({str(error).splitlines()[0]}).") from error
+        raise InputError(f"{path}: not valid YAML ({first_line(error)}).") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: a config file must map option names to values, got {type(values).__name__}.")
     values = {str(key).replace("-", "_"): value for key, value in values.items()}

@@ -329,7 +329,7 @@ def test_the_embedded_diffusion_model_of_brains_can_be_shared(pushed, pulled):
     assert names == {p.relative_to(own).as_posix() for p in own.rglob("*") if p.is_file()} | {"README.md"}
     card = (folder / "embedded" / "README.md").read_text()
     assert card == (own.parent / "README.md").read_text()
-    assert "CC-BY 4.0" in card  # the licence of the scans asks to name them
+    assert "CC-BY 4.0" in card  # this licence requires attribution
     weights = load_teacher("brain-flair").unet.state_dict()
     again = load_teacher(str(folder / "embedded")).unet.state_dict()
     assert weights.keys() == again.keys() and all(torch.equal(again[name], value) for name, value in weights.items())

@@ -75,7 +75,7 @@ def test_the_second_call_of_a_kind_is_captured_and_later_ones_replayed(captured)
             assert found.sample is None and found.extent == (1, 2, 3)
             kept.append((seed, found.features[0]))
     assert captured == [{"stages": (1,)}, {"stages": (1, 3)}]
-    for seed, feature in kept:  # no output lies in the memory of a graph
+    for seed, feature in kept:  # outputs are copies of the graph's memory
         torch.testing.assert_close(torch.Tensor(feature), 2 * torch.Tensor(volume(seed)))
 
     for seed in range(2):  # a third kind: the oldest graph is dropped

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from diffdiscover3d.data.formats.nifti.reading import write_volume
-from diffdiscover3d.errors import InputError
+from diffdiscover3d.errors import InputError, first_line
 from diffdiscover3d.utils.files import check_targets
 
 LABELS = {1: "truth_bg", 2: "truth_sc", 3: "truth_all"}  # by level of the hierarchy
@@ -173,7 +173,7 @@ def read_pickled_array(path: str | Path) -> np.ndarray:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
     except Exception as error:  # a crafted file can make the unpickler raise any exception
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = first_line(error)[:200]
         raise InputError(f"{path}: not a pickled numeric array ({reason}); it was not executed.") from error
 
 
