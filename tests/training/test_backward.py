@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 
+from diffdiscover3d.training import backward
 from diffdiscover3d.training.backward import EagerPass, GraphedPass, make_pass
 from diffdiscover3d.training.config import DiffusionConfig
 
@@ -148,6 +149,7 @@ def test_graphs_are_refused_where_they_cannot_work(options, reason, caplog):
     made = make_pass(lambda batch: {}, [], lambda: None, DiffusionConfig(**options), Accelerator())
     assert type(made) is EagerPass
     assert not caplog.records  # nothing was asked for
+    assert backward._WARMUP == 3
 
 
 @pytest.mark.parametrize(
