@@ -38,11 +38,14 @@ class CicekConfig:
 
 
 def make_unet(channels: Sequence[int], inputs: int, outputs: int) -> nn.Module:
-    """A 3D U-Net with two convolutions, each with batch normalisation, at every resolution."""
+    """A 3D U-Net with two convolutions, each with batch normalisation, at every resolution.
+
+    Its weights are channels-last: under bfloat16, oneDNN's gradients of a few channels are several times faster so.
+    """
     from monai.networks.nets import DynUNet
 
     levels = len(channels)
-    return DynUNet(
+    network = DynUNet(
         spatial_dims=3,
         in_channels=inputs,
         out_channels=outputs,
@@ -53,6 +56,7 @@ def make_unet(channels: Sequence[int], inputs: int, outputs: int) -> nn.Module:
         norm_name=("batch", {"affine": True}),
         act_name=("relu", {"inplace": True}),
     )
+    return network.to(memory_format=torch.channels_last_3d)
 
 
 class Cicek(TrainedBaseline):
