@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 
 from diffdiscover3d.models.attention import LinearAttention
 from diffdiscover3d.models.blocks import NormSiLU
-from diffdiscover3d.models.cpu_kernels import Conv3d
+from diffdiscover3d.models.cpu_kernels import Conv3d, GroupNorm
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNet3DModel
 
@@ -49,6 +49,33 @@ def test_a_frozen_norm_gives_the_gradient_of_its_input_alone():
     norm(plain).square().sum().backward()
     torch.testing.assert_close(x.grad, plain.grad, rtol=1e-4, atol=1e-5)
     assert norm.weight.grad is None
+
+
+def test_an_adopted_group_norm_is_torchs_and_its_gradient_is_computed_on_copies():
+    torch.manual_seed(0)
+    network = GroupNorm.adopt(nn.Sequential(nn.GroupNorm(3, 6), nn.ReLU()))
+    assert type(network[0]) is GroupNorm and list(network.state_dict()) == ["0.weight", "0.bias"]
+    plain = nn.GroupNorm(3, 6).double()
+    with torch.no_grad():
+        for a, b in zip(plain.parameters(), network[0].parameters(), strict=True):
+            a.copy_(b.normal_())
+    x = torch.randn(2, 6, *GRID).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    upstream = torch.randn(2, 6, *GRID)
+    exact_x = x.detach().double().requires_grad_()
+    expected = plain(exact_x)
+    found, layouts = network[0](x), []
+    norm = found.grad_fn.next_functions[0][0]  # behind the copy to channels-last
+    assert norm.name() == "NativeGroupNormBackward0"
+    norm.register_prehook(lambda g: layouts.append(g[0].is_contiguous()))
+    of_x, *of_weights = gradients((found * upstream).sum(), x, *network[0].parameters())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    wanted = gradients((expected * upstream.double()).sum(), exact_x, *plain.parameters())
+    for a, b in zip((of_x, *of_weights), wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+    assert layouts == [True]
+    with torch.no_grad():  # nothing is copied without gradients
+        assert torch.equal(network[0](x), nn.functional.group_norm(x, 3, *network[0].parameters()))
 
 
 @pytest.fixture
