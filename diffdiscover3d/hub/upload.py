@@ -39,9 +39,10 @@ def push_folder(
 
     Args:
         folder: as the trainings write it. The card shows `scores.json` (written by `evaluate --output`); a README.md
-            in the folder is kept as the card, and an embedded model keeps its own. Only the files in `MODEL_FILES` are
-            uploaded, without the local paths in configs and options; checkpoints, previews, logs and other files are
-            not. Files in `MODEL_FILES` that the repository has and this folder has not are deleted from it.
+            in the folder is kept as the card, and the weights of an embedded model keep its card. Only the files in
+            `MODEL_FILES` are uploaded, without the local paths in configs and options; checkpoints, previews, logs and
+            other files are not. Files in `MODEL_FILES` that the repository has and this folder has not are deleted
+            from it.
         repo_id: `user/name`; created if it does not exist.
         revision: branch to push to, created if it does not exist; default: main.
         private: visibility of a repository that is created.
@@ -80,7 +81,7 @@ def push_folder(
             _add_picture(folder, staged)
         else:
             (staged / PICTURE_NAME).unlink(missing_ok=True)
-        card = embedded_card(folder)
+        card = embedded_card(staged)
         if card is not None and not (staged / CARD_NAME).exists():  # it names whose scans the model was trained on
             shutil.copyfile(card, staged / CARD_NAME)
         if not (staged / CARD_NAME).exists():

@@ -1,8 +1,11 @@
 """The pretrained models that are part of the package."""
 
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from diffdiscover3d.utils.files import read_json
 
@@ -41,13 +44,37 @@ def embedded_models() -> dict[str, EmbeddedModel]:
 
 
 def embedded_card(folder: Path) -> Path | None:
-    """The model card of an embedded model's folder, if the model has one of its own.
+    """The model card of the embedded model whose weights are in a folder, if the model has a card of its own.
 
-    Cards of the others are rendered from their options.
+    The folder can be the embedded one or one to which the loaded model was saved, in any floating-point type and
+    number of shards. Cards of the other models are rendered from their options.
     """
-    folder = folder.resolve()
-    card = folder.parent / "README.md"
-    return card if folder.parent.parent == ASSETS.resolve() and card.is_file() else None
+    for model in embedded_models().values():
+        card = model.folder / "README.md"
+        if card.is_file() and any(_same_weights(own, folder) for own in (model.diffusion, model.discovery)):
+            return card
+    return None
+
+
+def _same_weights(embedded: Path, folder: Path) -> bool:
+    """Whether a folder holds the weights of an embedded one, up to the rounding of the embedded type."""
+    with ExitStack() as stack:
+        try:
+            kept, found = (_open_weights(base, stack) for base in (embedded, folder))
+        except SafetensorError:  # a damaged file has other weights
+            return False
+        if kept.keys() != found.keys():
+            return False
+        if any(kept[n].get_slice(n).get_shape() != found[n].get_slice(n).get_shape() for n in kept):
+            return False
+        pairs = ((kept[n].get_tensor(n), found[n].get_tensor(n)) for n in kept)
+        return all(a.equal(b.to(a.dtype)) for a, b in pairs)
+
+
+def _open_weights(folder: Path, stack: ExitStack) -> dict:
+    """The open safetensors file of every weight in a folder, by name."""
+    files = [stack.enter_context(safe_open(p, framework="pt")) for p in sorted(folder.rglob("*.safetensors"))]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
 
 def nested_levels(file: Path) -> tuple[int, ...]:

@@ -125,6 +125,10 @@ answer["pipe"] = pipe.push_to_hub("user/cells")
 answer["unet"] = pipe.unet.push_to_hub("user/unet", max_shard_size="20KB", private=True)
 network = StructureDiscoveryModel.from_pretrained(root + "/discovery")
 answer["sharded"] = network.push_to_hub("user/sharded", max_shard_size="100KB", commit_message="in shards")
+flair = DiffusionFeaturePipeline.from_pretrained("brain-flair")
+answer["flair"] = flair.push_to_hub("user/flair"), flair.unet.push_to_hub("user/flair-unet", max_shard_size="2MB")
+flair.unet.conv_out.bias.data += 1
+answer["changed"] = flair.push_to_hub("user/flair-changed")
 answer["whole"] = network.push_to_hub("user/sharded", scores={"rows": [{"method": "diffdiscover3d", "dice": 0.5}]})
 """
     embedded = str(embedded_models()["brain-flair"].diffusion)
@@ -333,6 +337,17 @@ def test_the_embedded_diffusion_model_of_brains_can_be_shared(pushed, pulled):
     weights = load_teacher("brain-flair").unet.state_dict()
     again = load_teacher(str(folder / "embedded")).unet.state_dict()
     assert weights.keys() == again.keys() and all(torch.equal(again[name], value) for name, value in weights.items())
+
+
+def test_the_weights_of_an_embedded_model_keep_its_card(hub, pushed):
+    """A loaded pipeline is saved in another type and in shards; weights that were changed are another model."""
+    assert len(pushed["flair"]) == 2
+    own = (embedded_models()["brain-flair"].folder / "README.md").read_bytes()
+    for name in ("user/flair", "user/flair-unet"):
+        assert hub.repos["models", name].files("main")["README.md"] == own
+    assert any("-of-" in file for file in hub.repos["models", "user/flair-unet"].files("main"))
+    card = hub.repos["models", "user/flair-changed"].files("main")["README.md"]
+    assert card != own and b"flair-changed" in card
 
 
 def test_pull_to_a_folder(pulled):
