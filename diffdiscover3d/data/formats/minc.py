@@ -14,16 +14,21 @@ SUFFIXES = (".mnc", ".mnc.gz")
 
 @contextlib.contextmanager
 def open_file(path: Path, name: str, options: ReadOptions) -> Iterator[VolumeFile]:
-    """Open a volume.
+    """Open a volume, or one of several frames by `options.volume`.
 
     Raises:
         InputError: if it is damaged.
     """
     import nibabel as nib
 
+    def frame_axes(image: nib.Minc1Image) -> tuple[int, ...]:
+        names = image.dataobj.minc_file._dim_names  # nibabel has no public name for them; time comes first
+        return tuple(axis for axis, dimension in enumerate(names) if not dimension.endswith("space"))
+
     with open(path, "rb") as file:
         hdf5 = file.read(8) == b"\x89HDF\r\n\x1a\n"
     if hdf5:
         need("h5py", EXTRA, name)
-    with open_image(path, name, options, nib.Minc2Image if hdf5 else nib.Minc1Image, "MINC") as volume:
+    kind = nib.Minc2Image if hdf5 else nib.Minc1Image
+    with open_image(path, name, options, kind, "MINC", frame_axes) as volume:
         yield volume

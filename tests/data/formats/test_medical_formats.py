@@ -1,5 +1,7 @@
 """DICOM, NRRD, MetaImage, MGH, MINC and Analyze: the same volume in every orientation, labels that lie on it."""
 
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -204,15 +206,35 @@ def test_an_enhanced_series_in_one_file(tmp_path):
     assert isinstance(pydicom.dcmread(path), Dataset)
 
 
-def test_minc_of_version_1_as_nibabel_reads_it():
-    from pathlib import Path
+NIBABELS_FILES = Path(nib.__file__).parent / "tests" / "data"
 
-    path = Path(nib.__file__).parent / "tests" / "data" / "tiny.mnc"
-    if not path.exists():
+
+@pytest.mark.parametrize(
+    "name", ["tiny.mnc", "small.mnc", "minc1-no-att.mnc", "minc1_1_scale.mnc", "minc2-no-att.mnc", "minc2_1_scale.mnc"]
+)
+def test_minc_as_nibabel_reads_it(name):
+    if not NIBABELS_FILES.exists():
         pytest.skip("nibabel came without its test data")
+    path = NIBABELS_FILES / name
     volume, image = read_volume(path), nib.as_closest_canonical(nib.load(path))
     assert np.allclose(volume.data, image.get_fdata(), rtol=1e-6)
     assert np.allclose(volume.affine, image.affine)
+
+
+@pytest.mark.parametrize("name", ["minc1_4d.mnc", "minc2_4d.mnc"])
+def test_frames_of_minc_lie_along_its_first_axis(name):
+    if not NIBABELS_FILES.exists():
+        pytest.skip("nibabel came without its test data")
+    path = NIBABELS_FILES / name
+    with pytest.raises(ValueError, match="contains 2 volumes .* --volume"):
+        read_volume(path)
+    image, means = nib.load(path), []
+    for number in range(2):
+        volume = read_volume(path, volume=number)
+        frame = nib.as_closest_canonical(nib.Nifti1Image(image.get_fdata()[number], image.affine))
+        assert np.allclose(volume.data, frame.get_fdata(), rtol=1e-6) and np.allclose(volume.affine, frame.affine)
+        means.append(float(volume.data.mean()))
+    assert len(set(means)) == 2
 
 
 @pytest.mark.parametrize("kind", [nib.AnalyzeImage, nib.Spm99AnalyzeImage, nib.Spm2AnalyzeImage, nib.Nifti1Pair])
