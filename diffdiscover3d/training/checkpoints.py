@@ -132,12 +132,6 @@ def later_checkpoints(folder: Path, step: int) -> tuple[list[Path], list[Path]]:
     return intact, damaged
 
 
-def remove_partial(folder: Path) -> None:
-    """Delete the staging folders of interrupted writes."""
-    for path in folder.glob(".checkpoint-*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Flatten the state of an optimiser: its tensors, and integers as int64 tensors.
 

@@ -42,18 +42,14 @@ def atomic_file(target: str | Path, suffix: str = "") -> Iterator[Path]:
         OutputError: if the folder cannot be created or written to, or the disk is full.
     """
     target = Path(target)
-    with output_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if time.monotonic() - _CLEARED.get(target.parent, -math.inf) > _CLEAR_AGAIN:
-            clear_temporary_files(target.parent)
-        with temporary_folder(target.parent, _TEMPORARY) as folder:
-            temporary = folder / f"new{suffix or '.tmp'}"
-            temporary.touch(mode=0o600)
-            yield temporary
-            sync(temporary)
-            set_permissions([temporary])
-            os.replace(temporary, target)
-            sync(target.parent)
+    with _temporary_beside(target) as folder:
+        temporary = folder / f"new{suffix or '.tmp'}"
+        temporary.touch(mode=0o600)
+        yield temporary
+        sync(temporary)
+        set_permissions([temporary])
+        os.replace(temporary, target)
+        sync(target.parent)
 
 
 def clear_temporary_files(folder: Path) -> None:
@@ -67,22 +63,25 @@ def clear_temporary_files(folder: Path) -> None:
 def atomic_folder(target: str | Path) -> Iterator[Path]:
     """As [`atomic_file`], for a folder that must not exist."""
     target = Path(target)
-    try:
+    with _temporary_beside(target) as folder:
+        temporary = folder / "new"
+        temporary.mkdir()
+        yield temporary
+        set_permissions([*temporary.rglob("*"), temporary])
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)
+        os.rename(temporary, target)
+        sync(target.parent)
+
+
+@contextlib.contextmanager
+def _temporary_beside(target: Path) -> Iterator[Path]:
+    with output_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise output_error(target, error) from error
-    try:
-        with output_errors(target):
-            yield temporary
-            set_permissions([*temporary.rglob("*"), temporary])
-            for path in temporary.rglob("*"):
-                sync(path)
-            sync(temporary)
-            os.rename(temporary, target)
-            sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if time.monotonic() - _CLEARED.get(target.parent, -math.inf) > _CLEAR_AGAIN:
+            clear_temporary_files(target.parent)
+        with temporary_folder(target.parent, _TEMPORARY) as folder:
+            yield folder
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def exit_code(process) -> int:
 
 
 def half_written(output) -> list:
-    return list((output / "checkpoints").glob(".checkpoint-*"))
+    return list((output / "checkpoints").glob(".diffdiscover3d-file.*"))
 
 
 def kill_somewhere(process, output, rng, inside_write: bool) -> dict:

@@ -12,20 +12,24 @@ import pytest
 
 from diffdiscover3d.utils import files, handles
 from diffdiscover3d.utils import temporary_folders as module
-from diffdiscover3d.utils.files import atomic_file, clear_temporary_files
+from diffdiscover3d.utils.files import atomic_file, atomic_folder, clear_temporary_files
 from diffdiscover3d.utils.staging import recover_folder
 from diffdiscover3d.utils.temporary_folders import clear_abandoned
 
 fcntl = pytest.importorskip("fcntl")
 
-# writes each named file of a folder for which a line arrives, and holds the last one open until another line arrives
+# writes each file or folder that a line names, and holds it open until another line arrives
 WRITER = """
 import sys
 from pathlib import Path
-from diffdiscover3d.utils.files import atomic_file
+from diffdiscover3d.utils.files import atomic_file, atomic_folder
 for line in sys.stdin:
-    with atomic_file(line.strip()) as temporary:
-        temporary.unlink()  # safetensors replaces the file, so that a lock on it would be lost
+    is_folder = line.strip().endswith("/")
+    with (atomic_folder if is_folder else atomic_file)(line.strip()) as temporary:
+        if is_folder:
+            temporary /= "weights"
+        else:
+            temporary.unlink()  # safetensors replaces the file, so that a lock on it would be lost
         temporary.write_text("half")
         print(temporary, flush=True)
         sys.stdin.readline()
@@ -73,6 +77,20 @@ def test_a_killed_writer_leaves_nothing_for_long(tmp_path, start):
     assert target.read_text() == "mine"
     assert say(alive, "") == "done" and target.read_text() == "whole of alive"
     assert os.listdir(tmp_path) == ["parts.tsv"]
+
+
+def test_a_killed_writer_of_a_folder_leaves_nothing_for_long(tmp_path, start):
+    dead, alive = start("dead"), start("alive")
+    half, other = say(dead, f"{tmp_path / 'one'}/"), say(alive, f"{tmp_path / 'two'}/")
+    os.kill(dead.pid, signal.SIGKILL)
+    dead.wait()
+    assert os.path.exists(half) and not (tmp_path / "one").exists()
+    with atomic_folder(tmp_path / "one") as temporary:
+        assert not os.path.exists(half) and os.path.exists(other)
+        (temporary / "weights").write_text("mine")
+    assert say(alive, "") == "done"
+    assert {p.parent.name: p.read_text() for p in tmp_path.rglob("weights")} == {"one": "mine", "two": "whole of alive"}
+    assert sorted(os.listdir(tmp_path)) == ["one", "two"]
 
 
 def test_results_in_the_folder_clear_them_too(tmp_path, start):

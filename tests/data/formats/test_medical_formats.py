@@ -226,7 +226,7 @@ def test_frames_of_minc_lie_along_its_first_axis(name):
     if not NIBABELS_FILES.exists():
         pytest.skip("nibabel came without its test data")
     path = NIBABELS_FILES / name
-    with pytest.raises(ValueError, match="contains 2 volumes .* --volume"):
+    with pytest.raises(ValueError, match=r"contains 2 volumes .* --volume"):
         read_volume(path)
     image, means = nib.load(path), []
     for number in range(2):
