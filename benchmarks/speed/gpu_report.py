@@ -53,8 +53,17 @@ def _counted(result: dict) -> list[str]:
         for preset, c in result["presets"].items()
     ]
     header = ["preset", "dispatched operators", "casts", "synchronisations", "TFLOP"]
+    features = [
+        [r["preset"], str(r["stage"]), *(f"{r[k]:.3g}" for k in ("hooks_ms", "ours_ms", "times"))]
+        for r in result["features"]
+    ]
     return [
         "### A diffusion step on an accelerator, counted without one\n",
         markdown_table(header, rows),
         f"\n`python -m benchmarks.speed.operators`; batch of {result['batch']}, forward and backward pass.\n",
+        "### Features of a stage on an accelerator, an estimate\n",
+        markdown_table(["preset", "stage", "hooks, float32 (ms)", "bf16 (ms)", "times faster"], features),
+        f"\nNothing was measured: least times of one volume at the measured peaks of an {result['peaks_of']}, each "
+        "operator reading its inputs and writing its outputs once. Operators that a host launches one by one take "
+        "longer; CUDA graphs avoid that.\n",
     ]

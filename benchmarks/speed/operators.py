@@ -1,21 +1,30 @@
-"""Dispatched operators, operations and bytes of one training step of the denoiser, counted on the meta device.
+"""Dispatched operators, operations and bytes of a training step and of features, counted on the meta device.
 
-    python -m benchmarks.speed.operators > benchmarks/results/operators.json
+    python -m benchmarks.speed.operators > FILE && mv FILE benchmarks/results/operators.json
 
-No GPU is needed: the meta device takes the code for accelerators and computes only shapes. Forward and backward pass
-are counted, without the optimiser. The first backward pass is counted, in which each parameter gets a new gradient.
+No GPU is needed: the meta device takes the code for accelerators and computes only shapes. Of the denoiser's training
+step, forward and backward pass are counted, without the optimiser. The first backward pass is counted, in which each
+parameter gets a new gradient.
+
+Features of a stage, in bfloat16 and up to that stage, are compared with hooks on the whole network in float32: the
+times are estimates, the least ones at the peaks that `gpu.json` has for its GPU. A replayed CUDA graph comes near such
+times; launched one by one, operators take longer.
 """
 
 import collections
 import json
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import RESULTS
+from benchmarks.speed.baselines import hooked_features
 from benchmarks.speed.budget import unet_parts
 from benchmarks.speed.meter import Meter, watched
 from diffdiscover3d.models.unet_3d import UNET_PRESETS, UNet3DModel
+from diffdiscover3d.utils.files import read_json
 from diffdiscover3d.utils.provenance import describe_environment
 
 BATCH = 4
@@ -78,10 +87,45 @@ def count_step(preset: str) -> dict:
     }
 
 
+def peaks_of(rows: Sequence[dict]) -> dict:
+    """The peaks that `gpu.py` measured, as [`Meter`] takes them."""
+    values = {row["what"]: row["value"] for row in rows}
+    rates = {kind: 1e12 * values[f"matrix product {kind}"] for kind in ("float32", "bfloat16")}
+    return {"flop_per_second": rates, "bytes_per_second": 1e12 * values["copy"]}
+
+
+@torch.no_grad()
+def estimate_features(preset: str, stage: int, peaks: dict) -> dict:
+    """The least times of the features of one volume.
+
+    Returns:
+        For the package and for hooks the milliseconds `ours_ms` and `hooks_ms`, `ours_gflop` and `hooks_gflop`, and
+        `times`, the ratio of the two times.
+    """
+    side = UNET_PRESETS[preset]["sample_size"]
+    found: dict = {"preset": preset, "stage": stage}
+    for name, dtype in (("ours", torch.bfloat16), ("hooks", torch.float32)):
+        with torch.device("meta"):
+            unet = UNet3DModel(**UNET_PRESETS[preset]).eval().to(dtype)
+            x, steps = torch.randn(1, 1, side, side, side, dtype=dtype), torch.zeros(1, dtype=torch.long)
+        with Meter(peaks) as meter:
+            if name == "ours":
+                unet(x, steps, stages=(stage,), return_sample=False)
+            else:
+                hooked_features(unet, x, steps, (stage,))
+        found[f"{name}_ms"] = 1e3 * meter.parts["all"].least_seconds
+        found[f"{name}_gflop"] = meter.total_flops / 1e9
+    return {**found, "times": found["hooks_ms"] / found["ours_ms"]}
+
+
 def main() -> None:
     """Print the counts of the presets as JSON."""
     counts = {preset: count_step(preset) for preset in ("paper", "small")}
-    print(json.dumps({"batch": BATCH, "presets": counts, "environment": describe_environment()}, indent=1))
+    gpu = read_json(RESULTS / "gpu.json")
+    peaks = peaks_of(gpu["rows"])
+    features = [estimate_features(preset, stage, peaks) for preset in counts for stage in (1, 2, 3)]
+    found = {"batch": BATCH, "presets": counts, "features": features, "peaks": peaks, "peaks_of": gpu["gpu"]["name"]}
+    print(json.dumps({**found, "environment": describe_environment()}, indent=1))
 
 
 if __name__ == "__main__":

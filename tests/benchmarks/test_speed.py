@@ -264,7 +264,9 @@ def test_the_report_shows_what_a_gpu_took_and_counts(tmp_path):
     }
     (tmp_path / "gpu.json").write_text(json.dumps(found))
     counts = {"operators": 1583, "casts": 1, "synchronising": 0, "gflop": 8844.45}
-    (tmp_path / "operators.json").write_text(json.dumps({"batch": 4, "presets": {"paper": counts}}))
+    features = [{"preset": "small", "stage": 2, "hooks_ms": 0.4648, "ours_ms": 0.0531, "times": 8.753}]
+    counted = {"batch": 4, "presets": {"paper": counts}, "features": features, "peaks_of": "NVIDIA H99"}
+    (tmp_path / "operators.json").write_text(json.dumps(counted))
     page = write_report(tmp_path, tmp_path / "docs", ()).read_text()
     assert "## NVIDIA H99 (torch 2.99)" in page
     assert "| a step | 101.9 ms | 2.23 GiB | 6.90 GiB | at most 60 | **missed** |" in page
@@ -272,6 +274,7 @@ def test_the_report_shows_what_a_gpu_took_and_counts(tmp_path):
     assert "| `gemm<8>` | 12.92 | 34 |" in page and "96.5 ms of kernels, 1717 launches" in page
     assert "*segment failed: ValueError: no scan*" in page
     assert "| paper | 1583 | 1 | 0 | 8.84 |" in page
+    assert "| small | 2 | 0.465 | 0.0531 | 8.75 |" in page and "Nothing was measured" in page
 
 
 def test_the_report_of_budget_and_costs(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.speed.operators import count_step
+from benchmarks.speed.operators import count_step, estimate_features, peaks_of
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,18 @@ def test_a_step_dispatches_few_operators(preset, operators, convolutions, gflop)
     assert counted["casts"] <= 2 and counted["synchronising"] == 0
     assert gflop[0] < counted["gflop"] < gflop[1]
     assert sum(part["operators"] for part in counted["parts"].values()) == counted["operators"]
+
+
+def test_features_end_at_their_stage():
+    rows = [
+        {"what": "copy", "value": 2.0},
+        {"what": "matrix product bfloat16", "value": 400.0},
+        {"what": "matrix product float32", "value": 50.0},
+    ]
+    peaks = peaks_of(rows)
+    assert peaks == {"flop_per_second": {"float32": 5e13, "bfloat16": 4e14}, "bytes_per_second": 2e12}
+    first, last = (estimate_features("small", stage, peaks) for stage in (1, 3))
+    assert first["hooks_gflop"] == last["hooks_gflop"] > last["ours_gflop"] > first["ours_gflop"]
+    assert first["hooks_ms"] == last["hooks_ms"] and first["times"] > last["times"] > 3
+    # no operator is faster than its operations at the peak allow
+    assert first["ours_ms"] >= first["ours_gflop"] / 4e5 and last["hooks_ms"] >= last["hooks_gflop"] / 5e4
