@@ -1,4 +1,4 @@
-"""Two-stage cascaded U-Net, trained with all labels (Jiang et al., BrainLes 2019): the supervised upper bound."""
+"""Two-stage cascaded U-Net, trained with all labels (Jiang et al., BrainLes 2019)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

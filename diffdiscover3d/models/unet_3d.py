@@ -309,7 +309,8 @@ def _check_config(width, channels, attention, norm_groups, sample_size, resize_b
                 raise ValueError(f"`sample_size` must be a multiple of {stride}, got {size}; try {better}.")
 
 
-# `paper` is the released network of the authors; `small` trains on two CPU cores in about an hour.
+# `paper` is the released network of the authors; `small` is estimated to train on two CPU cores in 32 minutes
+# (benchmarks/results/recipe.json).
 UNET_PRESETS: dict[str, dict] = {
     "paper": {
         "width": 64,

@@ -70,7 +70,8 @@ def segment(
     Without an output nothing is written, and labels are returned; with one, the results are written there.
 
     A scan too large for one pass of the network stays on disk and is segmented slab by slab, in memory bounded by its
-    planes (see `models/window_layout.py`); with `fast`, or a model with a working grid, it is read into memory.
+    planes (see `models/window_layout.py`), also if it is resampled to the target spacing of a model. With `fast`,
+    `mask`, `smooth` or `min_size`, and for models that scale intensities by percentiles, it is read into memory.
 
     If several processes were started by `accelerate launch` or torchrun, each works on its share of the inputs; so do
     separate commands with `share`.

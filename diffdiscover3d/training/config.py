@@ -22,6 +22,7 @@ HUB_STRATEGIES = ("end", "every_save")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 INCLUSIONS = ("compact", "alike", "auto")
+_CONSISTENCY, _ASSIGNMENT = (f"; only with --objective {name}" for name in ("consistency", "assignment"))
 TRACKERS = ("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "aim", "swanlab", "dvclive")
 
 
@@ -142,7 +143,10 @@ class TrainingConfig(BraTSConfig, ReadingConfig):
 
 @dataclass(frozen=True)
 class DiffusionConfig(TrainingConfig):
-    """Options of diffusion pretraining. The defaults are those of the paper."""
+    """Options of diffusion pretraining. The defaults are the paper's, but for 50,000 steps instead of 50k epochs.
+
+    Flips, the moving average of the weights and gradient clipping are not in the paper.
+    """
 
     num_train_timesteps: int = option(250, "length T of the noise schedule")
     ema_decay: float = option(0.9999, "decay of the moving average of the weights, which is the saved model")
@@ -175,26 +179,29 @@ class DiffusionConfig(TrainingConfig):
 
 @dataclass(frozen=True)
 class DiscoveryConfig(TrainingConfig):
-    """Options of structure discovery. The defaults are those of the paper; the loss terms are Eq. 4 to 8."""
+    """Options of structure discovery. The defaults are those of the paper; the loss terms are Eq. 4 to 8.
 
-    max_steps: int = option(2_000, "number of optimiser steps (paper: 100 epochs of 80 volumes in batches of 4)")
+    Batch size, dropout, flips and gradient clipping of this phase are not in the paper.
+    """
+
+    max_steps: int = option(2_000, "number of optimiser steps (paper: 100 epochs; here of 80 volumes in batches of 4)")
     learning_rate: float = option(3e-4, "learning rate of Adam; the maximum of a one_cycle schedule")
     teacher: str = option("", "folder or Hub id of the diffusion model, or the name of an embedded model")
     init_from: str | None = option(None, "folder or Hub id of a discovery network that provides the initial weights")
     init_seed: int | None = option(None, "seed of the initial weights alone (default: --seed)")
     num_parts: int = option(2, "number K of parts to discover")
-    stages: tuple[int, ...] = option((1,), "decoder stages of the feature consistency; 1 is the coarsest")
-    timestep: int = option(25, "timestep t of the noise added to the volumes for the teacher")
-    num_noise: int = option(1, "noise samples over which the teacher's features are averaged")
-    lambda_feature: float = option(1.0, "weight of the feature consistency, Eq. 6")
-    lambda_visual: float = option(1.0, "weight of the visual consistency, Eq. 7")
-    lambda_invariance: float = option(1.0, "weight of the photometric invariance, Eq. 8")
+    stages: tuple[int, ...] = option((1,), "decoder stages of the feature consistency, 1 the coarsest" + _CONSISTENCY)
+    timestep: int = option(25, "timestep t of the noise added to the volumes for the teacher" + _CONSISTENCY)
+    num_noise: int = option(1, "noise samples of the mean features and clean prediction of the teacher" + _CONSISTENCY)
+    lambda_feature: float = option(1.0, "weight of the feature consistency, Eq. 6" + _CONSISTENCY)
+    lambda_visual: float = option(1.0, "weight of the visual consistency, Eq. 7" + _CONSISTENCY)
+    lambda_invariance: float = option(1.0, "weight of the photometric invariance, Eq. 8" + _CONSISTENCY)
     lambda_denoised: float = option(
-        0.0, "weight of the consistency of the teacher's clean prediction (not in the paper)"
+        0.0, "weight of the consistency of the teacher's clean prediction (not in the paper)" + _CONSISTENCY
     )
     denoised_timesteps: tuple[int, ...] = option((60,), "timesteps over which the clean prediction is averaged")
     teacher_noise: str = option(
-        "fresh", "sample the teacher's noise at every step or once per volume (faster)", ("fresh", "fixed")
+        "fresh", "teacher's noise: fresh at every step, or fixed per volume (faster)" + _CONSISTENCY, ("fresh", "fixed")
     )
     parent: str | None = option(
         None, "folder or Hub id of a discovery network whose parts are subdivided (not in the paper)"
@@ -216,30 +223,30 @@ class DiscoveryConfig(TrainingConfig):
     assign_from: str = option(
         "auto",
         "where assignments come from; auto: --init-from, or else clusters; labels: the true labels of synthetic cells, "
-        "for a supervised ceiling",
+        "for a supervised ceiling" + _ASSIGNMENT,
         ("auto", "labels"),
     )
-    reliable_share: float = option(0.5, "share of the volumes to train on, those with the most reliable assignments")
+    reliable_share: float = option(0.5, "share of the volumes to train on, the most reliable ones" + _ASSIGNMENT)
     reliability: str = added(
         "contrast",
         "by which assignments from clusters are ranked: contrast of the inclusions, or separation: contrast with all "
-        "that an inclusion touches, times its compactness",
+        "that an inclusion touches, times its compactness" + _ASSIGNMENT,
         ("contrast", "separation"),
     )
-    recolor_probability: float = option(0.75, "probability that assigned parts are given other mean intensities")
+    recolor_probability: float = option(0.75, "probability that assigned parts get other mean intensities" + _ASSIGNMENT)
     sibling_order: str = option(
         "auto",
         "number of an assigned inclusion: its rank by size, or free, as the network numbers it in each volume; auto: "
-        "free where inclusions are alike",
+        "free where inclusions are alike" + _ASSIGNMENT,
         ("auto", "size", "free"),
     )
     inclusions: str = option(
-        "compact", "a part is a compact inclusion, or all that are alike; auto: by the pieces found", INCLUSIONS
+        "compact", "a part is a compact inclusion, or all that are alike; auto: by the pieces" + _ASSIGNMENT, INCLUSIONS
     )
-    potts_strength: float = option(0.6, "attraction of neighbouring voxels where clusters are assigned; 0: none")
+    potts_strength: float = option(0.6, "attraction of neighbouring voxels in assigned clusters" + _ASSIGNMENT)
     lambda_spatial: float = option(0.0, "weight of the spatial consistency of inclusions (not in the paper)")
     lambda_smooth: float = option(0.0, "weight of the smoothness of the parts (not in the paper)")
-    relative_consistency: bool = option(False, "divide each consistency by the total variance of its representation")
+    relative_consistency: bool = option(False, "divide consistencies by the total variance" + _CONSISTENCY)
     norm: str = option("batch", "normalisation layers of the segmentation network", ("batch", "instance"))
     dropout: float = option(0.2, "dropout probability of the segmentation network")
     selection: str = option("confidence", "epoch that is saved: the most confident or the last", ("confidence", "last"))
