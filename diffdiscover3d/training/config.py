@@ -233,7 +233,7 @@ class DiscoveryConfig(TrainingConfig):
         "that an inclusion touches, times its compactness" + _ASSIGNMENT,
         ("contrast", "separation"),
     )
-    recolor_probability: float = option(0.75, "probability that assigned parts get other mean intensities" + _ASSIGNMENT)
+    recolor_probability: float = option(0.75, "probability that assigned parts get new mean intensities" + _ASSIGNMENT)
     sibling_order: str = option(
         "auto",
         "number of an assigned inclusion: its rank by size, or free, as the network numbers it in each volume; auto: "
