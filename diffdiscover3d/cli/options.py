@@ -17,7 +17,7 @@ IgnoreAffine = Annotated[
     bool, typer.Option("--ignore-affine", help="Use the voxel grid alone if the affine is unusable.")
 ]
 Series = Annotated[str | None, typer.Option("--series", help="DICOM series of a folder with several: number or UID.")]
-Resolution = Annotated[int, typer.Option("--resolution", min=0, help="Level of a pyramid, 0 the finest.")]
+Resolution = Annotated[int, typer.Option("--resolution", min=0, help="Resolution of a pyramid, 0 the finest.")]
 MissingChunks = Annotated[
     bool, typer.Option("--missing-chunks", help="Take chunks missing from a Zarr array as its fill value.")
 ]

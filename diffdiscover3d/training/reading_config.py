@@ -14,7 +14,7 @@ class ReadingConfig:
     nan_to_zero: bool = added(False, "replace NaN and Inf voxels by 0")
     ignore_affine: bool = added(False, "use the voxel grid alone if the affine is unusable")
     series: str | None = added(None, "DICOM series of a folder with several: number or UID")
-    resolution: int = added(0, "level of a pyramid, 0 the finest")
+    resolution: int = added(0, "resolution of a pyramid, 0 the finest")
     missing_chunks: bool = added(False, "take chunks missing from a Zarr array as its fill value")
     voxel_size: str | None = added(None, "of files that give none, along x, y, z: 0.1,0.1,0.3um")
     include: tuple[str, ...] | None = added(None, "take files of these patterns though named like a mask or result")

@@ -18,8 +18,11 @@ from benchmarks.paper.tables import (
     take_over,
     write_page,
 )
+from diffdiscover3d.data.loading import load_volumes
 from diffdiscover3d.evaluation.methods import METHODS
 from diffdiscover3d.evaluation.paper_tables import TABLES, Cell, PaperTable, mean_over_seeds
+from diffdiscover3d.training.config import DiscoveryConfig, make_config
+from diffdiscover3d.training.recipes import RECIPES
 
 
 def row(method, level, dice, variant="regular", seed=0):
@@ -97,7 +100,21 @@ def test_what_is_there_is_written_and_nothing_is_computed(tmp_path):
     page = write_page(result, tmp_path / "docs").read_text()
     assert "Not measured yet: k-means (regular, seed 0), " in page
     assert "| ours | 0.970 (0.870) |" in page and "| regular | 1 | 0.970 ± 0.000 | 1 | 0.986 |" in page
+    assert "| the paper's over BM4D | target |" in page and "It is met if ours leads both BM4D + k-means and" in page
     assert (tmp_path / "docs" / "tables" / "table-2.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_page_describes_the_training_of_eq_4_as_written(tmp_path):
+    text = write_page({"tables": {}, "leads": [], "missing": [], "rows": []}, tmp_path).read_text()
+    steps = RECIPES["small-as-written"].levels
+    configs = [make_config(DiscoveryConfig, **step) for level in LEVELS for step in steps[level]]
+    assert len(configs) == len(LEVELS)  # one start of one training per level
+    for config in configs:
+        assert (config.batch_size, config.norm, config.lr_schedule) == (1, "instance", "one_cycle")
+        assert "batches of one volume, instance norm, a one-cycle schedule" in text
+        epochs = config.max_steps * config.batch_size / len(load_volumes("synthetic-regular", "train"))
+        assert f"{config.max_steps:,} steps per level, which are {epochs:g} epochs" in text
+        assert (config.teacher_noise, config.selection, config.learning_rate) == ("fresh", "confidence", 3e-4)
 
 
 def test_rows_of_the_same_settings_are_taken_over(tmp_path):
