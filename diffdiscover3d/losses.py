@@ -43,8 +43,8 @@ def region_consistency(
         Scalar, averaged over the batch; float32, or float64 for float64 masks.
 
     Raises:
-        ValueError: if batch sizes differ, the extent is smaller than the masks' grid, or `within` is given without
-            `relative`.
+        ValueError: if there is no feature map, one is not 5-D or has another batch size than the masks, the extent is
+            smaller than the masks' grid, or `within` is given without `relative`.
     """
     if within is not None and not relative:
         raise ValueError("`within` is given and `relative` is False; coarser parts affect only the relative loss.")
@@ -74,6 +74,9 @@ def photometric_invariance(masks: torch.Tensor, masks_changed: torch.Tensor) -> 
 
     Returns:
         Scalar in [0, 1], averaged over the batch.
+
+    Raises:
+        ValueError: if the shapes differ.
     """
     if masks.shape != masks_changed.shape:
         raise ValueError(
@@ -130,6 +133,9 @@ def smoothness(masks: torch.Tensor, spacing: Sequence[float] = (1.0, 1.0, 1.0)) 
 
     Returns:
         Scalar in [0, 1], averaged over the batch; float32, or float64 for float64 masks.
+
+    Raises:
+        ValueError: if the grid of the masks has one voxel along every axis.
     """
     with torch.autocast(masks.device.type, enabled=False):
         masks = masks if masks.dtype == torch.float64 else masks.float()

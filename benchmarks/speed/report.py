@@ -171,8 +171,8 @@ def estimate_paragraph(recipe: dict) -> str:
     return (
         f"**The preset `paper` on a GPU: an estimate, nothing was measured.** {parts}. In all "
         f"{recipe['total_flop']:.2e} operations: {hours} of {rate:.0f} TFLOP/s, the dense bfloat16 rate an "
-        "H100 is sold with. The preset trains the diffusion model for 50,000 steps; the paper trains it for 50k epochs, "
-        "which are 20 steps each if an epoch is one pass over 80 volumes in batches of 4.\n"
+        "H100 is sold with. The preset trains the diffusion model for 50,000 steps; the paper trains it for 50k "
+        "epochs, which are 20 steps each if an epoch is one pass over 80 volumes in batches of 4.\n"
     )
 
 

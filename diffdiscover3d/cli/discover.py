@@ -30,7 +30,9 @@ def discover(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of the trainings.")] = False,
     *,
     reading: dict,
-    resolution: Annotated[int | None, typer.Option("--resolution", min=0, help="Resolution of a pyramid, 0 the finest.")] = None,
+    resolution: Annotated[
+        int | None, typer.Option("--resolution", min=0, help="Resolution of a pyramid, 0 the finest.")
+    ] = None,
     series: Series = None,
     include: Include = None,
     quiet: Quiet = False,

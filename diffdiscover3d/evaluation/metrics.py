@@ -17,7 +17,7 @@ def dice_matrix(predicted: np.ndarray, true: np.ndarray, num_predicted: int, num
         (num_predicted, num_true) in [0, 1]; 0 where both parts are empty.
 
     Raises:
-        ValueError: if shapes differ or a label is out of range.
+        ValueError: if shapes differ, the arrays are empty, or a label is out of range.
     """
     predicted, true = np.asarray(predicted), np.asarray(true)
     if predicted.shape != true.shape:

@@ -40,7 +40,17 @@ def make_unet(config: DiffusionConfig, mixed_shapes: bool = False) -> UNet3DMode
 
 
 class DiffusionTraining:
-    """The diffusion pretraining task: UNet, noise and L1 loss."""
+    """The diffusion pretraining task: UNet, noise and loss (L1 by default).
+
+    Args:
+        config: training options.
+        common_grid: the common shape (H, W, D) of all volumes; `None` if they differ and are resampled to the UNet's
+            grid.
+
+    Raises:
+        ValueError: if `volume_size` is given for a UNet with an internal grid, or the volumes differ in shape and
+            there is no grid to resample them to.
+    """
 
     name = "diffusion"
     suits_graphs = True  # the losses depend on the tensors of the batch alone
@@ -48,9 +58,6 @@ class DiffusionTraining:
     device = torch.device("cpu")
 
     def __init__(self, config: DiffusionConfig, common_grid: tuple[int, int, int] | None):
-        """Args:
-        common_grid: the common shape of all volumes; `None` if they differ and are resampled to the UNet's grid.
-        """
         torch.manual_seed(config.seed)
         self.config = config
         self.model = make_unet(config, mixed_shapes=common_grid is None)
@@ -67,18 +74,30 @@ class DiffusionTraining:
         self.sample_grid = self.volume_grid or common_grid
 
     def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Draw timestep and noise of one (1, H, W, D) volume.
+
+        Returns:
+            "timestep": scalar int64 in [0, T); "noise": (1, H, W, D) standard normal, or on a GPU "noise_seed": scalar
+            int64 from which [`prepare`] draws the noise on the device.
+        """
         timestep = torch.randint(self.config.num_train_timesteps, (), generator=generator)
         if self.device.type == "cuda":  # the noise itself is drawn there
             return {"timestep": timestep, "noise_seed": draw_noise_seed(generator)}
         return {"timestep": timestep, "noise": torch.randn(volume.shape, generator=generator)}
 
     def prepare(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The input of `losses` for a batch of volumes in [0, 1] and what `draw` returned for them.
+
+        Returns:
+            "volume" and "noise": (B, 1, H, W, D) float32; "timestep": (B,) int64.
+        """
         noise = batch.get("noise")
         if noise is None:
             noise = draw_noise(batch["noise_seed"].tolist(), batch["volume"].shape[1:], batch["volume"].device)
         return {"volume": batch["volume"], "timestep": batch["timestep"], "noise": noise}
 
     def losses(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The distance of a batch from `prepare` to its `target`: a scalar "loss", averaged over voxels and volumes."""
         clean, noise, timestep = 2 * batch["volume"] - 1, batch["noise"], batch["timestep"]
         noisy = self.scheduler.add_noise(clean, noise, timestep)  # Eq. 2, in float32
         predicted = model(noisy, timestep).sample.float()

@@ -138,6 +138,13 @@ class DiscoveryTraining:
         return part_families(self.model)
 
     def draw(self, volume: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Draw the random numbers of one (1, H, W, D) volume.
+
+        Returns:
+            "gamma": scalar in `gamma_range`; "inverted": scalar bool. With assigned parts also "recolor": (K,) standard
+            normal, and "recolored": scalar bool. With fresh noise of the teacher also "noise": (timesteps x num_noise,
+            1, h, w, d) standard normal, or on a GPU "noise_seed": scalar int64.
+        """
         low, high = self.config.gamma_range
         drawn = {
             "gamma": low + (high - low) * torch.rand((), generator=generator),
@@ -154,6 +161,13 @@ class DiscoveryTraining:
         return {**drawn, "noise": self.teacher_signals.draw(self.noise_grid or tuple(volume.shape[1:]), generator)}
 
     def prepare(self, batch: dict[str, torch.Tensor]) -> dict:
+        """The input of `losses` for a batch of volumes in [0, 1] and what `draw` returned for them.
+
+        Returns:
+            "volume": (B, 1, H, W, D) float32; "gamma": (B,); "inverted": (B,) bool; and "noise": (B, timesteps x
+            num_noise, 1, h, w, d), or the fields of [`TeacherOutput`] if they are computed outside of the losses. With
+            assigned parts, the entries of [`Assignments.prepare`].
+        """
         if self.assignments is not None:
             return self.assignments.prepare(batch)
         volume = batch["volume"]
@@ -172,6 +186,13 @@ class DiscoveryTraining:
             return vars(self.teacher_signals(batch))
 
     def losses(self, model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+        """The weighted terms of Eq. 4 for a batch from `prepare`, as scalars, and "loss": their sum.
+
+        Args:
+            model: the segmentation network. It is called once, with the (2B, 1, H, W, D) volumes and their changed
+                copies.
+            batch: as returned by `prepare`. With assigned parts see [`Assignments.losses`].
+        """
         if self.assignments is not None:
             return self.assignments.losses(model, batch)
         if "noise" in batch:
@@ -266,6 +287,9 @@ class DiscoveryTraining:
         """Save the selected network, with its parts sorted by decreasing size over the selection volumes.
 
         Before an epoch is selected, and if this is not the final model, the network as it is.
+
+        Raises:
+            ModelError: if the model is final and no epoch was selected, as the confidence was never finite.
         """
         if self.best is None and final:
             raise ModelError(

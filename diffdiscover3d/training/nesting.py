@@ -62,6 +62,12 @@ def share_parts(split_scores: Sequence[float], num_parts: int, whole: Sequence[i
 
     Half of the parts stay undivided: first those in `whole`, then those with the lowest scores. The remaining children
     are distributed evenly over the other half.
+
+    Returns:
+        The number of children of each part; they sum to `num_parts`.
+
+    Raises:
+        ValueError: if `num_parts` does not exceed the number of parts of the parent.
     """
     order = sorted(range(len(split_scores)), key=lambda part: (part not in whole, split_scores[part]))
     kept, divided = order[: len(order) // 2], order[len(order) // 2 :][::-1]

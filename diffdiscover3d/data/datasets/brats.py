@@ -243,7 +243,10 @@ def true_parts(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def crop_box(shape: Sequence[int], crop: Sequence[int] | None, name: str = "volume") -> tuple[slice, ...]:
-    """Slices of the central crop of a volume.
+    """Slices of the central crop of a volume; without a crop those of the whole volume.
+
+    Raises:
+        InputError: if the volume is smaller than the crop along an axis.
 
     >>> crop_box((240, 240, 155), (200, 200, 155))
     (slice(20, 220, None), slice(20, 220, None), slice(0, 155, None))
