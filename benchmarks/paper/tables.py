@@ -208,10 +208,11 @@ def write_page(result: dict, docs: Path) -> Path:
         "scores come from longer trainings on the paper's own volumes. This holds for methods that are given labels, "
         'too: Jiang et al. is no upper bound at this size. "Our network trained on all labels" is one for ours: the '
         "same network, nested, with the true parts in place of the assigned ones (one seed).\n",
-        '"Eq. 4 as written" uses the losses and the training of the paper (flat, fresh noise at every step, dropout, '
-        "the epoch of highest confidence, learning rate 3e-4) at the small size, with one start. In all else the training is "
-        "that of the preset `small`: batches of one volume, instance norm, a one-cycle schedule whose maximum is that "
-        "learning rate, and 1,200 steps per level, which are 15 epochs instead of the paper's 100.\n",
+        '"Eq. 4 as written" uses the losses and the training of the paper (flat, fresh noise at every step, '
+        "dropout, the epoch of highest confidence, learning rate 3e-4) at the small size, with one start. In all "
+        "else the training is that of the preset `small`: batches of one volume, instance norm, a one-cycle "
+        "schedule whose maximum is that learning rate, and 1,200 steps per level, which are 15 epochs instead of "
+        "the paper's 100.\n",
     ]
     (docs / "tables").mkdir(parents=True, exist_ok=True)
     for number, summary in result["tables"].items():
