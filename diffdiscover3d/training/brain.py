@@ -55,7 +55,7 @@ class BothLevels(torch.nn.Module):
     def forward(self, view: torch.Tensor, brain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of level 1, and of brain against lesion, inside a given brain."""
         coarse = self.network.parent_model.scaled_logits(view)
-        return coarse, self.network.scaled_logits(view, brain.long())[:, [BRAIN, LESION]]
+        return coarse, self.network.scaled_logits(view, brain.long())[:, BRAIN : LESION + 1]
 
 
 class SceneBank:
