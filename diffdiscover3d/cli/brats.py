@@ -49,7 +49,7 @@ def evaluate_brats(
         teacher,
         seed,
         choose_device(device),
-        progress_callback=lambda row: say(format_brats_rows([row]).splitlines()[-1]),
+        on_row=lambda row: say(format_brats_rows([row]).splitlines()[-1]),
     )
     say_lines("\n" + format_brats_rows(result["rows"]))
     if output is not None:

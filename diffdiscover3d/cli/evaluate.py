@@ -44,9 +44,7 @@ def evaluate(
     from diffdiscover3d.evaluation.synthetic import evaluate as run
     from diffdiscover3d.evaluation.synthetic import format_rows
 
-    result = run(
-        model, dataset, split, level, seed, progress_callback=lambda row: say(format_rows([row]).splitlines()[-1])
-    )
+    result = run(model, dataset, split, level, seed, on_row=lambda row: say(format_rows([row]).splitlines()[-1]))
     say_lines("\n" + format_rows(result["rows"]))
     if output is not None:
         from diffdiscover3d.reporting.plots import save_dice_bars
@@ -121,7 +119,7 @@ def benchmark(
         variant or ("regular", "irregular"),
         level or (1, 2, 3),
         seed or (0,),
-        progress_callback=show,
+        on_row=show,
         recipe=recipe or "small",
         teacher=teacher,
         split=split,
