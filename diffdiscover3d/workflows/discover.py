@@ -89,7 +89,7 @@ def discover(
     if resume:
         raise ValueError("`resume` continues the run of an `output` folder; name it.")
     with tempfile.TemporaryDirectory(prefix="diffdiscover3d-") as folder:
-        return _discover_in_memory(Path(folder), source, **options)
+        return _discover_in_memory(Path(folder), source, progress=progress, **options)
 
 
 def _discover_into(
@@ -125,7 +125,7 @@ def _discover_into(
     return results
 
 
-def _discover_in_memory(folder: Path, source, *, on_step, **options) -> DiscoverOutput:
+def _discover_in_memory(folder: Path, source, *, progress: bool, on_step, **options) -> DiscoverOutput:
     """Train in a folder, and return the models and the label maps of all scans."""
     run = prepare(folder, source, on_step=on_step, **options)
     folder, labels = _train_all(run, on_step), []
@@ -134,7 +134,7 @@ def _discover_in_memory(folder: Path, source, *, on_step, **options) -> Discover
         reading = run.plan.reading
         if (volume := run.volumes.get(scan)) is not None:
             scan, reading = volume, {"nan_to_zero": options["nan_to_zero"]}
-        found = segment(scan, model=model, level="all", device=run.device, **reading)
+        found = segment(scan, model=model, level="all", device=run.device, progress=progress, **reading)
         labels.append({level or 1: one for level, one in found.items()})
     finest = list(model.load(model.choose_levels("all"), run.place).values())[-1]
     return DiscoverOutput(finest.cpu(), load_teacher(str(folder)), labels, run.domain)
