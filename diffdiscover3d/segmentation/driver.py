@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from diffdiscover3d.data.formats.registry import split, stem
+from diffdiscover3d.data.formats.registry import split
 from diffdiscover3d.errors import DiffDiscoverError
 from diffdiscover3d.hub.resolve import ResolvedModel, resolve_model
 from diffdiscover3d.models.embedded import DEFAULT_MODEL
@@ -17,7 +17,7 @@ from diffdiscover3d.segmentation.files import segment_files
 from diffdiscover3d.segmentation.job import SegmentedFile
 from diffdiscover3d.segmentation.labels import label_images, segment_volume
 
-__all__ = ["SegmentedFile", "choose_device", "segment", "stem"]
+__all__ = ["SegmentedFile", "choose_device", "segment"]
 
 ORDERS = ("model", "size")
 _OF_FILES = ("preview", "statistics", "tables", "probabilities", "report", "overwrite", "resume", "share", "summary")
