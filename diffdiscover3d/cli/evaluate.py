@@ -1,28 +1,12 @@
-"""The commands `synthesize`, `evaluate` and `benchmark`: synthetic cells and scores on them."""
+"""The commands `evaluate` and `benchmark`: scores of models and of all methods of the tables."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from diffdiscover3d.cli.options import Device, Model, OutputFolder, Overwrite
+from diffdiscover3d.cli.options import Device, Model, Overwrite
 from diffdiscover3d.utils.terminal import say, say_lines
-
-
-def synthesize(
-    output: OutputFolder = Path("synthetic"),
-    variant: Annotated[str, typer.Option(help="regular, irregular or brain-phantom.")] = "regular",
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    count: Annotated[
-        int | None, typer.Option("--count", "-n", min=1, help="Number of volumes (default: the whole split).")
-    ] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Write synthetic cells or brain phantoms and their true labels as NIfTI."""
-    from diffdiscover3d.workflows.synthesize import write_synthetic
-
-    for path in write_synthetic(output, variant=variant, split=split, count=count, overwrite=overwrite):
-        say(path)
 
 
 def evaluate(
