@@ -203,13 +203,13 @@ def _choose_series(place: Path, wanted: str | None, name: str) -> dicom.Series:
     return dicom.choose_series(series_in(place), wanted, name)
 
 
-def volume_sha256(path: str | Path, series: str | None = None) -> str:
+def volume_sha256(path: str | Path) -> str:
     """The sha256 of a volume's file; of several files, that over their sha256 in the order of their names.
 
     Args:
-        path, series: as for [`files_of`].
+        path: as for [`files_of`].
     """
-    return files_sha256(split(path)[0], files_of(path, series))
+    return files_sha256(split(path)[0], files_of(path))
 
 
 @contextlib.contextmanager
