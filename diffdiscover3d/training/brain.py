@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from diffdiscover3d.data.brightness import add_brightness
 from diffdiscover3d.data.datasets.brain_scans import BrainScans
 from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.losses import photometric_invariance, region_consistency
+from diffdiscover3d.models.brightness import add_brightness
 from diffdiscover3d.models.loading import cast_weights
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.pictures import save_slices

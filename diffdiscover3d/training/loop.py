@@ -330,8 +330,8 @@ def _public_config(config: TrainingConfig) -> dict:
     return {k: v for k, v in as_dict(config).items() if k not in local}
 
 
-def _log(output: Path, step: int, config: TrainingConfig, figures: dict[str, float], seconds: float) -> None:
-    row = {"step": step, "lr": learning_rate_at(config, step - 1), **figures}
+def _log(output: Path, step: int, config: TrainingConfig, metrics: dict[str, float], seconds: float) -> None:
+    row = {"step": step, "lr": learning_rate_at(config, step - 1), **metrics}
     log = output / "log.jsonl"
     try:
         with open(log, "a", encoding="utf-8") as file:
@@ -340,7 +340,7 @@ def _log(output: Path, step: int, config: TrainingConfig, figures: dict[str, flo
         raise OutputError(
             f"{log}: cannot be written ({error.strerror}); free some space, then --resume latest."
         ) from error
-    shown = " ".join(f"{k}={v:.4f}" for k, v in figures.items())
+    shown = " ".join(f"{k}={v:.4f}" for k, v in metrics.items())
     logger.info("step %d/%d %s (%.2f s a step)", step, config.max_steps, shown, seconds)
 
 
