@@ -21,10 +21,10 @@ from scipy import ndimage
 from scipy.stats import gaussian_kde
 
 from benchmarks import RESULTS
-from diffdiscover3d.data.brightness import robust_moments
 from diffdiscover3d.data.datasets.brain_phantom import brain_phantom
 from diffdiscover3d.data.foreground import Frame, find_foreground
 from diffdiscover3d.data.formats.nifti.reading import read_nifti
+from diffdiscover3d.models.brightness import robust_moments
 from diffdiscover3d.utils.files import write_json
 from diffdiscover3d.utils.provenance import describe_environment
 

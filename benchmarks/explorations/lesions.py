@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 from benchmarks import RESULTS
-from diffdiscover3d.data.brightness import add_brightness
 from diffdiscover3d.data.datasets.brain_scans import frame_scan
 from diffdiscover3d.data.foreground import Frame, find_foreground
 from diffdiscover3d.data.formats.nifti.reading import read_nifti
 from diffdiscover3d.evaluation.metrics import binary_dice
 from diffdiscover3d.hub.registry import load_discovery
+from diffdiscover3d.models.brightness import add_brightness
 from diffdiscover3d.training.brain_assignments import bright_outliers, smooth_away
 from diffdiscover3d.training.brain_scenes import SceneOptions, draw_scene
 from diffdiscover3d.utils.files import write_json

@@ -19,6 +19,7 @@ from diffdiscover3d.baselines.kmeans import IntensityKMeans
 from diffdiscover3d.data.datasets.synthetic import GENERATOR_VERSION, LEVEL_PARTS, VARIANTS
 from diffdiscover3d.data.loading import load_volumes
 from diffdiscover3d.evaluation.metrics import dataset_dice, dice_matrix
+from diffdiscover3d.evaluation.published import PUBLISHED_DICE
 from diffdiscover3d.utils.files import write_json
 from diffdiscover3d.utils.provenance import describe_environment
 
@@ -26,12 +27,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 TOLERANCE = 0.05
-PUBLISHED = {
-    ("regular", "k-means"): (0.808, 0.326, 0.149),
-    ("regular", "BM4D + k-means"): (0.949, 0.529, 0.335),
-    ("irregular", "k-means"): (0.771, 0.299, 0.118),
-    ("irregular", "BM4D + k-means"): (0.950, 0.533, 0.324),
-}
 
 
 def measure(variant: str) -> dict[str, list[float]]:
@@ -68,7 +63,7 @@ def main() -> None:
     rows = []
     for variant in VARIANTS:
         for method, dice in measure(variant).items():
-            for level, published, value in zip(LEVEL_PARTS, PUBLISHED[variant, method], dice, strict=True):
+            for level, published, value in zip(LEVEL_PARTS, PUBLISHED_DICE[variant, method], dice, strict=True):
                 within = abs(value - published) <= TOLERANCE
                 rows.append({
                     "variant": variant, "method": method, "level": level,

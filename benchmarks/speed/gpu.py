@@ -264,11 +264,18 @@ def learning(run: Run, preset: str, seconds: float, **options) -> None:
             now = time.perf_counter() - self._clock
             if step % (1 if run.quick else 50) == 0:
                 curve.append((step, now))
+                keep()  # a run that is stopped keeps what it has
             if now > seconds:
                 raise Finished
             return shown
 
     with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "training" / "log.jsonl"
+
+        def keep() -> None:
+            lines = log.read_text().splitlines() if log.exists() else []
+            run.detail(f"training {preset}", {"log": [json.loads(line) for line in lines], "seconds": curve})
+
         quick = {"width": 16, "sample_size": 16} if run.quick else {}
         fixed = {"preset": preset, "mixed_precision": "bf16", "memory_format": "channels_last"}
         quiet = {"output_dir": str(Path(folder) / "training"), "log_every": 1 if run.quick else 50}
@@ -278,9 +285,7 @@ def learning(run: Run, preset: str, seconds: float, **options) -> None:
         task._clock = time.perf_counter()
         with contextlib.suppress(Finished):
             train(task, config, volumes, accelerator)
-        log = Path(folder) / "training" / "log.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
-    run.detail(f"training {preset}", {"log": [json.loads(line) for line in lines], "seconds": curve})
+        keep()
     steps, last = curve[-1]
     run.row(f"training, {preset}: steps in {last:.0f} s", steps, "steps", volumes=len(volumes), grid=list(grid))
 
@@ -328,7 +333,7 @@ def main() -> None:
     compiled = {"compile": True}
     run.section("paper compiled", lambda r: diffusion_step(r, "paper", 45.0, True, **compiled), limit=90)
     run.section("small compiled", lambda r: diffusion_step(r, "small", 12.0, **compiled), limit=90)
-    run.section("numbers, compiled", check_numbers, True, limit=60)
+    run.section("numbers, compiled", check_numbers, True, limit=180)
     run.section("baselines", baselines)
     run.section("tests", cuda_tests)
     if options.train_seconds:

@@ -48,12 +48,12 @@ class Paced:
         return losses
 
     def after_step(self, step: int) -> dict[str, float]:
-        figures = self._task.after_step(step)
+        metrics = self._task.after_step(step)
         synchronize(self._device)
         self._turn(step, time.perf_counter() - self._clock)
         self._moments("step")
         self._clock = time.perf_counter()
-        return figures
+        return metrics
 
 
 class Repeated:

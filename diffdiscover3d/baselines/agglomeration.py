@@ -35,18 +35,10 @@ def initial_clusters(features: np.ndarray) -> np.ndarray:
     return sparse.csgraph.connected_components(nearest, directed=False)[1].astype(np.int64)
 
 
-def cluster_affinity(graph: sparse.csr_matrix, first: np.ndarray, second: np.ndarray) -> float:
-    """Affinity of two clusters: 1ᵀ W_ab W_ba 1 / |a|² + 1ᵀ W_ba W_ab 1 / |b|².
-
-    Args:
-        first, second: indices of the points of clusters a and b.
-    """
-    ab, ba = graph[first][:, second], graph[second][:, first]
-    return float((ab @ ba).sum() / len(first) ** 2 + (ba @ ab).sum() / len(second) ** 2)
-
-
 def merge_clusters(graph: sparse.csr_matrix, clusters: np.ndarray, wanted: int) -> np.ndarray:
     """Merge the two clusters of highest affinity, again and again, until `wanted` are left.
+
+    The affinity of clusters a and b is 1ᵀ W_ab W_ba 1 / |a|² + 1ᵀ W_ba W_ab 1 / |b|².
 
     Args:
         graph: (N, N) from [`affinity_graph`].

@@ -12,7 +12,8 @@ import typer
 from typer.core import TyperGroup
 
 from diffdiscover3d.cli import evaluate as scores
-from diffdiscover3d.cli.brats import evaluate_brats, import_authors_archive
+from diffdiscover3d.cli.brats import evaluate_brats
+from diffdiscover3d.cli.datasets import import_authors_archive, synthesize
 from diffdiscover3d.cli.discover import discover
 from diffdiscover3d.cli.doctor import doctor
 from diffdiscover3d.cli.features import features, generate
@@ -247,7 +248,7 @@ def _register() -> None:
         (generate, use, "generate -n 4 --steps 50 -o samples"),
         (discover, use, "discover scans/ --preset quick -o discovered"),
         (report, use, "report scans/ --parts parts/"),
-        (scores.synthesize, scores_panel, "synthesize -n 3 -o cells"),
+        (synthesize, scores_panel, "synthesize -n 3 -o cells"),
         (scores.evaluate, scores_panel, "evaluate --output scores.json"),
         (scores.benchmark, scores_panel, "benchmark --table 1 -o tables/one"),
         (evaluate_brats, scores_panel, "evaluate-brats BraTS2021/ -m ours=out/ours -o scores.json"),

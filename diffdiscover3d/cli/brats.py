@@ -1,4 +1,4 @@
-"""The commands about published datasets."""
+"""The command `evaluate-brats`: scores on BraTS."""
 
 from pathlib import Path
 from typing import Annotated
@@ -49,7 +49,7 @@ def evaluate_brats(
         teacher,
         seed,
         choose_device(device),
-        progress_callback=lambda row: say(format_brats_rows([row]).splitlines()[-1]),
+        on_row=lambda row: say(format_brats_rows([row]).splitlines()[-1]),
     )
     say_lines("\n" + format_brats_rows(result["rows"]))
     if output is not None:
@@ -69,15 +69,3 @@ def named_models(values: list[str] | None) -> dict[str, str]:
     if len(models) < len(values or []):
         raise ValueError("each --model needs a name of its own: --model NAME=FOLDER.")
     return models
-
-
-def import_authors_archive(
-    archive: Annotated[Path, typer.Argument(help="The folder with train/ and test/ of im_*.p and truth_*.p.")],
-    output: Annotated[Path, typer.Argument(help="Folder for NIfTI volumes and their labels.")],
-    overwrite: Overwrite = False,
-) -> None:
-    """Turn the authors' pickled synthetic cells into NIfTI files. Nothing in the pickles is executed."""
-    from diffdiscover3d.data.datasets.authors_archive import import_archive
-
-    for path in import_archive(archive, output, overwrite=overwrite):
-        say(path)

@@ -72,7 +72,7 @@ def discover(
             resume=resume,
             progress=not quiet,
             verbose=verbose,
-            tell=lambda line: None if quiet else say(line),
+            on_step=lambda line: None if quiet else say(line),
             on_error=failed,
         )
     except KeyboardInterrupt:

@@ -1,28 +1,12 @@
-"""The commands `synthesize`, `evaluate` and `benchmark`: synthetic cells and scores on them."""
+"""The commands `evaluate` and `benchmark`: scores of models and of all methods of the tables."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from diffdiscover3d.cli.options import Device, Model, OutputFolder, Overwrite
+from diffdiscover3d.cli.options import Device, Model, Overwrite
 from diffdiscover3d.utils.terminal import say, say_lines
-
-
-def synthesize(
-    output: OutputFolder = Path("synthetic"),
-    variant: Annotated[str, typer.Option(help="regular, irregular or brain-phantom.")] = "regular",
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    count: Annotated[
-        int | None, typer.Option("--count", "-n", min=1, help="Number of volumes (default: the whole split).")
-    ] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Write synthetic cells or brain phantoms and their true labels as NIfTI."""
-    from diffdiscover3d.workflows.synthesize import write_synthetic
-
-    for path in write_synthetic(output, variant=variant, split=split, count=count, overwrite=overwrite):
-        say(path)
 
 
 def evaluate(
@@ -44,9 +28,7 @@ def evaluate(
     from diffdiscover3d.evaluation.synthetic import evaluate as run
     from diffdiscover3d.evaluation.synthetic import format_rows
 
-    result = run(
-        model, dataset, split, level, seed, progress_callback=lambda row: say(format_rows([row]).splitlines()[-1])
-    )
+    result = run(model, dataset, split, level, seed, on_row=lambda row: say(format_rows([row]).splitlines()[-1]))
     say_lines("\n" + format_rows(result["rows"]))
     if output is not None:
         from diffdiscover3d.reporting.plots import save_dice_bars
@@ -121,7 +103,7 @@ def benchmark(
         variant or ("regular", "irregular"),
         level or (1, 2, 3),
         seed or (0,),
-        progress_callback=show,
+        on_row=show,
         recipe=recipe or "small",
         teacher=teacher,
         split=split,

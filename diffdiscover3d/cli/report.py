@@ -39,7 +39,7 @@ def report(
         overwrite=overwrite,
         neurological=neurological,
         include=include or (),
-        tell=lambda line: say(line, error=True),
+        on_note=lambda line: say(line, error=True),
         **reading,
     ):
         say(path)

@@ -17,7 +17,7 @@ DOMAIN_FILE = "domain.json"
 # above 1.8 (benchmarks/results/domain.json)
 FAR = 1.7
 # ratio of the edges of a voxel, relative to the training scans, from which a scan is reported; at 2 the labels of 4.7 %
-# of the voxels of a synthetic cell change, at 5 of 15.6 % (tests/reliability/test_surroundings.py)
+# of the voxels of a synthetic cell change, at 5 of 15.6 % (tests/robustness/test_surroundings.py)
 STRETCHED = 1.5
 _EDGE = 96  # voxels: the side of the block in the middle that is looked at
 _LAGS = (1, 2, 4)  # voxels

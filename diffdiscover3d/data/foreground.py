@@ -43,12 +43,6 @@ def find_foreground(volume: torch.Tensor) -> torch.Tensor:
     return torch.stack(masks)[:, None]
 
 
-def has_plain_background(volume: torch.Tensor) -> bool:
-    """Whether the first volume's border is filled with one value, as in brain-extracted scans."""
-    border = _faces(volume[0, 0])
-    return bool((border == border.mode().values).float().mean() >= _SHARE)
-
-
 def robust_scale(volume: torch.Tensor, foreground: torch.Tensor | None = None, check: bool = True) -> torch.Tensor:
     """Scale intensities by percentiles of the foreground, so that single hot voxels do not matter.
 

@@ -35,7 +35,7 @@ def evaluate_brats(
     seed: int = 0,
     device: str | torch.device = "cpu",
     more: Mapping[str, Predict] | None = None,
-    progress_callback: Callable[[dict], None] | None = None,
+    on_row: Callable[[dict], None] | None = None,
 ) -> dict:
     """Evaluate discovery networks, alongside k-means, on a split of a BraTS folder.
 
@@ -50,7 +50,7 @@ def evaluate_brats(
         seed: random seed of k-means and of the teacher's noise.
         device: device of the networks.
         more: further methods by row name. Each maps a (1, h, w, d) volume in [0, 1] to (h, w, d) part labels.
-        progress_callback: called with each row when it is complete.
+        on_row: progress callback, called with each row of scores when it is complete.
 
     Returns:
         JSON values: `rows`, the ids of all splits, the metrics of each case, the arguments, versions, hardware and the
@@ -85,8 +85,8 @@ def evaluate_brats(
         both, cases[name] = score_brats(predict, volumes, parts)
         for row in both:
             rows.append({"method": name, "parts": parts, **row})
-            if progress_callback:
-                progress_callback(rows[-1])
+            if on_row:
+                on_row(rows[-1])
     return {
         "preset": "brats",
         "dataset": Path(root).name,

@@ -240,7 +240,7 @@ def benchmark(
     variants: Sequence[str] = ("regular", "irregular"),
     levels: Sequence[int] = (1, 2, 3),
     seeds: Sequence[int] = (0,),
-    progress_callback: Callable[[dict, int, int], None] | None = None,
+    on_row: Callable[[dict, int, int], None] | None = None,
     **options,
 ) -> dict:
     """Evaluate methods over variants, levels and seeds; write `table.json`, `table.md` and `table.png`.
@@ -253,7 +253,7 @@ def benchmark(
         variants: variants of the synthetic cells.
         levels: levels of the hierarchy.
         seeds: random seeds.
-        progress_callback: called with each row, its number and the number of rows.
+        on_row: progress callback, called with each row of scores, its number and the number of rows.
         **options: options of [`PaperTable`].
 
     Returns:
@@ -280,8 +280,8 @@ def benchmark(
     rows = []
     for number, cell in enumerate(cells, start=1):
         rows.append(table.fill(cell))
-        if progress_callback:
-            progress_callback(rows[-1], number, len(cells))
+        if on_row:
+            on_row(rows[-1], number, len(cells))
     result = {"settings": table.settings, "summary": mean_over_seeds(rows), "missing": missing, "rows": rows}
     write_json(table.output / "table.json", result)
     write_table(table.output / "table.md", result["summary"])

@@ -25,7 +25,7 @@ def evaluate(
     split: str = "test",
     levels: Sequence[int] | None = None,
     seed: int = 0,
-    progress_callback: Callable[[dict], None] | None = None,
+    on_row: Callable[[dict], None] | None = None,
 ) -> dict:
     """Compute the Dice of a model and of intensity k-means on a synthetic dataset.
 
@@ -35,7 +35,7 @@ def evaluate(
         dataset, split: as for [`load_volumes`]; the dataset must have labels.
         levels: levels to evaluate; default: all levels of the model.
         seed: random seed of k-means.
-        progress_callback: called with each row when it is complete.
+        on_row: progress callback, called with each row of scores when it is complete.
 
     Returns:
         JSON values: `rows` (method, level, parts, dice, dice_std, dice_one_matching, seconds), the arguments,
@@ -58,8 +58,8 @@ def evaluate(
         }
         for name, predict in methods.items():
             rows.append({"method": name, "level": level, "parts": LEVEL_PARTS[level], **score(predict, volumes, level)})
-            if progress_callback:
-                progress_callback(rows[-1])
+            if on_row:
+                on_row(rows[-1])
     return {
         "model": model,
         "dataset": dataset,

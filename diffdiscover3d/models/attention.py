@@ -197,7 +197,7 @@ class _Context(torch.autograd.Function):
         found = torch.bmm(_cut(weights, segments).transpose(1, 2), _cut(v, segments))
         if segments > 1:
             found = found.view(-1, segments, *found.shape[1:]).sum(dim=1, dtype=precise)
-        centred, factors = found / total, same_head * scale
+        centred, factors = found / total, same_head.to(precise) * scale
         ctx.save_for_backward(weights, v, centred, factors, total)
         ctx.segments = segments
         return ((centred + mean) * factors).to(k.dtype)

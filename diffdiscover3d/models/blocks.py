@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffdiscover3d.models import triton_norm
-from diffdiscover3d.models.channel_padding import convolve
+from diffdiscover3d.models.accelerator_convolutions import convolve
 from diffdiscover3d.models.cpu_kernels import ChannelsLastNormSiLU, Conv3d, wants_channels_last_norm
 from diffdiscover3d.models.fused_kernels import NATIVE, Kernels
 

@@ -20,17 +20,19 @@ class GraphedCalls:
 
     Two calls are alike if shapes and types of the tensors, the other arguments, the autocast type and the memory of the
     network's weights and buffers are the same. The first is run as it is, the second captured. Calls that record
-    gradients, and those on other devices, are never captured. If a capture fails, calls like it are run as they are.
+    gradients, and those on other devices than the network's GPU, are never captured. If a capture fails, calls like it
+    are run as they are. The graphs share their memory, since they are replayed one at a time and outputs are copied.
 
     Args:
-        limit: number of graphs kept; each keeps the memory of a forward pass.
+        limit: number of graphs kept.
     """
 
     def __init__(self, limit: int = 8):
         self._limit = limit
-        self._seen: set[tuple] = set()
-        self._failed: set[tuple] = set()
-        self._graphs: OrderedDict[tuple, tuple] = OrderedDict()
+        self._seen: set[int] = set()
+        self._failed: set[int] = set()
+        self._graphs: OrderedDict[int, tuple] = OrderedDict()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def __call__(self, network: nn.Module, *tensors: torch.Tensor, **options):
         """The output of `network(*tensors, **options)`, a dataclass of tensors and other values.
@@ -39,40 +41,81 @@ class GraphedCalls:
             tensors: on the network's device.
             options: hashable values.
         """
-        if tensors[0].device.type != "cuda" or torch.is_grad_enabled():
+        place = tensors[0].device
+        if place.type != "cuda" or torch.is_grad_enabled() or next(network.parameters()).device != place:
             return network(*tensors, **options)
-        key = _key(network, tensors, options)
-        if key not in self._seen or key in self._failed:
-            self._seen.add(key)
-            return network(*tensors, **options)
-        if key not in self._graphs:
-            stream = torch.cuda.current_stream()
-            try:
-                self._graphs[key] = self._capture(network, tensors, options)
-            except RuntimeError as error:
-                torch.cuda.set_stream(stream)  # a failed capture leaves its own
-                self._failed.add(key)
-                logger.warning("a forward pass cannot be captured as a CUDA graph: %s", first_line(error))
-                return network(*tensors, **options)
-            while len(self._graphs) > self._limit:
-                self._graphs.popitem(last=False)
+        key = hash(_key(network, tensors, options))
+        is_new = key not in self._seen
+        self._seen.add(key)
+        if is_new or key in self._failed:
+            return self._run(network, tensors, options)
+        if key not in self._graphs and not self._try_to_capture(key, network, tensors, options):
+            return self._run(network, tensors, options)  # the frames of the capture, and their memory, are gone by now
         self._graphs.move_to_end(key)
         graph, inputs, output = self._graphs[key]
-        for place, given in zip(inputs, tensors, strict=True):
-            place.copy_(given)
+        for target, given in zip(inputs, tensors, strict=True):
+            target.copy_(given)
         graph.replay()
         return type(output)(**{f.name: _copied(getattr(output, f.name)) for f in dataclasses.fields(output)})
 
-    @staticmethod
-    def _capture(network: nn.Module, tensors: tuple, options: dict) -> tuple:
-        inputs = [t.clone() for t in tensors]
-        graph = torch.cuda.CUDAGraph()
-        dtype, uncached = autocast_dtype(tensors[0].device), contextlib.nullcontext()
+    def _run(self, network: nn.Module, tensors: tuple, options: dict):
+        """A call as it is; if there is no memory, again without the graphs."""
+        try:
+            return network(*tensors, **options)
+        except torch.OutOfMemoryError:
+            if not self._graphs:
+                raise
+        self._drop_graphs()
+        return network(*tensors, **options)
+
+    def _drop_graphs(self) -> None:
+        self._graphs.clear()
+        release_memory()
+
+    def _try_to_capture(self, key: int, network: nn.Module, tensors: tuple, options: dict) -> bool:
+        """Capture a call, after dropping the oldest graph beyond the limit; `False` if it cannot be captured."""
+        stream = torch.cuda.current_stream()
+        while len(self._graphs) >= self._limit:
+            self._graphs.popitem(last=False)
+        try:
+            self._graphs[key] = self._capture(network, tensors, options)
+            return True
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a failed capture leaves its own
+            lacks_memory = isinstance(cause_of(error), torch.OutOfMemoryError)
+            logger.warning("a forward pass cannot be captured as a CUDA graph: %s", first_line(cause_of(error)))
+        if lacks_memory and self._graphs:  # without the others it may fit the next time
+            self._drop_graphs()
+        else:
+            self._failed.add(key)
+        return False
+
+    def _capture(self, network: nn.Module, tensors: tuple, options: dict) -> tuple:
+        place = tensors[0].device
+        dtype, uncached = autocast_dtype(place), contextlib.nullcontext()
         if dtype is not None:  # autocast's copies of weights live as long as its context, a graph lives longer
-            uncached = torch.autocast(tensors[0].device.type, dtype, cache_enabled=False)
-        with torch.cuda.graph(graph), uncached:
-            output = network(*inputs, **options)
+            uncached = torch.autocast(place.type, dtype, cache_enabled=False)
+        with torch.cuda.device(place):
+            network(*tensors, **options)  # libraries choose their kernels, for each thread anew
+            inputs = [t.clone() for t in tensors]
+            stream = self._streams.setdefault(place, torch.cuda.Stream(place))
+            # a graph has the address of a workspace of its stream; its memory is freed with the pool's last graph
+            pool = next((g.pool() for g, (first, *_), _ in self._graphs.values() if first.device == place), None)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"), uncached:
+                output = network(*inputs, **options)
         return graph, inputs, output
+
+
+def release_memory() -> None:
+    """Give back the memory that PyTorch has cached; torch before 2.13 cannot once a capture has failed."""
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.empty_cache()
+
+
+def cause_of(error: RuntimeError) -> BaseException:
+    """The error that ended a capture; the end itself reports only that there was one."""
+    return error.__context__ or error
 
 
 def _key(network: nn.Module, tensors: tuple[torch.Tensor, ...], options: dict) -> tuple:

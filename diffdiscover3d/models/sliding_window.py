@@ -39,7 +39,7 @@ def stream_parts(
 
     Args:
         network: discovery network in evaluation mode.
-        scan: scan opened by [`open_slabs`].
+        scan: scan opened by [`stream_volume`].
         window: side length of the windows, in voxels.
         sink: called with the index of a plane, the index of its first row and the (K, rows, nx) weighted sums of
             probabilities, exactly once for every row of the file. Dividing the sums by their sum over K gives

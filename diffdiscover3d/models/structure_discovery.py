@@ -9,11 +9,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
-from diffdiscover3d.data.brightness import add_brightness
 from diffdiscover3d.data.foreground import Frame, find_foreground, robust_scale
 from diffdiscover3d.data.formats.nifti.reading import as_volume_tensor
 from diffdiscover3d.data.transforms import min_max_normalize, moments_within, pad_to_multiple
 from diffdiscover3d.models import cpu_kernels
+from diffdiscover3d.models.brightness import add_brightness
 from diffdiscover3d.models.config_schema import check_bright_part, check_children, check_scaling, check_spacing
 from diffdiscover3d.models.cpu_kernels import Conv3d, precise_if_small
 from diffdiscover3d.models.loading import StrictLoadingMixin

@@ -6,8 +6,7 @@ convolutions write them, split the statistics over all multiprocessors, and add 
 the residual after in the same pass. They read and write the type of the volume; all arithmetic is in float32. Sums are
 split in the same way on every run, so results are deterministic.
 
-Statistics are sums of values and of squares. For bfloat16 and float16 volumes their rounding is below that of the
-volume itself.
+Statistics are sums of values and of squares, whose rounding is below that of a volume in half precision.
 """
 
 import functools
@@ -53,10 +52,12 @@ def _compiles(device: torch.device) -> bool:
         where = {"HAS_OFFSET": False, **plan.tile}
         with torch.cuda.device_of(x):
             _sum_moments[plan.sums](x, x, partial, *plan.sizes, plan.steps, **where)
-        return True
+    except (torch.OutOfMemoryError, TimeoutError):  # that may pass
+        raise
     except Exception as error:  # of the driver, the C compiler or Triton, of many kinds
         logger.warning("Triton cannot compile for %s, PyTorch's slower norms are used: %s", device, first_line(error))
         return False
+    return True
 
 
 def norm_silu(

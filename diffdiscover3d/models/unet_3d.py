@@ -14,9 +14,9 @@ from torch import nn
 
 from diffdiscover3d.data.transforms import pad_to_multiple
 from diffdiscover3d.models import cpu_kernels
+from diffdiscover3d.models.accelerator_convolutions import convolve, convolve_unfolded
 from diffdiscover3d.models.attention import ATTENTIONS, FullAttention, LinearAttention
 from diffdiscover3d.models.blocks import ResidualBlock, TimeEmbedding, project_time
-from diffdiscover3d.models.channel_padding import convolve, convolve_unfolded
 from diffdiscover3d.models.cpu_kernels import Conv3d, precise_if_small
 from diffdiscover3d.models.fused_kernels import NATIVE, compiled_kernels
 from diffdiscover3d.models.loading import StrictLoadingMixin

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from diffdiscover3d.data.formats.registry import split, stem
+from diffdiscover3d.data.formats.registry import split
 from diffdiscover3d.errors import DiffDiscoverError
 from diffdiscover3d.hub.resolve import ResolvedModel, resolve_model
 from diffdiscover3d.models.embedded import DEFAULT_MODEL
@@ -17,7 +17,7 @@ from diffdiscover3d.segmentation.files import segment_files
 from diffdiscover3d.segmentation.job import SegmentedFile
 from diffdiscover3d.segmentation.labels import label_images, segment_volume
 
-__all__ = ["SegmentedFile", "choose_device", "segment", "stem"]
+__all__ = ["SegmentedFile", "choose_device", "segment"]
 
 ORDERS = ("model", "size")
 _OF_FILES = ("preview", "statistics", "tables", "probabilities", "report", "overwrite", "resume", "share", "summary")
@@ -112,7 +112,7 @@ def segment(
         share: "i/n": work on the i-th of n shares of the inputs, i from 1; each process of a launch on its part of it.
         summary: also write `manifest.tsv`, a row for each scan, and `parts.tsv`, a row for each part of each scan, into
             `output`; implies `statistics`. A scan that cannot be used gets a file `<stem>_dseg_error.json`.
-        progress: show a progress bar with the current step and the time left.
+        progress: show a progress bar with the current step and the time left; for a list of volumes in memory one each.
         on_progress: progress callback, called with the completed share in [0, 1] and the current operation; an
             exception that it raises ends the work and leaves no files of the current input.
         on_done: called with the result of each input.
@@ -145,7 +145,10 @@ def segment(
         raise ValueError(f"`{given[0]}` is about files that are written; name an `output`, or set `beside_inputs`.")
     if in_memory and several:
         options["model"] = resolve_model(model, revision)  # loaded once for all volumes
-        return [segment(one, **options) for one in inputs]
+        return [
+            segment(one, **options | {"on_progress": _of_one(on_progress, number, len(inputs))})
+            for number, one in enumerate(inputs)
+        ]
     if in_memory:
         return segment_volume(inputs, **options)
     with tempfile.TemporaryDirectory(prefix="diffdiscover3d-") as folder:
@@ -153,6 +156,11 @@ def segment(
         found = [label_images(result) for result in results]
     found = found if level == "all" else [next(iter(images.values())) for images in found]
     return found[0] if not several and _is_one_volume(inputs, results) else found
+
+
+def _of_one(on_progress: Callable[[float, str], None] | None, number: int, count: int):
+    """The progress callback of one of several volumes, which scales its share to that of all of them."""
+    return on_progress and (lambda share, operation: on_progress((number + share) / count, operation))
 
 
 def _is_one_volume(source: str | Path, results: Sequence[SegmentedFile]) -> bool:

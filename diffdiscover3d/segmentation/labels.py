@@ -1,6 +1,7 @@
 """Label maps that are returned instead of written: of volumes in memory, and of files."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -36,6 +37,8 @@ def segment_volume(
     min_size: int,
     background: int | None,
     nan_to_zero: bool,
+    progress: bool,
+    on_progress: Callable[[float, str], None] | None,
     **_,
 ):
     """Label maps of a volume in memory, see [`segment`], whose other arguments are about files.
@@ -47,20 +50,26 @@ def segment_volume(
         A label map of its kind; with level "all" a dict of them by level.
     """
     from diffdiscover3d.segmentation.in_memory import InMemoryFinder
-    from diffdiscover3d.segmentation.scan import notes_about
+    from diffdiscover3d.segmentation.scan import finding, notes_about
 
     finish = Finish(None if mask is None else Path(mask), smooth, min_size, background)
     scan, back = as_scan(scan, nan_to_zero=nan_to_zero)
     found = resolve_model(model, revision)
     levels = found.choose_levels(level, num_parts)
     check_options(finish, [NAME], None, levels, False)
-    networks = found.load(levels, choose_device(device))
     case = CaseFiles(NAME, {}, None, None, None)
-    with ProgressBar(total=1, enabled=False) as stages:
+    with ProgressBar(len(levels) + 1, progress, callback=on_progress) as stages:
+        stages.show("loading the model")
+        networks = found.load(levels, choose_device(device))
+        stages.done()
         own = {"finish": finish, "domain": found.domain, "model": found.name}
         job = ScanJob(case, networks, {}, Extras(), order, fast, found.working_grid, 0.0, stages, **own)
         finder = InMemoryFinder(job, scan)
-        labels = {one: back(finder.find(one).labels) for one in levels}
+        labels = {}
+        for one in levels:
+            stages.show(finding(one, levels))
+            labels[one] = back(finder.find(one).labels)
+            stages.done()
     for note in filter(None, [*finder.notes, *notes_about(scan, job)]):
         logger.warning("%s: %s", NAME, note)
     return labels if level == "all" else next(iter(labels.values()))

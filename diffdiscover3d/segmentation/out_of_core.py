@@ -114,7 +114,7 @@ class OutOfCoreFinder:
 
     Args:
         job: the scan's job.
-        scan: as [`open_slabs`] opens it.
+        scan: as [`stream_volume`] opens it.
         folder: for temporary files.
         scratch: closes these files.
     """

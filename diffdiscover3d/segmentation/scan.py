@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,7 +81,7 @@ def segment_scan(job: ScanJob, scan: NiftiVolume | SlabScan) -> SegmentedFile:
         parts: dict[int | None, list[PartStatistics]] = {}
         recorded: dict[int | None, dict] = {}
         for level, files in case.levels.items():
-            job.stages.show("finding the parts" + (f" of level {level}" if len(case.levels) > 1 else ""))
+            job.stages.show(finding(level, case.levels))
             found[level] = finder.find(level)
             found[level].write(staged(files.labels), staged(files.probabilities) if files.probabilities else None)
             parts[level] = found[level].statistics(topology=job.extras.statistics or case.report is not None)
@@ -128,6 +128,11 @@ def _make_finder(job: ScanJob, scan: NiftiVolume | SlabScan, folder: Path, scrat
     if grid == scan.shape:
         return OutOfCoreFinder(job, scan, folder, scratch)
     return ResampledFinder(job, scan, folder, scratch, grid)
+
+
+def finding(level: int | None, levels: Collection) -> str:
+    """Name of the operation that finds the parts of one of the levels."""
+    return "finding the parts" + (f" of level {level}" if len(levels) > 1 else "")
 
 
 def notes_about(scan: NiftiVolume | SlabScan, job: ScanJob) -> list[str | None]:

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from diffdiscover3d.errors import first_line
+from diffdiscover3d.models.cuda_graphs import cause_of, release_memory
 from diffdiscover3d.training.config import TrainingConfig
 
 logger = logging.getLogger("diffdiscover3d")
@@ -43,13 +44,22 @@ class GraphedPass(EagerPass):
 
     Args:
         parameters: what is trained.
+        begin: undoes what an earlier pass of the same step has left, such as gradients.
+        device: the GPU.
     """
 
-    def __init__(self, losses, backward, parameters: list[torch.nn.Parameter], zero_grad: Callable[[], None]):
+    def __init__(
+        self,
+        losses: Callable[[dict], Losses],
+        backward: Callable[[torch.Tensor], None],
+        parameters: list[torch.nn.Parameter],
+        begin: Callable[[], None],
+        device: torch.device,
+    ):
         super().__init__(losses, backward)
-        self._parameters, self._zero_grad = parameters, zero_grad
+        self._parameters, self._begin = parameters, begin
         self._steps, self._failed = 0, False
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @property
@@ -66,19 +76,28 @@ class GraphedPass(EagerPass):
             losses = super().__call__(batch)
             self._keep_gradients()
             return losses
+        if self._failed:
+            return super().__call__(batch)
         self._steps += 1
-        if self._failed or self._steps <= _WARMUP:
+        if self._steps <= _WARMUP:
             return self._on_stream(super().__call__, batch)
+        if self._try_to_capture(leaves, layout):
+            return self._replay(leaves)
+        self._begin()  # the frames of the capture, and their memory, are gone by now
+        release_memory()
+        return super().__call__(batch)
+
+    def _try_to_capture(self, leaves: list, layout) -> bool:
         stream = torch.cuda.current_stream()
         try:
             self._capture(leaves, layout)
+            return True
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # a failed capture leaves its own
-            self._graph, self._failed = None, True
-            logger.warning("the step cannot be captured as a CUDA graph (%s); it runs eagerly", first_line(error))
-            self._zero_grad()
-            return super().__call__(batch)
-        return self._replay(leaves)
+            self._failed, self._static, self._captured = True, [], {}
+            reason = first_line(cause_of(error))
+            logger.warning("the step cannot be captured as a CUDA graph (%s); it runs eagerly", reason)
+            return False
 
     def _on_stream(self, function, batch: dict) -> Losses:
         """Run on the stream that captures later, since gradients stay with the stream that made them first."""
@@ -91,7 +110,7 @@ class GraphedPass(EagerPass):
         return losses
 
     def _capture(self, leaves: list, layout) -> None:
-        self._zero_grad()
+        self._begin()
         torch.cuda.empty_cache()  # a graph has memory of its own and cannot use what eager steps have cached
         self._layout = layout
         self._static = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
@@ -129,7 +148,7 @@ class GraphedPass(EagerPass):
 def make_pass(
     losses: Callable[[dict], Losses],
     parameters: list[torch.nn.Parameter],
-    zero_grad: Callable[[], None],
+    begin: Callable[[], None],
     config: TrainingConfig,
     accelerator: Accelerator,
     suits_graphs: bool = True,
@@ -138,6 +157,7 @@ def make_pass(
     """The forward and backward pass of a training.
 
     Args:
+        losses, parameters, begin: of [`GraphedPass`].
         suits_graphs: whether a CUDA graph is used where it is possible and `config` leaves the choice open.
         has_one_shape: whether all batches have the same shapes.
     """
@@ -157,4 +177,4 @@ def make_pass(
     if found:
         logger.warning("--cuda-graphs is ignored: %s", "; ".join(found))
         return EagerPass(losses, accelerator.backward)
-    return GraphedPass(losses, accelerator.backward, parameters, zero_grad)
+    return GraphedPass(losses, accelerator.backward, parameters, begin, accelerator.device)

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
-from diffdiscover3d.data.brightness import add_brightness
 from diffdiscover3d.data.datasets.brain_scans import BrainScans
 from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.losses import photometric_invariance, region_consistency
+from diffdiscover3d.models.brightness import add_brightness
 from diffdiscover3d.models.loading import cast_weights
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.reporting.pictures import save_slices
@@ -55,7 +55,7 @@ class BothLevels(torch.nn.Module):
     def forward(self, view: torch.Tensor, brain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of level 1, and of brain against lesion, inside a given brain."""
         coarse = self.network.parent_model.scaled_logits(view)
-        return coarse, self.network.scaled_logits(view, brain.long())[:, [BRAIN, LESION]]
+        return coarse, self.network.scaled_logits(view, brain.long())[:, BRAIN : LESION + 1]
 
 
 class SceneBank:

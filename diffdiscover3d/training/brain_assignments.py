@@ -6,7 +6,7 @@ No label enters: the thresholds are multiples of a brain's own spread.
 import torch
 import torch.nn.functional as F
 
-from diffdiscover3d.data.brightness import brightness_evidence, robust_moments
+from diffdiscover3d.models.brightness import brightness_evidence, robust_moments
 
 __all__ = [
     "bright_outliers",

@@ -91,7 +91,7 @@ def draw_scene(
     fine, middle, coarse = draw.noise(26), draw.noise(13), draw.noise(6)
     plain, realistic = t, t
     for slot in range(len(centres)):
-        soft, depth = draw.implant(points, centres[slot], radii[slot], t, inside, (fine, middle, coarse), slot)
+        soft, depth = draw.implant(points, centres[slot], radii[slot], t, inside, (fine, middle, coarse))
         realistic = torch.lerp(realistic, draw.lesion(t, depth, fine, middle), soft)
         plain = torch.lerp(plain, CONSPICUOUS + 0.2 * fine.clamp(-1, 1), soft)
         fine, middle, coarse = (x.flip(2).roll(7, 3) for x in (fine, middle, coarse))  # other lesions, other textures
@@ -209,7 +209,7 @@ class _Draw:
             out = out + slopes[:, k].view(-1, 1, 1, 1, 1) * (t - _KNOTS[k]).clamp(0, step)
         return out
 
-    def implant(self, points, centre, radius, t, inside, noises, slot) -> tuple[torch.Tensor, torch.Tensor]:
+    def implant(self, points, centre, radius, t, inside, noises) -> tuple[torch.Tensor, torch.Tensor]:
         """Soft extent (B, 1, H, W, D) of one implant in [0, 1], and its level-set function, negative inside."""
         fine, middle, coarse = noises
         axes = torch.linalg.matrix_exp(_skew(self.normal(3))) * torch.exp(0.25 * self.normal(3, 1))

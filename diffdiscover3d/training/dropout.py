@@ -56,8 +56,13 @@ class _Draws:
 
     def __init__(self, seed: int, step: int, slots: list[int], layers: Sequence[SlotDropout]):
         self.seed, self.step, self.slots = seed, step, slots
-        self.passes = {layer.layer: itertools.count() for layer in layers}
+        self.layers = [layer.layer for layer in layers]
         self.keys: torch.Tensor | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Count the passes of each layer from 0."""
+        self.passes = {layer: itertools.count() for layer in self.layers}
 
     def keys_on(self, device: torch.device) -> torch.Tensor:
         """(slots, 2) int32 keys, computed once a step."""
@@ -144,6 +149,13 @@ def set_slots(layers: list[SlotDropout], seed: int, step: int, slots: list[int])
         draws.reuse_keys_of(layers[0].draws)
     for layer in layers:
         layer.draws = draws
+
+
+def repeat_masks(layers: list[SlotDropout]) -> None:
+    """Let the next forward pass draw the masks that the first one since [`set_slots`] drew."""
+    for layer in layers:
+        if layer.draws is not None:
+            layer.draws.begin()
 
 
 def sees_its_own_batch_only(model: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from diffdiscover3d.reporting.plots import save_loss_curves
 from diffdiscover3d.training.backward import make_pass
 from diffdiscover3d.training.config import TrainingConfig, as_dict
 from diffdiscover3d.training.data_order import StepBatches, TrainingVolumes, draw_generator
-from diffdiscover3d.training.dropout import sees_its_own_batch_only, set_slots, use_slot_dropout
+from diffdiscover3d.training.dropout import repeat_masks, sees_its_own_batch_only, set_slots, use_slot_dropout
 from diffdiscover3d.training.optimizers import check_8bit_adam, make_optimizer, skips_on_device
 from diffdiscover3d.training.precision import FORMATS, measured_convolutions
 from diffdiscover3d.training.resume import CONFIG_FILE, resume_training, save_training
@@ -33,7 +33,7 @@ from diffdiscover3d.utils.signals import StopRequest, TrainingInterrupted, ignor
 from diffdiscover3d.utils.staging import staged_folder
 
 logger = logging.getLogger("diffdiscover3d")
-HOST_SIDE = ("index", "flips", "noise_seed")  # entries of a batch that are only read on the host
+HOST_SIDE = ("index", "flips", "noise_seed", "seed")  # entries of a batch that are only read on the host
 
 
 class Task(Protocol):
@@ -181,7 +181,8 @@ def train(
     model.train()
     losses = functools.partial(task.losses, model)
     how = (task.suits_graphs, task.has_one_shape)
-    backward = make_pass(losses, trained, optimizer.zero_grad, config, accelerator, *how)
+    begin = functools.partial(_begin_pass, optimizer, dropouts)
+    backward = make_pass(losses, trained, begin, config, accelerator, *how)
     batches = _read_ahead(_make_loader(task, config, volumes, accelerator, start))
     metrics, clock, timed = StepMetrics(accelerator.device, output), time.perf_counter(), start
     alone = accelerator.num_processes == 1
@@ -267,6 +268,12 @@ def _take_step(
     return tuple(sums), accelerator.reduce(torch.stack([*sums.values(), finite, asked]), reduction="mean")
 
 
+def _begin_pass(optimizer: torch.optim.Optimizer, dropouts: list) -> None:
+    """Undo what an earlier pass of the same step has left: its gradients and the numbers of its dropout masks."""
+    optimizer.zero_grad()
+    repeat_masks(dropouts)
+
+
 def _read_ahead(batches: Iterable) -> Iterator:
     """The batches, each assembled in a thread while the step before it runs.
 
@@ -323,8 +330,8 @@ def _public_config(config: TrainingConfig) -> dict:
     return {k: v for k, v in as_dict(config).items() if k not in local}
 
 
-def _log(output: Path, step: int, config: TrainingConfig, figures: dict[str, float], seconds: float) -> None:
-    row = {"step": step, "lr": learning_rate_at(config, step - 1), **figures}
+def _log(output: Path, step: int, config: TrainingConfig, metrics: dict[str, float], seconds: float) -> None:
+    row = {"step": step, "lr": learning_rate_at(config, step - 1), **metrics}
     log = output / "log.jsonl"
     try:
         with open(log, "a", encoding="utf-8") as file:
@@ -333,7 +340,7 @@ def _log(output: Path, step: int, config: TrainingConfig, figures: dict[str, flo
         raise OutputError(
             f"{log}: cannot be written ({error.strerror}); free some space, then --resume latest."
         ) from error
-    shown = " ".join(f"{k}={v:.4f}" for k, v in figures.items())
+    shown = " ".join(f"{k}={v:.4f}" for k, v in metrics.items())
     logger.info("step %d/%d %s (%.2f s a step)", step, config.max_steps, shown, seconds)
 
 

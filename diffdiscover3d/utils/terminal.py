@@ -30,10 +30,10 @@ def say(text: object, error: bool = False) -> None:
         _silence(stream)
 
 
-def say_lines(text: object, error: bool = False) -> None:
+def say_lines(text: object) -> None:
     """Print a text of several lines, such as a table, line by line as [`say`]."""
     for line in str(text).split("\n"):
-        say(line, error)
+        say(line)
 
 
 def prepare_streams() -> None:

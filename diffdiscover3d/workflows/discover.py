@@ -44,7 +44,7 @@ def discover(
     resume: bool = False,
     progress: bool = False,
     verbose: bool = False,
-    tell: Callable[[str], None] = lambda line: None,
+    on_step: Callable[[str], None] = lambda line: None,
     on_error: Callable[[DiffDiscoverError], None] | None = None,
 ) -> list[SegmentedFile] | DiscoverOutput:
     """Train on scans without labels and segment them; write models, label maps and reports, or return them.
@@ -71,7 +71,7 @@ def discover(
         resume: continue an earlier run with the same output; its plan is kept.
         progress: show progress bars.
         verbose: show the logs of the trainings.
-        tell: progress callback, called with a line when a step begins.
+        on_step: progress callback, called with a line of text when a step begins.
         on_error: called with the error of a scan that cannot be read, before the next one; default: raise it.
 
     Returns:
@@ -89,12 +89,14 @@ def discover(
     if resume:
         raise ValueError("`resume` continues the run of an `output` folder; name it.")
     with tempfile.TemporaryDirectory(prefix="diffdiscover3d-") as folder:
-        return _discover_in_memory(Path(folder), source, **options)
+        return _discover_in_memory(Path(folder), source, progress=progress, **options)
 
 
-def _discover_into(output: Path, source, *, include, progress: bool, tell, on_error, **options) -> list[SegmentedFile]:
+def _discover_into(
+    output: Path, source, *, include, progress: bool, on_step, on_error, **options
+) -> list[SegmentedFile]:
     """Train, and write the results of all scans and reports to `output`."""
-    run = prepare(output, source, include=include, tell=tell, on_error=on_error, **options)
+    run = prepare(output, source, include=include, on_step=on_step, on_error=on_error, **options)
     # fail fast, and not after the trainings
     extras = Extras(preview=True, statistics=True, tables=True, report=True)
     levels = run.plan.levels
@@ -102,7 +104,7 @@ def _discover_into(output: Path, source, *, include, progress: bool, tell, on_er
     cases = plan_cases([Path(scan) for scan in run.plan.scans], output / "parts", numbers, extras)
     check_cases(cases, cases, overwrite=True, resume=True)
 
-    model = _train_all(run, tell)
+    model = _train_all(run, on_step)
     results = segment(
         list(run.plan.scans),
         output / "parts",
@@ -123,35 +125,35 @@ def _discover_into(output: Path, source, *, include, progress: bool, tell, on_er
     return results
 
 
-def _discover_in_memory(folder: Path, source, *, tell, **options) -> DiscoverOutput:
+def _discover_in_memory(folder: Path, source, *, progress: bool, on_step, **options) -> DiscoverOutput:
     """Train in a folder, and return the models and the label maps of all scans."""
-    run = prepare(folder, source, tell=tell, **options)
-    folder, labels = _train_all(run, tell), []
+    run = prepare(folder, source, on_step=on_step, **options)
+    folder, labels = _train_all(run, on_step), []
     model = resolve_model(str(folder))  # loaded once for all scans
     for scan in run.plan.scans:
         reading = run.plan.reading
         if (volume := run.volumes.get(scan)) is not None:
             scan, reading = volume, {"nan_to_zero": options["nan_to_zero"]}
-        found = segment(scan, model=model, level="all", device=run.device, **reading)
+        found = segment(scan, model=model, level="all", device=run.device, progress=progress, **reading)
         labels.append({level or 1: one for level, one in found.items()})
     finest = list(model.load(model.choose_levels("all"), run.place).values())[-1]
     return DiscoverOutput(finest.cpu(), load_teacher(str(folder)), labels, run.domain)
 
 
-def _train_all(run: DiscoverRun, tell: Callable[[str], None]) -> Path:
+def _train_all(run: DiscoverRun, on_step: Callable[[str], None]) -> Path:
     """Run the trainings that are not finished, and copy the trained models to `model/`, which is returned."""
     plan, output, place, verbose = run.plan, run.output, run.place, run.verbose
     training, model, total = output / "training", output / "model", plan.levels + 2
     listed = output / "scans.json"
     write_json(listed, plan.scans)
     recipe, dataset = make_recipe(plan), str(listed.resolve())
-    tell(f"Step 1 of {total}: learning what your scans look like ({plan.diffusion_steps} rounds)")
+    on_step(f"Step 1 of {total}: learning what your scans look like ({plan.diffusion_steps} rounds)")
     teacher = diffusion_training(recipe, dataset, plan.seed, training / "diffusion")
     _train(teacher, "model_index.json", place, verbose, plan)
     parent = None
     for level, steps in enumerate(plan.discovery_steps, start=1):
         rounds = sum(steps) + steps[0] * (recipe.starts_of(level) - 1)
-        tell(f"Step {level + 1} of {total}: learning to tell {LEVEL_PARTS[level]} parts apart ({rounds} rounds)")
+        on_step(f"Step {level + 1} of {total}: learning to tell {LEVEL_PARTS[level]} parts apart ({rounds} rounds)")
         folder = training / f"level{level}"
 
         def train(training: Training) -> None:
@@ -161,17 +163,17 @@ def _train_all(run: DiscoverRun, tell: Callable[[str], None]) -> Path:
         try:
             done = train_level(used, level, dataset, plan.seed, str(teacher.folder), parent, folder, train)
         except NothingToDivideError:
-            tell(f"Step {level + 1} of {total}: the parts have no inclusions; dividing them by their intensities")
+            on_step(f"Step {level + 1} of {total}: the parts have no inclusions; dividing them by their intensities")
             used = make_fallback(plan)
             done = train_level(used, level, dataset, plan.seed, str(teacher.folder), parent, folder, train)
         if (starts := used.starts_of(level)) > 1:
-            tell(f"Of {starts} starts {Path(done[starts].options['init_from']).name} had the lowest loss")
+            on_step(f"Of {starts} starts {Path(done[starts].options['init_from']).name} had the lowest loss")
         parent = folder
     _take_over(teacher.folder, model / "diffusion")
     # beside the network, which needs it
     _take_over(parent, model / "discovery", {DOMAIN_FILE: run.domain})
     check_unchanged(plan)
-    tell(f"Step {total} of {total}: drawing the parts of every scan")
+    on_step(f"Step {total} of {total}: drawing the parts of every scan")
     return model
 
 

@@ -62,7 +62,7 @@ def prepare(
     include: Sequence[str],
     resume: bool,
     verbose: bool,
-    tell,
+    on_step,
     on_error,
 ) -> DiscoverRun:
     """Read all scans, and make the plan of the trainings or read that of an earlier run; see [`discover`]."""
@@ -71,7 +71,7 @@ def prepare(
     plan_file = output / "plan.json"
     if plan_file.exists() and not resume:
         raise OutputError(f"{output}: holds an earlier run; --resume continues it, or choose another --output folder.")
-    tell("Reading the scans")
+    on_step("Reading the scans")
     volumes: dict[str, object] = {}
     source = [source] if is_in_memory(source) else source
     if isinstance(source, str | Path):
@@ -103,7 +103,7 @@ def prepare(
         plan = make_plan(shapes, spacings, scans, memory_bytes=memory, **options)
         plan = replace(plan, sha256=tuple(sha256), reading=reading)
         write_json(plan_file, asdict(plan))
-    tell(describe_plan(plan))
+    on_step(describe_plan(plan))
     return DiscoverRun(plan, domain, output, device, place, verbose, volumes)
 
 

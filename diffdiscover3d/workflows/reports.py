@@ -34,7 +34,7 @@ def make_reports(
     neurological: bool = False,
     include: Sequence[str] = (),
     series: str | None = None,
-    tell: Callable[[str], None] = lambda line: None,
+    on_note: Callable[[str], None] = lambda line: None,
     **reading,
 ) -> list[Path]:
     """Write `<stem>_report.html` for each scan, and `index.html` if there are several.
@@ -47,7 +47,7 @@ def make_reports(
             below it where scans have one name.
         overwrite: replace reports that exist.
         include, series: as for [`list_volumes`].
-        tell: called with a line for each note on a scan, such as label maps that were made of another one.
+        on_note: called with a line of text for each note on a scan, such as label maps that were made of another one.
         reading: see [`read_volume`].
 
     Returns:
@@ -80,7 +80,7 @@ def make_reports(
     for scan, found, page in jobs:
         volume = read_volume(scan, series=series, **reading)
         for note in write_report(page, volume, display_name(scan), found, neurological):
-            tell(f"{scan}: note: {note}")
+            on_note(f"{scan}: note: {note}")
     for path in index:
         write_index(path, pages)
     return [*pages, *index]

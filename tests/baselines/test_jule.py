@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
-from diffdiscover3d.baselines.agglomeration import affinity_graph, cluster_affinity, initial_clusters, merge_clusters
+from diffdiscover3d.baselines.agglomeration import affinity_graph, initial_clusters, merge_clusters
 from diffdiscover3d.baselines.jule import Jule, nearest_clusters, triplet_loss
 from tests.baselines.toys import many_halves
 
@@ -14,6 +15,16 @@ from tests.baselines.toys import many_halves
 def blobs(count: int = 12, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return np.concatenate([rng.normal(centre, 0.3, (count, 2)) for centre in ((0, 0), (5, 0), (0, 5))])
+
+
+def cluster_affinity(graph: sparse.csr_matrix, first: np.ndarray, second: np.ndarray) -> float:
+    """Affinity of two clusters: 1ᵀ W_ab W_ba 1 / |a|² + 1ᵀ W_ba W_ab 1 / |b|².
+
+    Args:
+        first, second: indices of the points of clusters a and b.
+    """
+    ab, ba = graph[first][:, second], graph[second][:, first]
+    return float((ab @ ba).sum() / len(first) ** 2 + (ba @ ab).sum() / len(second) ** 2)
 
 
 def test_affinity_graph_by_hand():

@@ -9,9 +9,9 @@ from scipy import ndimage
 from diffdiscover3d.data import block_resampling as module
 from diffdiscover3d.data.block_resampling import resample_block, resample_scan, write_block
 from diffdiscover3d.data.formats.nifti.raw_grid import RawGrid
-from diffdiscover3d.data.formats.nifti.slabs import open_slabs
 from diffdiscover3d.data.transforms import resize_volume
 from diffdiscover3d.utils.files import scratch_file
+from tests.helpers.opened_scans import open_slabs
 
 SHAPE = (23, 31, 40)
 

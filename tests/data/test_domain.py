@@ -8,9 +8,9 @@ import pytest
 
 from diffdiscover3d.data.datasets.synthetic import synthesize
 from diffdiscover3d.data.domain import FAR, NAMES, describe_block, distance, domain_note, signature, summarise
-from diffdiscover3d.data.formats.nifti.slabs import open_slabs
 from diffdiscover3d.data.formats.reading import read_volume
 from diffdiscover3d.hub.resolve import resolve_model
+from tests.helpers.opened_scans import open_slabs
 
 
 def test_numbers_of_known_blocks():

@@ -8,10 +8,10 @@ import pytest
 
 from diffdiscover3d.data.datasets.folder import VolumeFolder
 from diffdiscover3d.data.formats.nifti.reading import read_nifti
-from diffdiscover3d.data.formats.nifti.slabs import open_slabs
 from diffdiscover3d.data.intensity_range import describe_range
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.training.data_check import read_all
+from tests.helpers.opened_scans import open_slabs
 
 SHAPE = (20, 16, 24)
 

@@ -32,7 +32,7 @@ def two_volumes(monkeypatch):
 def test_baselines_fill_a_table_once(tmp_path, two_volumes, monkeypatch):
     arguments = {"methods": ("k-means",), "levels": (1, 3), "seeds": (0, 1)}
     shown = []
-    result = benchmark(tmp_path, progress_callback=lambda row, n, of: shown.append((n, of)), **arguments)
+    result = benchmark(tmp_path, on_row=lambda row, n, of: shown.append((n, of)), **arguments)
     assert shown == [(n, 8) for n in range(1, 9)] and len(result["rows"]) == 8
     assert {row["variant"] for row in result["rows"]} == {"regular", "irregular"}
     assert all(0 < row["dice_one_matching"] <= row["dice"] <= 1 for row in result["rows"])

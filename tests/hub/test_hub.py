@@ -107,7 +107,10 @@ def models(tmp_path_factory, tiny_discovery):
 def pushed(hub, models, tmp_path_factory):
     """Push all models from one cache, by commands and from Python; the answer of each call."""
     hub.put("user/mixed", {"notes/scores.json": b"{}", "LICENSE": b"free"})
+    # imported first: with some versions, diffusers and MONAI (through zarr) warn on stderr when they are imported
     code = """
+import monai
+from diffdiscover3d import DiffusionFeaturePipeline, StructureDiscoveryModel, UNet3DModel
 answer = {}
 answer["parts"] = cli("push", root + "/discovery", "user/parts", "--commit-message", "first parts", "-q")
 answer["again"] = cli("push", root + "/discovery", "user/parts")
@@ -119,7 +122,6 @@ answer["mixed"] = cli("push", root + "/diffusion", "user/mixed")
 answer["none"] = cli("push", root, "user/none")
 answer["bad"] = cli("push", root + "/discovery", "../etc/passwd")
 answer["embedded"] = cli("push", embedded, "user/brain-flair-diffusion", "-q")
-from diffdiscover3d import DiffusionFeaturePipeline, StructureDiscoveryModel, UNet3DModel
 pipe = DiffusionFeaturePipeline.from_pretrained(root + "/diffusion")
 answer["pipe"] = pipe.push_to_hub("user/cells")
 answer["unet"] = pipe.unet.push_to_hub("user/unet", max_shard_size="20KB", private=True)

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from diffdiscover3d.models import attention, cpu_kernels, mixed_precision, structure_discovery
+from diffdiscover3d.models.accelerator_convolutions import convolve, convolve_unfolded
 from diffdiscover3d.models.attention import FullAttention, LinearAttention
-from diffdiscover3d.models.channel_padding import convolve, convolve_unfolded
 from diffdiscover3d.models.fused_kernels import NATIVE, compiled_kernels
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNet3DModel

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from diffdiscover3d.data.brightness import add_brightness
 from diffdiscover3d.data.foreground import Frame, find_foreground, robust_scale
+from diffdiscover3d.models.brightness import add_brightness
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from tests.models.test_framed_discovery import FRAME, SMALL, framed, head
 

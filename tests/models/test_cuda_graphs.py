@@ -37,14 +37,14 @@ def captured(monkeypatch):
             for old, new in zip(output.features, again.features, strict=True):
                 old.copy_(new)
 
-    def capture(network, tensors, options):
+    def capture(self, network, tensors, options):
         graph, inputs = Graph(), [t.clone() for t in tensors]
         output = network(*inputs, **options)
         graph.call = copy.deepcopy(network), inputs, options, output
         calls.append(options)
         return graph, inputs, output
 
-    monkeypatch.setattr(GraphedCalls, "_capture", staticmethod(capture))
+    monkeypatch.setattr(GraphedCalls, "_capture", capture)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
     monkeypatch.setattr(cuda_graphs, "autocast_dtype", lambda device: None)
     return calls
@@ -54,6 +54,9 @@ class Network(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(2.0))
+
+    def parameters(self, recurse=True):
+        return (p.as_subclass(OnGPU) for p in super().parameters(recurse))
 
     def forward(self, x, stages=(1,)):
         return UNet3DOutput(sample=None, features=tuple(self.weight * s * x for s in stages), extent=(1, 2, 3))
@@ -89,19 +92,59 @@ def test_the_second_call_of_a_kind_is_captured_and_later_ones_replayed(captured)
 
 @torch.no_grad()
 def test_a_capture_that_fails_is_not_tried_again(monkeypatch, captured, caplog):
-    def fail(network, tensors, options):
+    def fail(self, network, tensors, options):
         tried.append(options)
-        raise RuntimeError("out of memory\nmore")
+        try:
+            raise RuntimeError("operation not permitted\nmore")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     tried, streams = [], []
-    monkeypatch.setattr(GraphedCalls, "_capture", staticmethod(fail))
+    monkeypatch.setattr(GraphedCalls, "_capture", fail)
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     network, calls = Network(), GraphedCalls()
     for seed in range(4):
         found = calls(network, volume(seed)).features[0]
         torch.testing.assert_close(torch.Tensor(found), 2 * torch.Tensor(volume(seed)))
     assert len(tried) == 1 and streams == ["the caller's"]
-    assert [r.message for r in caplog.records] == ["a forward pass cannot be captured as a CUDA graph: out of memory"]
+    message = "a forward pass cannot be captured as a CUDA graph: operation not permitted"
+    assert [r.message for r in caplog.records] == [message]
+
+
+class Full(Network):
+    """A network for whose calls there is no memory while a graph is kept."""
+
+    graphs = staticmethod(lambda: ())
+
+    def forward(self, x, stages=(1,)):
+        if len(x) > 2 and self.graphs():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(x, stages)
+
+
+@torch.no_grad()
+def test_graphs_are_dropped_where_their_memory_is_needed(captured, monkeypatch):
+    network, calls = Full(), GraphedCalls()
+    for _ in range(2):
+        calls(network, volume(0))
+    monkeypatch.setattr(Full, "graphs", staticmethod(lambda: calls._graphs))
+    assert len(calls._graphs) == 1
+    found = calls(network, volume(1, side=5)).features[0]
+    torch.testing.assert_close(torch.Tensor(found), 2 * torch.Tensor(volume(1, side=5)))
+    assert len(captured) == 1 and not calls._graphs
+    monkeypatch.setattr(Full, "graphs", staticmethod(lambda: True))
+    with pytest.raises(torch.OutOfMemoryError):  # there is no graph to drop
+        calls(network, volume(2, side=7))
+
+
+@torch.no_grad()
+def test_a_network_elsewhere_is_not_captured(captured):
+    """Its weights are brought to the GPU for each call."""
+    network, calls = Network(), GraphedCalls()
+    network.parameters = lambda: iter([network.weight])
+    for seed in range(3):
+        calls(network, volume(seed))
+    assert not captured and not calls._seen
 
 
 def test_calls_with_gradients_are_not_captured(captured):

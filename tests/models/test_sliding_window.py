@@ -10,7 +10,6 @@ from monai.data.utils import dense_patch_slices
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from diffdiscover3d.data.formats.nifti.raw_grid import RawGrid
-from diffdiscover3d.data.formats.nifti.slabs import open_slabs
 from diffdiscover3d.models import window_layout as windows
 from diffdiscover3d.models.sliding_window import count_windows, stream_parts
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
@@ -22,6 +21,7 @@ from diffdiscover3d.models.window_layout import (
     window_bytes,
     window_starts,
 )
+from tests.helpers.opened_scans import open_slabs
 
 CHANNELS, STRIDES = (4, 8), (2,)
 PIR = np.array([[0, 0, 3, 0], [-1.5, 0, 0, 0], [0, -2, 0, 0], [0, 0, 0, 1.0]])

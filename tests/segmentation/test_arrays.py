@@ -125,3 +125,13 @@ def test_what_cannot_be_used(volume, tiny_discovery, tmp_path):
             segment(wrong, model=str(tiny_discovery))
     with pytest.raises(ValueError, match="in memory"):
         segment(volume, tmp_path, model=str(tiny_discovery))
+
+
+def test_progress_of_volumes_in_memory(volume, tiny_discovery):
+    calls, steps = [], ["loading the model", "finding the parts"]
+    segment(volume, model=str(tiny_discovery), on_progress=lambda *call: calls.append(call))
+    assert calls == [(0, steps[0]), (0.5, steps[0]), (0.5, steps[1]), (1, steps[1])]
+    pair = []
+    segment([volume, volume], model=str(tiny_discovery), on_progress=lambda *call: pair.append(call))
+    halves = [[(share / 2 + start, step) for share, step in calls] for start in (0, 0.5)]
+    assert pair == halves[0] + halves[1]

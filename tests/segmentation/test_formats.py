@@ -77,3 +77,16 @@ def test_features_and_reports_take_every_format(tmp_path, values, tiny_discovery
     # the features lie over the same part of space
     extent = [np.array(v.shape) * v.spacing_mm for v in (found, scan)]
     assert np.all(extent[0] >= extent[1] * 0.9) and np.all(extent[0] <= extent[1] * 2.2)
+
+
+def test_one_series_of_a_folder_is_resumed(tmp_path, values, expected, tiny_discovery):
+    for uid, number, data in (("1.2.9", 9, values[::-1]), ("1.2.10", 10, values)):
+        array, affine = files.stored(files.CANONICAL, data)
+        files.write_dicom(tmp_path / "MR", array, affine, uid=uid, number=number)
+    skipped, options = [], {"model": str(tiny_discovery), "series": "10"}
+    (result,) = segment(tmp_path / "MR", tmp_path / "out", **options)
+    assert result.labels.name == "MR_series-10_dseg.nii.gz"
+    labels = read_volume(result.labels, allow_constant=True)
+    assert np.array_equal(labels.data, expected)
+    assert segment(tmp_path / "MR", tmp_path / "out", resume=True, on_skip=skipped.append, **options) == []
+    assert len(skipped) == 1

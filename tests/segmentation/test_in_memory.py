@@ -15,12 +15,13 @@ from PIL import Image
 
 from diffdiscover3d import __version__
 from diffdiscover3d.cli import app as cli
+from diffdiscover3d.data.formats.registry import stem
 from diffdiscover3d.errors import InputError, MemoryLimitError, ModelError, NetworkError, OutputError
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.segmentation import files as module
 from diffdiscover3d.segmentation import in_memory
 from diffdiscover3d.segmentation import scan as scan_module
-from diffdiscover3d.segmentation.driver import choose_device, segment, stem
+from diffdiscover3d.segmentation.driver import choose_device, segment
 from tests.helpers.corpus import CORPUS, SHAPE, blobs
 
 OBLIQUE = np.array([[0, -1.9, 0.3, 30.0], [0, 0.4, 2.9, -12.0], [-1.5, 0, 0, 44.0], [0, 0, 0, 1]])

@@ -1,6 +1,7 @@
 """Forward and backward passes replayed from a graph, on a stand-in for CUDA graphs that records and repeats calls."""
 
 import contextlib
+import weakref
 
 import pytest
 import torch
@@ -29,15 +30,22 @@ def cuda(monkeypatch):
     graphs = []
 
     class Stream:
+        def __init__(self, device=None):
+            pass
+
         def wait_stream(self, other):
             pass
 
     @contextlib.contextmanager
     def capture(graph, stream=None, capture_error_mode="global"):
-        if RecordedGraph.fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
         graphs.append(graph)
-        yield
+        try:
+            yield
+            if RecordedGraph.fails:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        finally:
+            if RecordedGraph.fails:  # as the end of a capture that is no longer valid
+                raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
@@ -66,7 +74,8 @@ def make(cls=EagerPass):
 
     if cls is EagerPass:
         return EagerPass(losses, lambda loss: loss.backward()), parameters, zero_grad
-    return GraphedPass(losses, lambda loss: loss.backward(), parameters, zero_grad), parameters, zero_grad
+    graphed = GraphedPass(losses, lambda loss: loss.backward(), parameters, zero_grad, torch.device("cuda"))
+    return graphed, parameters, zero_grad
 
 
 def batch_of(seed, size=4):
@@ -83,7 +92,7 @@ def repeat_for(graphed):
 
     def repeat():
         saved = list(graphed._gradients)
-        graphed._zero_grad()
+        graphed._begin()
         losses = graphed._losses(torch.utils._pytree.tree_unflatten(graphed._static, graphed._layout))
         losses["loss"].backward()
         for parameter, gradient in zip(graphed._parameters, saved, strict=True):
@@ -120,6 +129,15 @@ def test_replays_give_the_losses_and_gradients_of_eager_passes(cuda):
 def test_a_step_that_cannot_be_captured_runs_eagerly(cuda, monkeypatch, caplog):
     monkeypatch.setattr(RecordedGraph, "fails", True)
     graphed, parameters, zero_grad = make(GraphedPass)
+    alive, emptied = [], []  # losses of the capture when memory is given back, which needs them to be gone
+
+    def losses(batch, original=graphed._losses):
+        found = original(batch)
+        alive.append(weakref.ref(found["distance"]))
+        return found
+
+    graphed._losses = losses
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(sum(ref() is not None for ref in alive)))
     for step in range(6):
         graphed(batch_of(step))
         eager, expected, _ = make()
@@ -129,6 +147,7 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(cuda, monkeypatch, caplog):
         zero_grad()
     assert [r.message for r in caplog.records if "not permitted" in r.message and "more" not in r.message]
     assert len([r for r in caplog.records if "cannot be captured" in r.message]) == 1
+    assert len(emptied) == 2 and emptied[1] == 0
 
 
 @pytest.mark.parametrize(

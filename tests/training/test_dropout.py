@@ -8,6 +8,7 @@ from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.training.dropout import (
     SlotDropout,
     hashed_masks,
+    repeat_masks,
     sees_its_own_batch_only,
     set_slots,
     slot_keys,
@@ -50,6 +51,13 @@ def test_the_expectation_is_the_input():
     out = passed(SlotDropout(0.2, 0), x, slots=(0, 1, 2))
     assert set(out.unique().tolist()) == {0.0, 2.5}
     assert abs(float(out.mean()) - 2) < 0.01
+
+
+def test_a_pass_that_is_begun_again_draws_its_masks_again():
+    layer, x = SlotDropout(0.5, 0), torch.ones(2, 1, 8, 8, 8)
+    first, second = passed(layer, x, slots=(0, 1)), layer(x)
+    repeat_masks([layer, SlotDropout(0.5, 1)])  # the other one was never used
+    assert torch.equal(layer(x), first) and torch.equal(layer(x), second) and not torch.equal(first, second)
 
 
 def test_evaluation_and_use_outside_training_are_plain():

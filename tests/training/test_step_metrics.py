@@ -29,34 +29,34 @@ def values(loss, finite=1.0, stop=0.0):
 def test_a_cpu_is_read_at_once_and_a_gpu_a_step_late(tmp_path):
     cpu, gpu = StepMetrics(CPU, tmp_path), StepMetrics(GPU, tmp_path)
     for step in (1, 2, 3):
-        for figures in (cpu, gpu):
-            figures.add(step, ("loss",), values(float(step)))
-            figures.catch_up()
+        for metrics in (cpu, gpu):
+            metrics.add(step, ("loss",), values(float(step)))
+            metrics.catch_up()
         assert cpu.latest == {"loss": step} and gpu.latest == ({"loss": step - 1} if step > 1 else {})
     gpu.catch_up(everything=True)
     assert gpu.latest == {"loss": 3}
 
 
 def test_steps_that_are_not_finite_are_counted_in_a_row(tmp_path):
-    figures = StepMetrics(CPU, tmp_path)
+    metrics = StepMetrics(CPU, tmp_path)
     for step, row in enumerate([values(NAN), values(1.0, finite=0.5), values(1.0), values(NAN)], start=1):
-        figures.add(step, ("loss",), row)
-        figures.catch_up()
-        assert figures.bad_steps == [1, 2, 0, 1][step - 1]
+        metrics.add(step, ("loss",), row)
+        metrics.catch_up()
+        assert metrics.bad_steps == [1, 2, 0, 1][step - 1]
     for step in range(5, 4 + MAX_BAD_STEPS):
-        figures.add(step, ("loss",), values(NAN))
+        metrics.add(step, ("loss",), values(NAN))
     with pytest.raises(ModelError, match=r"not finite since step 4;.*--learning-rate"):
-        figures.catch_up()
+        metrics.catch_up()
 
 
 def test_one_process_that_is_asked_to_stop_stops_all(tmp_path):
-    figures = StepMetrics(CPU, tmp_path)
-    figures.add(1, (), torch.tensor([1.0, 0.0]))
-    figures.catch_up()
-    assert not figures.stop_requested
-    figures.add(2, (), torch.tensor([1.0, 0.5]))  # the mean over two processes
-    figures.catch_up()
-    assert figures.stop_requested
+    metrics = StepMetrics(CPU, tmp_path)
+    metrics.add(1, (), torch.tensor([1.0, 0.0]))
+    metrics.catch_up()
+    assert not metrics.stop_requested
+    metrics.add(2, (), torch.tensor([1.0, 0.5]))  # the mean over two processes
+    metrics.catch_up()
+    assert metrics.stop_requested
 
 
 class Reads(TorchDispatchMode):

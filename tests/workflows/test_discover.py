@@ -234,8 +234,15 @@ def test_without_an_output_nothing_is_left_behind(scans, tmp_path, monkeypatch):
     array = np.asarray(image.dataobj)
     picture = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
     volumes = [scans / "s0.nii.gz", image, picture]
-    loads = counted_loads(monkeypatch)
-    found = discover(volumes, preset="quick", levels=2, device="cpu", tell=lines.append)
+    loads, bars, real = counted_loads(monkeypatch), [], module.segment
+
+    def recorded(*arguments, progress, **options):
+        bars.append(progress)
+        return real(*arguments, progress=progress, **options)
+
+    monkeypatch.setattr(module, "segment", recorded)
+    found = discover(volumes, preset="quick", levels=2, device="cpu", progress=True, on_step=lines.append)
+    assert bars == [True] * 3
     # trainings load those of their own folders; the result is loaded once for all scans and for the output
     assert len([source for source in loads if source.endswith("model/discovery")]) == 1
     assert sorted(tmp_path.rglob("*")) == before and lines[-1].startswith("Step 4 of 4")
@@ -274,7 +281,7 @@ def test_one_array_and_an_interruption(tmp_path, monkeypatch):
 def test_from_scans_to_pictures_and_resumed(scans, tmp_path, monkeypatch, make_nifti):
     monkeypatch.setitem(PRESETS, "quick", {**PRESETS["quick"], "grid": 16, "diffusion": 3, "first": 2, "rounds": 0.005})
     out, lines = tmp_path / "out", []
-    options = {"preset": "quick", "levels": 2, "device": "cpu", "tell": lines.append}
+    options = {"preset": "quick", "levels": 2, "device": "cpu", "on_step": lines.append}
     real, stages = module._train, []
 
     def stop_before_level_2(training, *rest):

@@ -34,13 +34,13 @@ def test_a_changed_scan_or_map_is_noted(scan, make_nifti):
     truth["outputs"] = {labels.name: read_nifti(labels).sha256}
     sidecar, lines = scan.parent / "a_dseg.json", []
     sidecar.write_text(json.dumps(truth))
-    make_reports(scan, tell=lines.append)
+    make_reports(scan, on_note=lines.append)
     assert lines == []
     sidecar.write_text(json.dumps(truth | {"input": {"name": "a.nii.gz", "sha256": "0" * 64}}))
-    (page,) = make_reports(scan, overwrite=True, tell=lines.append)
+    (page,) = make_reports(scan, overwrite=True, on_note=lines.append)
     assert len(lines) == 1 and "made of another file" in lines[0] and "made of another file" in page.read_text()
     sidecar.write_text(json.dumps(truth | {"outputs": {labels.name: "0" * 64}}))
-    (page,) = make_reports(scan, overwrite=True, tell=lines.append)
+    (page,) = make_reports(scan, overwrite=True, on_note=lines.append)
     assert len(lines) == 2 and "has changed since" in lines[1] and lines[1].split("note: ")[1] in page.read_text()
     for damaged in ("[" * 100_000, "[1]", '{"model": 3}', '{"parts": {}}', '{"input": [], "outputs": 3}', "\0"):
         sidecar.write_text(damaged)

@@ -209,21 +209,22 @@ def _search(folder: Path, include: Sequence[str], series: str | None) -> Content
         if not found.volumes:
             raise
         return Contents(found.volumes, (*found.left_out, (suspects[0], str(error).split(": ", 1)[-1])), others)
-    usable = {s.uid: s for s in listed if dicom.fault_of(s) is None and series in (None, s.uid, str(s.number))}
+    good = {s.uid: s for s in listed if dicom.fault_of(s) is None}
+    usable = {uid: s for uid, s in good.items() if series in (None, uid, str(s.number))}
     left_out = [*stray.items()]
     for one in listed:
         if one.uid not in usable:
             reason = dicom.fault_of(one)
             reason = f"a DICOM series that {reason}" if reason else f"a DICOM series other than {series}"
             left_out.append((one.folder / f"series {one.number or one.uid}", reason))
-    volumes = [_reference(one, usable.values()) for one in usable.values()]
+    volumes = [_reference(one, good.values()) for one in usable.values()]
     return Contents((*found.volumes, *volumes), (*found.left_out, *left_out), others)
 
 
-def _reference(series: dicom.Series, usable: Iterable[dicom.Series]) -> Path:
-    """The folder of a series; with its UID, where the folder or one below it holds others."""
+def _reference(series: dicom.Series, good: Iterable[dicom.Series]) -> Path:
+    """The folder of a series; with its UID, where the folder or one below it holds others without a fault."""
     folder = Path(os.path.commonpath([s.path.parent for s in series.slices]))
-    alone = all(one is series or not any(s.path.is_relative_to(folder) for s in one.slices) for one in usable)
+    alone = all(one is series or not any(s.path.is_relative_to(folder) for s in one.slices) for one in good)
     return folder if alone else Path(f"{folder}{SEPARATOR}{series.uid}")
 
 

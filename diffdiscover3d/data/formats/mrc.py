@@ -25,7 +25,6 @@ NAME = "MRC"
 EXTRA = "microscopy"
 LABEL_SUFFIX = ".mrc"
 SUFFIXES = (".mrc", ".map", ".ccp4", ".rec", ".mrc.gz", ".map.gz", ".ccp4.gz", ".rec.gz")
-_HEADER = 1024  # bytes
 _COMPLEX = {3: "complex", 4: "complex", 16: "RGB"}
 _GRID_FIELDS = ("nxstart", "nystart", "nzstart", "mx", "my", "mz", "cella", "cellb", "mapc", "mapr", "maps", "origin")
 
@@ -96,7 +95,7 @@ def open_file(path: Path, name: str, options: ReadOptions) -> Iterator[VolumeFil
         count = data.shape[0] if data.ndim == 4 else 1
         number = pick(name, (*data.shape[:-4:-1], *([count] if data.ndim == 4 else [])), options.volume, notes)
         volume = data[number] if data.ndim == 4 else data
-        affine, known, order = _affine(name, header, volume.shape, notes)
+        affine, known, order = _affine(name, header, notes)
         fields = {field: header[field] for field in _GRID_FIELDS}
         if data.ndim == 4:
             fields["mz"] = volume.shape[0]
@@ -114,7 +113,7 @@ def open_file(path: Path, name: str, options: ReadOptions) -> Iterator[VolumeFil
         )
 
 
-def _affine(name: str, header, shape, notes: list[str]) -> tuple[np.ndarray, bool, list[int]]:
+def _affine(name: str, header, notes: list[str]) -> tuple[np.ndarray, bool, list[int]]:
     """From column, row and section to x, y, z in mm; whether a voxel size is given; the axes of the stored ones."""
     order = [int(header[n]) - 1 for n in ("mapc", "mapr", "maps")]
     if sorted(order) != [0, 1, 2]:

@@ -141,7 +141,7 @@ def open_file(path: Path, name: str, options: ReadOptions, inner: str | None = N
     zarr = need("zarr", EXTRA, name)
     with damage_reported(name, "is a damaged Zarr store"):
         node = zarr.open(str(path / inner.strip("/") if inner else path), mode="r")
-    levels, axes, scale, translation, units = _describe(name, path, node)
+    levels, axes, scale, translation, units = _describe(name, node)
     if not levels:
         found = _list_images(node)
         listed = f"holds {', '.join(found[:6])}; name one as {path.name}::NAME" if found else "holds no image"
@@ -200,7 +200,7 @@ def open_file(path: Path, name: str, options: ReadOptions, inner: str | None = N
     )
 
 
-def _describe(name: str, path: Path, node) -> tuple[list[str], list[str], list[list[float]], list[list[float]], list]:
+def _describe(name: str, node) -> tuple[list[str], list[str], list[list[float]], list[list[float]], list]:
     """Paths of the resolutions, axes, and for each resolution scale and translation; and the units of the axes."""
     if hasattr(node, "shape"):  # an array without any metadata: the last axes are z, y, x
         names = getattr(node.metadata, "dimension_names", None)

@@ -49,23 +49,6 @@ def read_volume(path: str | Path, **reading) -> NiftiVolume:
         return read_source(source, **reading | options_in(path))
 
 
-@contextmanager
-def open_scan(path: str | Path, scratch: str | Path, **reading) -> Iterator[SlabScan]:
-    """Open a volume of any format that need not fit into memory, after passing once over its voxels.
-
-    Args:
-        path, reading: as for [`read_volume`].
-        scratch: as for [`stream_source`].
-
-    Raises:
-        InputError: as [`read_volume`].
-        OutputError: if the disk cannot take the voxels.
-    """
-    reading |= options_in(path)
-    with open_source(path, **reading) as source, stream_source(source, scratch, **reading) as scan:
-        yield scan
-
-
 def grid_of(source: Source) -> tuple[tuple[int, int, int], tuple[float, float, float], str]:
     """Shape and edge lengths in mm of an open volume in canonical orientation, and the unit of its file."""
     if isinstance(source, NiftiFile):

@@ -171,8 +171,8 @@ def folder_of(path: str | Path) -> Path:
     return split(path)[0].parent
 
 
-def files_of(path: str | Path, series: str | None = None) -> list[Path]:
-    """The files that a volume is stored in, sorted; `series` chooses one of several DICOM series of a folder."""
+def files_of(path: str | Path) -> list[Path]:
+    """The files that a volume is stored in, sorted."""
     place, inner = split(path)
     found = recognise(place)
     if found is ome_zarr and place.is_dir():
@@ -188,7 +188,7 @@ def files_of(path: str | Path, series: str | None = None) -> list[Path]:
                 if p.suffix in (".img", ".hdr", ".raw", ".zraw", ".gz")
             ]
         return sorted({place, *pair})
-    return sorted({s.path for s in _choose_series(place, inner or series, str(place)).slices})
+    return sorted({s.path for s in _choose_series(place, inner, str(place)).slices})
 
 
 def _choose_series(place: Path, wanted: str | None, name: str) -> dicom.Series:
@@ -203,13 +203,13 @@ def _choose_series(place: Path, wanted: str | None, name: str) -> dicom.Series:
     return dicom.choose_series(series_in(place), wanted, name)
 
 
-def volume_sha256(path: str | Path, series: str | None = None) -> str:
+def volume_sha256(path: str | Path) -> str:
     """The sha256 of a volume's file; of several files, that over their sha256 in the order of their names.
 
     Args:
-        path, series: as for [`files_of`].
+        path: as for [`files_of`].
     """
-    return files_sha256(split(path)[0], files_of(path, series))
+    return files_sha256(split(path)[0], files_of(path))
 
 
 @contextlib.contextmanager

@@ -12,11 +12,11 @@ import pytest
 
 from diffdiscover3d.data.datasets.folder import VolumeFolder
 from diffdiscover3d.data.datasets.listing import list_volumes, look_into
-from diffdiscover3d.data.formats.nifti.slabs import open_slabs
 from diffdiscover3d.data.formats.reading import read_volume
 from diffdiscover3d.data.formats.registry import display_name, stem, volume_sha256
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.segmentation.finish import Finish
+from tests.helpers.opened_scans import open_slabs
 
 VALUES = np.random.default_rng(5).normal(size=(5, 6, 7)).astype(np.float32)
 LATIN = os.fsdecode(b"caf\xe9.nii")

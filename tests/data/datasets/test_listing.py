@@ -93,7 +93,9 @@ def test_masks_alone_are_volumes(tmp_path):
 def test_a_series_is_chosen(mixed):
     for wanted in ("10", "1.2.10"):
         found = look_into(mixed / "patient" / "MR", series=wanted)
-        assert found.volumes == (mixed / "patient" / "MR::1.2.10",) or found.volumes == (mixed / "patient" / "MR",)
+        assert found.volumes == (mixed / "patient" / "MR::1.2.10",)
+    # a folder with one series without a fault is named by itself
+    assert look_into(mixed / "patient" / "CT", series="3").volumes == (mixed / "patient" / "CT",)
     with pytest.raises(InputError, match="no volume in it can be used"):
         list_volumes(mixed / "patient" / "MR", series="77")
 

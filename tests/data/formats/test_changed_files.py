@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from diffdiscover3d.data.formats import stamps
-from diffdiscover3d.data.formats.reading import open_scan, open_source, read_source, read_volume, stream_source
+from diffdiscover3d.data.formats.reading import open_source, read_source, read_volume, stream_source
 from diffdiscover3d.data.formats.registry import volume_sha256
 from diffdiscover3d.errors import InputError
 from tests.helpers import volume_files as files
+from tests.helpers.opened_scans import open_scan
 
 for _module in ("SimpleITK", "pydicom", "h5py", "tifffile", "mrcfile", "zarr"):
     pytest.importorskip(_module)

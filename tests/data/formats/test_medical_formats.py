@@ -6,9 +6,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from diffdiscover3d.data.formats.reading import open_scan, read_volume
+from diffdiscover3d.data.formats.reading import read_volume
 from diffdiscover3d.data.formats.registry import open_volume
 from tests.helpers import volume_files as files
+from tests.helpers.opened_scans import open_scan
 
 sitk = pytest.importorskip("SimpleITK")
 pytest.importorskip("pydicom")

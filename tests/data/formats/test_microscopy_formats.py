@@ -5,10 +5,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from diffdiscover3d.data.formats.reading import open_scan, read_volume
+from diffdiscover3d.data.formats.reading import read_volume
 from diffdiscover3d.data.formats.registry import stem, with_options
 from diffdiscover3d.errors import InputError
 from tests.helpers import volume_files as files
+from tests.helpers.opened_scans import open_scan
 
 h5py = pytest.importorskip("h5py")
 tifffile = pytest.importorskip("tifffile")

@@ -13,7 +13,7 @@ from nibabel.orientations import inv_ornt_aff, io_orientation
 
 from diffdiscover3d.data.formats.nifti.header import length_unit, read_affine
 from diffdiscover3d.data.formats.nifti.raw_grid import SLAB_VOXELS, RawGrid, Region
-from diffdiscover3d.data.formats.nifti.source import NiftiFile, open_nifti
+from diffdiscover3d.data.formats.nifti.source import NiftiFile
 from diffdiscover3d.data.formats.nifti.voxels import (
     check_contrast,
     check_finite,
@@ -94,20 +94,6 @@ class SlabScan:
             raise InputError(
                 f"{self.path}: changed while it was being read; run again when it is no longer written to."
             )
-
-
-@contextmanager
-def open_slabs(path: str | Path, scratch: str | Path, **reading) -> Iterator[SlabScan]:
-    """Open a `.nii` or `.nii.gz` file for region-wise access, after one pass over its bytes to validate them.
-
-    Args:
-        path, scratch, reading: as for [`stream_volume`].
-
-    Raises:
-        InputError, OutputError: as for [`stream_volume`].
-    """
-    with open_nifti(path) as file, stream_volume(file, scratch, **reading) as scan:
-        yield scan
 
 
 @contextmanager

@@ -12,9 +12,9 @@ import pytest
 
 from diffdiscover3d.data.formats.nifti.payload import open_payload
 from diffdiscover3d.data.formats.nifti.reading import read_nifti
-from diffdiscover3d.data.formats.nifti.slabs import open_slabs
 from diffdiscover3d.errors import InputError
 from tests.helpers.corpus import blobs
+from tests.helpers.opened_scans import open_slabs
 
 
 def bomb(start: bytes, mebibytes: int) -> bytes:

@@ -12,10 +12,10 @@ import pytest
 
 from diffdiscover3d.data.formats.nifti import raw_grid, slabs
 from diffdiscover3d.data.formats.nifti.reading import read_nifti
-from diffdiscover3d.data.formats.nifti.slabs import open_slabs
 from diffdiscover3d.errors import InputError, OutputError
 from tests.data.formats.nifti.test_payload import bomb
 from tests.helpers.corpus import CORPUS, blobs
+from tests.helpers.opened_scans import open_slabs
 
 
 def everything(scan) -> np.ndarray:

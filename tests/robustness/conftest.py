@@ -1,4 +1,4 @@
-"""The suite's summary: `pytest -m slow tests/reliability --summary FILE` writes the counts as JSON."""
+"""The suite's summary: `pytest -m slow tests/robustness --summary FILE` writes the counts as JSON."""
 
 import json
 import multiprocessing
@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers.training_runs import DIFFUSION, SEED, command, finish, write_scans
 
-COMMAND = "pytest -m slow tests/reliability --summary benchmarks/results/reliability.json"
+COMMAND = "pytest -m slow tests/robustness --summary benchmarks/results/robustness.json"
 PRELOADED = ("segmentation.driver", "train", "training.loop", "training.diffusion", "training.discovery")
 _TESTS: dict[str, dict] = {}
 
@@ -54,7 +54,7 @@ def pytest_runtest_logreport(report):
         entry = {"outcome": report.outcome, "seconds": round(report.duration), **dict(report.user_properties)}
         if report.outcome == "skipped":
             entry["reason"] = str(report.longrepr[-1])
-        _TESTS[report.nodeid.split("reliability/")[-1]] = entry
+        _TESTS[report.nodeid.split("robustness/")[-1]] = entry
 
 
 def pytest_sessionfinish(session):

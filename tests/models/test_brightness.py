@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from diffdiscover3d.data.brightness import (
+from diffdiscover3d.models.brightness import (
     add_brightness,
     brightness_evidence,
     robust_moments,
