@@ -4,9 +4,8 @@ PyTorch's group norm needs contiguous volumes, computes the statistics of each g
 the SiLU and the additions before and after it to further kernels. These kernels read channels-last volumes, as
 convolutions write them, split the statistics over all multiprocessors, and add the bias of the convolution before and
 the residual after in the same pass. They read and write the type of the volume; all arithmetic is in float32. Sums are
-split in the same way on every run, so results are deterministic.
-
-Statistics are sums of values and of squares, whose rounding is below that of a volume in half precision.
+split in the same way on every run, so results are deterministic. Statistics are sums of values and of squares, whose
+rounding is below that of a volume in half precision.
 """
 
 import functools
