@@ -197,7 +197,9 @@ class _Context(torch.autograd.Function):
         found = torch.bmm(_cut(weights, segments).transpose(1, 2), _cut(v, segments))
         if segments > 1:
             found = found.view(-1, segments, *found.shape[1:]).sum(dim=1, dtype=precise)
-        centred, factors = found / total, same_head.to(precise) * scale
+        # a bool times a number is of the default type: only another type needs a cast, which is an operator more
+        mask = same_head if precise == torch.get_default_dtype() else same_head.to(precise)
+        centred, factors = found / total, mask * scale
         ctx.save_for_backward(weights, v, centred, factors, total)
         ctx.segments = segments
         return ((centred + mean) * factors).to(k.dtype)
