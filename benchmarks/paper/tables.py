@@ -13,6 +13,7 @@ scores, which were measured on other volumes.
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import DOCS, RESULTS
@@ -74,12 +75,13 @@ def cells(group: tuple) -> list[Cell]:
 
 
 def collect(table: PaperTable, fill: bool) -> dict[int, list[dict]]:
-    """Rows of each table; without `fill` only those that are there."""
+    """Rows of each table; without `fill` only those that are there for all levels of a seed."""
     rows: dict[int, list[dict]] = {}
     for group in GROUPS:
         for cell in cells(group):
-            path = table.output / "cells" / f"{cell.name}.json"
-            if not path.exists() and (not fill or (METHODS[cell.method].needs_med3d and not table.med3d)):
+            levels = [table.output / "cells" / f"{replace(cell, level=level).name}.json" for level in LEVELS]
+            is_there = all(path.exists() for path in levels)
+            if not is_there and (not fill or (METHODS[cell.method].needs_med3d and not table.med3d)):
                 continue
             row = table.fill(cell)
             print(f"{cell.name}: {row['dice']:.3f}", flush=True)

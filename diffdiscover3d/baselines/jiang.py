@@ -13,7 +13,7 @@ from diffdiscover3d.baselines.base import TrainedBaseline, place
 from diffdiscover3d.baselines.cicek import draw_labelled, label_in_windows
 from diffdiscover3d.baselines.fitting import Schedule
 from diffdiscover3d.baselines.supervision import HIDDEN, best_numbering_loss
-from diffdiscover3d.models.cpu_kernels import GroupNorm, precise_if_small
+from diffdiscover3d.models.cpu_kernels import precise_if_small
 
 _BLOCKS_DOWN, _BLOCKS_UP = (1, 2, 2, 4), (1, 1, 1)
 
@@ -82,7 +82,6 @@ class CascadedUNet(nn.Module):
         second = make(widths[1], 1 + num_parts, "nontrainable")  # interpolation in place of transposed convolutions
         self.second_up_samples, self.second_up_layers = second.up_samples, second.up_layers
         self.second_final = second.conv_final
-        GroupNorm.adopt(self).to(memory_format=torch.channels_last_3d)  # as the U-Net of `cicek`
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (B, K, H, W, D) of the second stage's first decoder."""
@@ -111,7 +110,7 @@ class Jiang(TrainedBaseline):
     def fit(self, volumes: Sequence[dict], folder: Path | None = None) -> None:
         """See [`TrainedBaseline.fit`]; labels are those of the number of parts."""
         c = self.config
-        network = self.seeded(lambda: CascadedUNet(c.widths, self.num_parts)).to(self.device)
+        network = self.place_network(self.seeded(lambda: CascadedUNet(c.widths, self.num_parts)))
 
         def loss(_) -> torch.Tensor:
             x, labels = (t.to(self.device) for t in draw_labelled(volumes, c.batch_size, c.crop, c.max_gamma))

@@ -133,7 +133,7 @@ class Zhao(TrainedBaseline):
             raise InputError(f"exactly one volume must be labelled, got {len(labelled)}.")
         atlas_item = volumes[labelled[0]]
         atlas, labels = atlas_item["volume"][None].to(self.device), atlas_item["labels"].to(self.device)
-        transforms = self.seeded(lambda: TransformNetworks(c)).to(self.device)
+        transforms = self.place_network(self.seeded(lambda: TransformNetworks(c)))
         self._learn_shapes(transforms, volumes, atlas, folder)
         self._learn_appearances(transforms, volumes, atlas, labels, folder)
         self._learn_to_segment(transforms, volumes, atlas, labels, labelled[0], folder)
@@ -182,7 +182,7 @@ class Zhao(TrainedBaseline):
     def _learn_to_segment(self, transforms: TransformNetworks, volumes, atlas, labels, number, folder) -> None:
         c = self.config
         transforms.eval().requires_grad_(False)
-        network = self.seeded(lambda: make_unet(c.channels, 1, self.num_parts)).to(self.device)
+        network = self.place_network(self.seeded(lambda: make_unet(c.channels, 1, self.num_parts)))
         weights = class_weights([volumes[number]], self.num_parts).to(self.device)
         grid = atlas.shape[2:]
 

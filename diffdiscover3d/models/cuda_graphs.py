@@ -29,9 +29,10 @@ class GraphedCalls:
 
     def __init__(self, limit: int = 8):
         self._limit = limit
-        self._seen: set[int] = set()
-        self._failed: set[int] = set()
-        self._graphs: OrderedDict[int, tuple] = OrderedDict()
+        self._seen: set[tuple] = set()
+        self._short: set[tuple] = set()  # for whose graph there was no memory beside others
+        self._failed: set[tuple] = set()
+        self._graphs: OrderedDict[tuple, tuple] = OrderedDict()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def __call__(self, network: nn.Module, *tensors: torch.Tensor, **options):
@@ -44,13 +45,21 @@ class GraphedCalls:
         place = tensors[0].device
         if place.type != "cuda" or torch.is_grad_enabled() or next(network.parameters()).device != place:
             return network(*tensors, **options)
-        key = hash(_key(network, tensors, options))
+        key = _key(network, tensors, options)
         is_new = key not in self._seen
         self._seen.add(key)
         if is_new or key in self._failed:
             return self._run(network, tensors, options)
         if key not in self._graphs and not self._try_to_capture(key, network, tensors, options):
             return self._run(network, tensors, options)  # the frames of the capture, and their memory, are gone by now
+        try:
+            return self._replay(key, tensors)
+        except torch.OutOfMemoryError:  # of the copies
+            pass
+        self._drop_graphs()
+        return network(*tensors, **options)
+
+    def _replay(self, key: tuple, tensors: tuple):
         self._graphs.move_to_end(key)
         graph, inputs, output = self._graphs[key]
         for target, given in zip(inputs, tensors, strict=True):
@@ -72,9 +81,9 @@ class GraphedCalls:
         self._graphs.clear()
         release_memory()
 
-    def _try_to_capture(self, key: int, network: nn.Module, tensors: tuple, options: dict) -> bool:
+    def _try_to_capture(self, key: tuple, network: nn.Module, tensors: tuple, options: dict) -> bool:
         """Capture a call, after dropping the oldest graph beyond the limit; `False` if it cannot be captured."""
-        stream = torch.cuda.current_stream()
+        stream = torch.cuda.current_stream(tensors[0].device)
         while len(self._graphs) >= self._limit:
             self._graphs.popitem(last=False)
         try:
@@ -84,7 +93,8 @@ class GraphedCalls:
             torch.cuda.set_stream(stream)  # a failed capture leaves its own
             lacks_memory = isinstance(cause_of(error), torch.OutOfMemoryError)
             logger.warning("a forward pass cannot be captured as a CUDA graph: %s", first_line(cause_of(error)))
-        if lacks_memory and self._graphs:  # without the others it may fit the next time
+        if lacks_memory and self._graphs and key not in self._short:  # without the others it may fit the next time
+            self._short.add(key)
             self._drop_graphs()
         else:
             self._failed.add(key)

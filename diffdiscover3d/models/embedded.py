@@ -57,7 +57,7 @@ def embedded_card(folder: Path) -> Path | None:
 
 
 def _same_weights(embedded: Path, folder: Path) -> bool:
-    """Whether a folder holds the weights of an embedded one, up to the rounding of the embedded type."""
+    """Whether a folder holds the weights of an embedded one, up to the rounding of either type."""
     with ExitStack() as stack:
         try:
             kept, found = (_open_weights(base, stack) for base in (embedded, folder))
@@ -68,7 +68,7 @@ def _same_weights(embedded: Path, folder: Path) -> bool:
         if any(kept[n].get_slice(n).get_shape() != found[n].get_slice(n).get_shape() for n in kept):
             return False
         pairs = ((kept[n].get_tensor(n), found[n].get_tensor(n)) for n in kept)
-        return all(a.equal(b.to(a.dtype)) for a, b in pairs)
+        return all(a.equal(b.to(a.dtype)) or a.to(b.dtype).equal(b) for a, b in pairs)
 
 
 def _open_weights(folder: Path, stack: ExitStack) -> dict:

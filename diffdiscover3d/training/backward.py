@@ -59,7 +59,7 @@ class GraphedPass(EagerPass):
         super().__init__(losses, backward)
         self._parameters, self._begin = parameters, begin
         self._steps, self._failed = 0, False
-        self._stream = torch.cuda.Stream(device)
+        self._device, self._stream = device, torch.cuda.Stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @property
@@ -88,7 +88,7 @@ class GraphedPass(EagerPass):
         return super().__call__(batch)
 
     def _try_to_capture(self, leaves: list, layout) -> bool:
-        stream = torch.cuda.current_stream()
+        stream = torch.cuda.current_stream(self._device)
         try:
             self._capture(leaves, layout)
             return True

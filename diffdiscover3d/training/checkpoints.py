@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffdiscover3d.errors import ModelError
-from diffdiscover3d.utils.files import atomic_folder, read_json, sha256, write_json
+from diffdiscover3d.utils.files import TEMPORARY_PREFIX, atomic_folder, read_json, sha256, write_json
 
 STATE_FILE = "state.json"
 _NAME = re.compile(r"checkpoint-(\d{8})")
@@ -130,6 +130,12 @@ def later_checkpoints(folder: Path, step: int) -> tuple[list[Path], list[Path]]:
             except ModelError:
                 damaged.append(path)
     return intact, damaged
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete half-written checkpoints, also where folders cannot be locked; no other process writes any."""
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

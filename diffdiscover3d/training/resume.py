@@ -12,7 +12,7 @@ from diffdiscover3d.training import checkpoints
 from diffdiscover3d.training.config import TrainingConfig, as_dict
 from diffdiscover3d.training.dropout import sees_its_own_batch_only
 from diffdiscover3d.training.schedules import EXTENDABLE_SCHEDULES
-from diffdiscover3d.utils.files import clear_temporary_files, read_json
+from diffdiscover3d.utils.files import read_json
 
 logger = logging.getLogger("diffdiscover3d")
 CONFIG_FILE = "train_config.json"
@@ -97,7 +97,7 @@ def resume_training(task, config, optimizer, accelerator, output: Path, identity
         raise ModelError(f"the processes found checkpoints of different steps {steps.tolist()}; share --output-dir.")
     if found is None:
         if accelerator.is_main_process:
-            clear_temporary_files(output / "checkpoints")
+            checkpoints.remove_partial(output / "checkpoints")
         return 0
     if intact:
         raise ModelError(
@@ -122,7 +122,7 @@ def resume_training(task, config, optimizer, accelerator, output: Path, identity
     except (KeyError, RuntimeError) as error:
         raise ModelError(f"the checkpoint does not match this model ({str(error)[:200]}).") from error
     if accelerator.is_main_process:
-        clear_temporary_files(output / "checkpoints")
+        checkpoints.remove_partial(output / "checkpoints")
         for path in damaged:  # otherwise no checkpoint could be written at its step
             logger.warning("removing the damaged checkpoint %s", path)
             shutil.rmtree(path, ignore_errors=True)

@@ -19,7 +19,7 @@ from diffdiscover3d.errors import DiffDiscoverError, ModelError, OutputError
 from diffdiscover3d.utils.temporary_folders import clear_abandoned, temporary_folder
 
 _LARGEST_JSON = 2**28  # bytes
-_TEMPORARY = ".diffdiscover3d-file."  # prefix of the hidden folders of [`atomic_file`]
+TEMPORARY_PREFIX = ".diffdiscover3d-file."  # prefix of the hidden folders of [`atomic_file`]
 _CLEAR_AGAIN = 60.0  # seconds after which a folder is looked through again
 _CLEARED: dict[Path, float] = {}  # when this process last looked through a folder
 _DISK_MARGIN = 2**20  # bytes to leave free for small files next to a large one
@@ -56,7 +56,7 @@ def clear_temporary_files(folder: Path) -> None:
     """Delete the temporary files that killed processes have left in a folder; see [`atomic_file`]."""
     _CLEARED[folder] = time.monotonic()
     with contextlib.suppress(OSError):  # what cannot be deleted stays
-        clear_abandoned(folder, _TEMPORARY)
+        clear_abandoned(folder, TEMPORARY_PREFIX)
 
 
 @contextlib.contextmanager
@@ -80,7 +80,7 @@ def _temporary_beside(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         if time.monotonic() - _CLEARED.get(target.parent, -math.inf) > _CLEAR_AGAIN:
             clear_temporary_files(target.parent)
-        with temporary_folder(target.parent, _TEMPORARY) as folder:
+        with temporary_folder(target.parent, TEMPORARY_PREFIX) as folder:
             yield folder
 
 

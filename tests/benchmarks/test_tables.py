@@ -82,15 +82,18 @@ def test_what_is_there_is_written_and_nothing_is_computed(tmp_path):
 
     table = PaperTable(tmp_path, run_training=run_training)
     (tmp_path / "cells").mkdir()
-    for method, level, dice in (("ours", 1, 0.97), ("bm4d-k-means", 1, 0.94), ("stage-1", 2, 0.5)):
-        cell = Cell("regular", method, level, 0)
-        settings = table.settings_of(METHODS[method])
-        write_json(tmp_path / "cells" / f"{cell.name}.json", row(method, level, dice) | {"settings": settings})
+    there = [("ours", level, seed, 0.97 - level / 10) for seed in (0, 1) for level in LEVELS[: 3 - seed]]
+    there += [(name, level, 0, 0.94 - level / 10) for name in ("bm4d-k-means", "stage-1") for level in LEVELS]
+    for method, level, seed, dice in there:
+        cell = Cell("regular", method, level, seed)
+        written = row(method, level, dice, seed=seed) | {"settings": table.settings_of(METHODS[method])}
+        write_json(tmp_path / "cells" / f"{cell.name}.json", written)
     rows = collect(table, fill=False)
-    assert {number: len(found) for number, found in rows.items()} == {1: 2, 2: 1}
+    assert {number: len(found) for number, found in rows.items()} == {1: 6, 2: 3}  # seed 1 lacks a level
     summaries = {number: mean_over_seeds(found) for number, found in rows.items()}
     absent = missing(rows)
-    assert "ours (regular, seed 0)" in absent and "consistencies alone, stage 3 (regular, seed 0)" in absent
+    assert "ours (regular, seed 1)" in absent and "ours (regular, seed 0)" not in absent
+    assert "consistencies alone, stage 3 (regular, seed 0)" in absent
     result = {
         "tables": summaries,
         "leads": leads(summaries[1]),
@@ -99,7 +102,8 @@ def test_what_is_there_is_written_and_nothing_is_computed(tmp_path):
     }
     page = write_page(result, tmp_path / "docs").read_text()
     assert "Not measured yet: k-means (regular, seed 0), " in page
-    assert "| ours | 0.970 (0.870) |" in page and "| regular | 1 | 0.970 ± 0.000 | 1 | 0.986 |" in page
+    assert "| ours | 0.870 (0.770) | 0.770 (0.670) | 0.670 (0.570) |" in page
+    assert "| regular | 1 | 0.870 ± 0.000 | 1 | 0.986 |" in page
     assert "| the paper's over BM4D | target |" in page and "It is met if ours leads both BM4D + k-means and" in page
     assert (tmp_path / "docs" / "tables" / "table-2.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -119,10 +123,11 @@ def test_the_page_describes_the_training_of_eq_4_as_written(tmp_path):
 
 def test_rows_of_the_same_settings_are_taken_over(tmp_path):
     table = PaperTable(tmp_path)
-    good = row("ours", 1, 0.97) | {"settings": table.settings_of(METHODS["ours"])}
-    other = row("ours", 2, 0.7) | {"settings": {**table.settings_of(METHODS["ours"]), "recipe_sha256": "0"}}
-    take_over(table, [good, other])
-    assert collect(table, fill=False) == {1: [good]}
+    settings = table.settings_of(METHODS["ours"])
+    good = [row("ours", level, 0.97) | {"settings": settings} for level in LEVELS]
+    others = [row("ours", n, 0.7, seed=1) | {"settings": {**settings, "recipe_sha256": "0"}} for n in LEVELS]
+    take_over(table, [*good, *others])
+    assert collect(table, fill=False) == {1: good}
 
 
 def rows_of_scores(text, heading):

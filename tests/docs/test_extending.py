@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def test_a_training_has_the_loss_of_the_page(tmp_path):
     tests.write_text(own + "\n\n" + block(page, "tests/test_losses.py", "py"))
     commands = block(page, "tests/test_losses.py", "text").replace("\\\n", " ").splitlines()
     assert [line.split()[0] for line in commands] == ["pytest", "diffdiscover3d"]
-    run(folder, "pytest", "-q", "tests/test_losses.py", "tests/training/test_config.py")
+    run(folder, *shlex.split(commands[0]))
     run(folder, *commands[1].split())
     lines = [json.loads(line) for line in (folder / "try" / "log.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(0 < line["balance"] < 0.1 for line in lines)

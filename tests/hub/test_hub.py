@@ -130,6 +130,8 @@ answer["sharded"] = network.push_to_hub("user/sharded", max_shard_size="100KB", 
 flair = DiffusionFeaturePipeline.from_pretrained("brain-flair")
 answer["flair"] = flair.push_to_hub("user/flair"), flair.unet.push_to_hub("user/flair-unet", max_shard_size="2MB")
 flair.unet.conv_out.bias.data += 1
+halved = StructureDiscoveryModel.from_pretrained("brain-flair").bfloat16()
+answer["halved"] = halved.push_to_hub("user/flair-halved")
 answer["changed"] = flair.push_to_hub("user/flair-changed")
 answer["whole"] = network.push_to_hub("user/sharded", scores={"rows": [{"method": "diffdiscover3d", "dice": 0.5}]})
 """
@@ -345,7 +347,7 @@ def test_the_weights_of_an_embedded_model_keep_its_card(hub, pushed):
     """A loaded pipeline is saved in another type and in shards; weights that were changed are another model."""
     assert len(pushed["flair"]) == 2
     own = (embedded_models()["brain-flair"].folder / "README.md").read_bytes()
-    for name in ("user/flair", "user/flair-unet"):
+    for name in ("user/flair", "user/flair-unet", "user/flair-halved"):
         assert hub.repos["models", name].files("main")["README.md"] == own
     assert any("-of-" in file for file in hub.repos["models", "user/flair-unet"].files("main"))
     card = hub.repos["models", "user/flair-changed"].files("main")["README.md"]

@@ -45,7 +45,7 @@ def captured(monkeypatch):
         return graph, inputs, output
 
     monkeypatch.setattr(GraphedCalls, "_capture", capture)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the caller's")
     monkeypatch.setattr(cuda_graphs, "autocast_dtype", lambda device: None)
     return calls
 
@@ -116,9 +116,13 @@ class Full(Network):
 
     graphs = staticmethod(lambda: ())
 
+    @staticmethod
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
     def forward(self, x, stages=(1,)):
         if len(x) > 2 and self.graphs():
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            self.fail()
         return super().forward(x, stages)
 
 
@@ -132,9 +136,36 @@ def test_graphs_are_dropped_where_their_memory_is_needed(captured, monkeypatch):
     found = calls(network, volume(1, side=5)).features[0]
     torch.testing.assert_close(torch.Tensor(found), 2 * torch.Tensor(volume(1, side=5)))
     assert len(captured) == 1 and not calls._graphs
+    for _ in range(2):
+        calls(network, volume(0))
+    monkeypatch.setattr(GraphedCalls, "_replay", Full.fail)  # the copies of a replay find no memory
+    found = calls(network, volume(3)).features[0]
+    torch.testing.assert_close(torch.Tensor(found), 2 * torch.Tensor(volume(3)))
+    assert not calls._graphs
     monkeypatch.setattr(Full, "graphs", staticmethod(lambda: True))
     with pytest.raises(torch.OutOfMemoryError):  # there is no graph to drop
         calls(network, volume(2, side=7))
+
+
+@torch.no_grad()
+def test_kinds_whose_graphs_do_not_fit_together_are_not_captured_for_ever(captured, monkeypatch, caplog):
+    def capture(self, network, tensors, options, original=GraphedCalls._capture):
+        tried.append(len(tensors[0]))
+        if self._graphs:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, network, tensors, options)
+
+    tried = []
+    monkeypatch.setattr(GraphedCalls, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    network, calls = Network(), GraphedCalls()
+    for seed in range(6):
+        for side in (2, 5):
+            found = calls(network, volume(seed, side=side)).features[0]
+            torch.testing.assert_close(torch.Tensor(found), 2 * torch.Tensor(volume(seed, side=side)))
+    # each gave way to the other once; then one keeps its graph
+    assert tried == [2, 5, 2, 5] and [key[0][0][0][0] for key in calls._graphs] == [2]
+    assert len(caplog.records) == 2
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from diffdiscover3d.training.checkpoints import (
     load_checkpoint,
     pack_optimizer,
     prune_checkpoints,
+    remove_partial,
     save_checkpoint,
     unpack_optimizer,
 )
@@ -61,6 +62,15 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, 1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folders_of_killed_writers_are_removed_without_locks(tmp_path):
+    save(tmp_path, 1)
+    left = tmp_path / ".diffdiscover3d-file.left"
+    (left / "new").mkdir(parents=True)
+    (left / "new" / "model.safetensors").touch()
+    remove_partial(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-00000001"]
 
 
 def test_pruning_keeps_the_newest(tmp_path):

@@ -166,6 +166,7 @@ def choose_series(series: Sequence[Series], wanted: str | None, name: str) -> Se
     """
     if wanted is not None:
         chosen = [s for s in series if wanted in (s.uid, str(s.number))]
+        chosen = [s for s in chosen if fault_of(s) is None] or chosen
         if len(chosen) != 1:
             listed = ", ".join(str(s.number) if s.number is not None else s.uid for s in series)
             what = f"has no series {wanted}" if not chosen else f"has several series {wanted}; give its UID"

@@ -2,7 +2,7 @@
 
 A volume is named by a path. Where a path holds several, `::` and a name follow: `cells.h5::/raw`, `arrays.npz::image`,
 `store.zarr::plate/A/1`, and the Series Instance UID behind a DICOM folder. `@volume=1` and `@resolution=2` at the end
-of these choose a channel or time point and a level of a pyramid: `cells.ome.tif::@volume=1`.
+of these choose a channel or time point and a resolution of a pyramid: `cells.ome.tif::@volume=1`.
 """
 
 import contextlib
