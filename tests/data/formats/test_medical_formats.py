@@ -114,6 +114,19 @@ def test_several_series_are_listed_and_chosen(tmp_path):
         read_volume(tmp_path / "ct", series="9")
 
 
+def test_a_number_means_the_series_that_is_a_volume(tmp_path):
+    array, affine = files.stored(files.CANONICAL)
+    files.write_dicom(tmp_path / "ct", array, affine)
+    scout = {"uid": "1.2.826.0.1.3680043.8.498.9", "first_instance": 201}
+    files.write_dicom(tmp_path / "ct", array + 1, affine, skip=(6, 7), **scout)
+    assert np.array_equal(read_volume(tmp_path / "ct", series="3").data, files.phantom())
+    with pytest.raises(ValueError, match=r"lacks about 2 slice"):
+        read_volume(tmp_path / "ct", series=scout["uid"])
+    files.write_dicom(tmp_path / "ct", array + 2, affine, uid="1.2.826.0.1.3680043.8.498.6", first_instance=401)
+    with pytest.raises(ValueError, match="several series 3; give its UID"):
+        read_volume(tmp_path / "ct", series="3")
+
+
 def test_time_points_of_a_series_are_volumes(tmp_path):
     array, affine = files.stored(files.CANONICAL)
     files.write_dicom(tmp_path / "ct", array, affine)
