@@ -35,7 +35,7 @@ BASELINES = (
 # methods of other papers; Med3D's are made where MedicalNet's weights are given
 LABEL_FREE = ("nalepa", "iic", "jule", "hsu", "med3d-k-means", "med3d")
 LABELLED = ("cicek", "zhao", "jiang")
-STRONGEST = ("spatial-k-means", "nalepa", "cicek", "jiang")  # three seeds, the strongest of each kind at level 2
+STRONGEST = ("nalepa", "cicek", "jiang")  # three seeds, the strongest of each kind at level 2
 TERMS = ("no-visual", "no-feature", "no-invariance", "as-written")
 ASSIGNMENTS = ("first-round", "no-space", "no-smooth", "no-recolor")
 ABLATIONS = (*TERMS, *ASSIGNMENTS)
