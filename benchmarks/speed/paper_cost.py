@@ -1,4 +1,4 @@
-"""What the trainings of the preset `paper` ask of a GPU: an estimate from counted operations, not a measurement.
+"""Operations of the trainings of the preset `paper` on a GPU: an estimate from counts, not a measurement.
 
 Operations are counted on torch's meta device, which computes shapes and nothing else, so a network of any size is
 counted in a second. The seconds follow from a rate that is assumed.

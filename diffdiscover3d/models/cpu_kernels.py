@@ -64,18 +64,12 @@ class Conv3d(nn.Conv3d):
     @classmethod
     def adopt(cls, network: nn.Module) -> nn.Module:
         """Change the class of every `nn.Conv3d` of a network to this one, in place; parameters and names stay."""
-        for module in network.modules():
-            if type(module) is nn.Conv3d:
-                module.__class__ = cls
-        return network
+        return _change_class(network, nn.Conv3d, cls)
 
     @classmethod
     def release(cls, network: nn.Module) -> nn.Module:
         """Undo [`adopt`], in place."""
-        for module in network.modules():
-            if type(module) is cls:
-                module.__class__ = nn.Conv3d
-        return network
+        return _change_class(network, cls, nn.Conv3d)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -92,10 +86,14 @@ class GroupNorm(nn.GroupNorm):
     @classmethod
     def adopt(cls, network: nn.Module) -> nn.Module:
         """Change the class of every `nn.GroupNorm` of a network to this one, in place; parameters and names stay."""
-        for module in network.modules():
-            if type(module) is nn.GroupNorm:
-                module.__class__ = cls
-        return network
+        return _change_class(network, nn.GroupNorm, cls)
+
+
+def _change_class(network: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> nn.Module:
+    for module in network.modules():
+        if type(module) is old:
+            module.__class__ = new
+    return network
 
 
 class ChannelsLastNormSiLU(torch.autograd.Function):
