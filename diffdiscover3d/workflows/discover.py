@@ -204,7 +204,8 @@ def _train(training: Training, result: str, place: torch.device, verbose: bool, 
     if place.type == "cpu":
         environment["ACCELERATE_USE_CPU"] = "true"
     elif place.type == "cuda" and place.index is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = str(place.index)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # the index counts in it
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[place.index] if visible else str(place.index)
     code, interrupted = run_child(command, environment)
     if interrupted or code == 130:
         raise KeyboardInterrupt

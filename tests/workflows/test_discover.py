@@ -19,6 +19,7 @@ from diffdiscover3d.hub.registry import load_discovery, load_teacher
 from diffdiscover3d.segmentation.driver import segment
 from diffdiscover3d.train import run
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
+from diffdiscover3d.training.recipes import Training
 from diffdiscover3d.utils.files import write_json
 from diffdiscover3d.workflows import discover as module
 from diffdiscover3d.workflows import discover_plan as discovery_plan
@@ -369,6 +370,21 @@ def test_a_scan_that_changes_between_two_trainings(scans, tmp_path, monkeypatch)
     with pytest.raises(InputError, match=r"s0\.nii\.gz: has changed since this run began"):
         discover(scans, tmp_path / "out", preset="quick", device="cpu", nan_to_zero=True)
     assert [options["nan_to_zero"] for options in children] == [True]
+
+
+@pytest.mark.parametrize(("visible", "index", "expected"), [(None, 1, "1"), ("2,5", 1, "5"), ("GPU-7", 0, "GPU-7")])
+def test_trainings_run_on_the_device_that_was_chosen(visible, index, expected, tmp_path, monkeypatch):
+    environments = []
+    monkeypatch.setattr(
+        module, "run_child", lambda command, environment: environments.append(environment) or (0, False)
+    )
+    monkeypatch.setattr(module, "check_unchanged", lambda plan: None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    training = Training("diffusion", {}, tmp_path / "diffusion")
+    module._train(training, "model_index.json", torch.device("cuda", index), False, None)
+    assert [environment["CUDA_VISIBLE_DEVICES"] for environment in environments] == [expected]
 
 
 def test_results_that_collide_are_refused_before_the_trainings(scans, tmp_path, monkeypatch):
