@@ -57,7 +57,7 @@ def run(config: TrainingConfig) -> str:
         from diffdiscover3d.training.brain_run import train_brain
 
         return str(train_brain(config, _prepare_push))
-    from diffdiscover3d.training.loop import check_launcher, make_accelerator
+    from diffdiscover3d.training.launch import check_launcher, make_accelerator
     from diffdiscover3d.training.precision import settle_precision
     from diffdiscover3d.training.resume import CONFIG_FILE, check_output
 

@@ -29,7 +29,7 @@ from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline,
 from diffdiscover3d.training.config import DiscoveryConfig
 from diffdiscover3d.training.data_order import draw_generator
 from diffdiscover3d.training.discovery import DiscoveryTraining
-from diffdiscover3d.training.loop import make_accelerator
+from diffdiscover3d.training.launch import make_accelerator
 
 COMMON = {"preset": "small", "num_parts": 8, "stages": (3,), "batch_size": 4}
 PAPER, FIXED = {"relative_consistency": False, "lambda_denoised": 0.0}, {"teacher_noise": "fixed"}

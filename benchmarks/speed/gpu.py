@@ -37,7 +37,8 @@ from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline,
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig
 from diffdiscover3d.training.diffusion import DiffusionTraining
 from diffdiscover3d.training.discovery import DiscoveryTraining
-from diffdiscover3d.training.loop import make_accelerator, train
+from diffdiscover3d.training.launch import make_accelerator
+from diffdiscover3d.training.loop import train
 
 BATCH = 4
 FEATURE_TIMESTEP = 25

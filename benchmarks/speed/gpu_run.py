@@ -19,7 +19,8 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 
 from benchmarks.speed.timing import synchronize
-from diffdiscover3d.training.loop import make_accelerator, train
+from diffdiscover3d.training.launch import make_accelerator
+from diffdiscover3d.training.loop import train
 from diffdiscover3d.utils.provenance import describe_environment
 
 WARMUP, STEPS = 7, 12  # a CUDA graph is captured in the fourth step

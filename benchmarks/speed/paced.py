@@ -15,7 +15,8 @@ import torch
 
 from benchmarks.speed.timing import seconds_of, synchronize
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, TrainingConfig, make_config
-from diffdiscover3d.training.loop import make_accelerator, train
+from diffdiscover3d.training.launch import make_accelerator
+from diffdiscover3d.training.loop import train
 from diffdiscover3d.training.precision import settle_precision
 
 

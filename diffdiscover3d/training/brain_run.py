@@ -13,7 +13,8 @@ from diffdiscover3d.training.brain import BrainDiffusion, BrainTraining, SceneBa
 from diffdiscover3d.training.brain_config import BrainConfig, diffusion_config
 from diffdiscover3d.training.config import TrainingConfig
 from diffdiscover3d.training.fingerprints import dataset_fingerprint
-from diffdiscover3d.training.loop import check_launcher, make_accelerator, train
+from diffdiscover3d.training.launch import check_launcher, make_accelerator
+from diffdiscover3d.training.loop import train
 from diffdiscover3d.training.precision import settle_precision
 from diffdiscover3d.training.resume import CONFIG_FILE, check_output
 from diffdiscover3d.training.schedules import settle_epochs

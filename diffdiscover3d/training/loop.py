@@ -3,7 +3,6 @@
 import functools
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,13 +20,12 @@ from diffdiscover3d.training.backward import make_pass
 from diffdiscover3d.training.config import TrainingConfig, as_dict
 from diffdiscover3d.training.data_order import StepBatches, TrainingVolumes, draw_generator
 from diffdiscover3d.training.dropout import repeat_masks, sees_its_own_batch_only, set_slots, use_slot_dropout
-from diffdiscover3d.training.optimizers import check_8bit_adam, make_optimizer, skips_on_device
+from diffdiscover3d.training.optimizers import make_optimizer, skips_on_device
 from diffdiscover3d.training.precision import FORMATS, measured_convolutions
 from diffdiscover3d.training.resume import CONFIG_FILE, resume_training, save_training
 from diffdiscover3d.training.schedules import learning_rate_at
 from diffdiscover3d.training.step_metrics import StepMetrics
 from diffdiscover3d.utils.files import atomic_file, output_errors, read_log, write_json
-from diffdiscover3d.utils.processes import keep_process_group
 from diffdiscover3d.utils.progress import ProgressBar
 from diffdiscover3d.utils.signals import StopRequest, TrainingInterrupted, ignore_signals
 from diffdiscover3d.utils.staging import staged_folder
@@ -76,55 +74,6 @@ class Task(Protocol):
 
     def save(self, folder: Path, final: bool = True) -> None:
         """Write the model without changing the training; called on the main process, at the end or a checkpoint."""
-
-
-def check_launcher() -> None:
-    """Refuse launchers that shard the weights, before they do.
-
-    Raises:
-        ValueError: if the processes were started with FSDP, DeepSpeed, Megatron or a parallelism config.
-    """
-    sharding = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
-    if any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in sharding):
-        raise ValueError(
-            "the launcher must not shard the weights (FSDP, DeepSpeed, ...): checkpoints and averages are whole, "
-            "and the networks fit on one GPU many times over; launch with --multi_gpu."
-        )
-
-
-def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The accelerator of a config; it follows `accelerate launch` where that started the process.
-
-    Raises:
-        ValueError: if the launcher started several processes that do not work together, the tracker is not
-            installed, or fp16 is wanted on a CPU.
-    """
-    try:
-        accelerator = Accelerator(
-            mixed_precision=None if config.mixed_precision == "auto" else config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=list(config.trackers) or None,
-            project_dir=config.output_dir,
-            step_scheduler_with_optimizer=False,
-        )
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"`report_to` is {config.report_to!r}, which cannot be used here: {error}") from error
-    if accelerator.num_processes > 1:
-        keep_process_group()
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("`mixed_precision` fp16 needs a GPU; on a CPU give --mixed-precision bf16 or no.")
-    missing = sorted(set(config.trackers) - {"all"} - {str(getattr(t, "value", t)) for t in accelerator.log_with})
-    if missing:
-        raise ValueError(f"`report_to` is {config.report_to!r}: not installed here; pip install {' '.join(missing)}.")
-    check_8bit_adam(config, accelerator.device)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
-        # otherwise each process would train its own model, all of them in the same folder
-        raise ValueError(
-            f"{started} processes were started but {accelerator.num_processes} work together; on a machine without "
-            "GPUs set ACCELERATE_USE_CPU=true."
-        )
-    return accelerator
 
 
 def train(

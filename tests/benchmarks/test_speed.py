@@ -43,7 +43,7 @@ from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig
 from diffdiscover3d.training.data_order import draw_generator
 from diffdiscover3d.training.diffusion import DiffusionTraining
 from diffdiscover3d.training.discovery import DiscoveryTraining
-from diffdiscover3d.training.loop import make_accelerator
+from diffdiscover3d.training.launch import make_accelerator
 
 GRID = (13, 18, 10)
 TINY = {"width": 8, "channel_multipliers": (1, 2, 2), "attention": ("linear", None, "full"), "norm_groups": 4}

@@ -18,7 +18,8 @@ from diffdiscover3d.training.data_order import draw_noise
 from diffdiscover3d.training.diffusion import DiffusionTraining
 from diffdiscover3d.training.discovery import DiscoveryTraining
 from diffdiscover3d.training.dropout import hashed_masks, slot_keys
-from diffdiscover3d.training.loop import make_accelerator, train
+from diffdiscover3d.training.launch import make_accelerator
+from diffdiscover3d.training.loop import train
 from diffdiscover3d.training.step_metrics import StepMetrics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

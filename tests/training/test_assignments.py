@@ -17,7 +17,7 @@ from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.train import main, run
 from diffdiscover3d.training.assignments import Assignments, part_families, recolor
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
-from diffdiscover3d.training.loop import make_accelerator
+from diffdiscover3d.training.launch import make_accelerator
 
 GRID = (14, 16, 12)
 

@@ -5,11 +5,12 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from diffdiscover3d.training import precision
 from diffdiscover3d.training.brain_config import BrainConfig
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
-from diffdiscover3d.training.loop import make_accelerator
+from diffdiscover3d.training.launch import make_accelerator
 from diffdiscover3d.training.precision import choose, measure, settle_precision
 
 
@@ -80,6 +81,24 @@ def test_fp16_on_a_cpu_is_refused(kind, by, measured, monkeypatch, tmp_path):
     config = settle_precision(make_config(kind, **options), tmp_path / "absent.json")
     with pytest.raises(ValueError, match=r"fp16 needs a GPU; on a CPU give --mixed-precision bf16 or no"):
         make_accelerator(config)
+
+
+def test_trainings_in_one_process_each_have_their_precision(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for chosen in ("bf16", "no", "bf16"):
+        accelerator = make_accelerator(make_config(DiffusionConfig, mixed_precision=chosen))
+        with accelerator.autocast():
+            product = torch.ones(2, 3) @ torch.ones(3, 2)
+        assert product.dtype == (torch.bfloat16 if chosen == "bf16" else torch.float32)
+
+
+def test_the_accelerator_of_the_caller_is_left(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    own = Accelerator(mixed_precision="bf16")
+    assert make_accelerator(make_config(DiffusionConfig, mixed_precision="bf16")).mixed_precision == "bf16"
+    with pytest.raises(ValueError, match="`mixed_precision` is no and this process has an accelerator with bf16; give"):
+        make_accelerator(make_config(DiffusionConfig, mixed_precision="no"))
+    assert own.mixed_precision == "bf16"
 
 
 @pytest.mark.parametrize("by", ["option", "launcher"])

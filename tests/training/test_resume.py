@@ -19,7 +19,8 @@ from diffdiscover3d.training import checkpoints
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
 from diffdiscover3d.training.diffusion import DiffusionTraining
 from diffdiscover3d.training.fingerprints import dataset_fingerprint, weights_fingerprint
-from diffdiscover3d.training.loop import make_accelerator, train
+from diffdiscover3d.training.launch import make_accelerator
+from diffdiscover3d.training.loop import train
 from diffdiscover3d.utils.signals import StopRequest, TrainingInterrupted
 from tests.helpers.brats_folders import make_brats
 from tests.helpers.training_runs import DIFFUSION, DISCOVERY, command, finish, hashes, log_steps, start, write_scans

@@ -15,7 +15,8 @@ from diffdiscover3d.training.backward import EagerPass
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
 from diffdiscover3d.training.diffusion import DiffusionTraining
 from diffdiscover3d.training.discovery import DiscoveryTraining
-from diffdiscover3d.training.loop import _make_loader, _read_ahead, _take_step, make_accelerator
+from diffdiscover3d.training.launch import make_accelerator
+from diffdiscover3d.training.loop import _make_loader, _read_ahead, _take_step
 from diffdiscover3d.training.step_metrics import MAX_BAD_STEPS, StepMetrics
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")  # only the type is used

@@ -24,7 +24,8 @@ from diffdiscover3d.train import main, run
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
 from diffdiscover3d.training.diffusion import DiffusionTraining
 from diffdiscover3d.training.discovery import DiscoveryTraining
-from diffdiscover3d.training.loop import make_accelerator, train
+from diffdiscover3d.training.launch import make_accelerator
+from diffdiscover3d.training.loop import train
 from diffdiscover3d.training.schedules import learning_rate_at
 
 GRID = (10, 8, 12)
