@@ -92,7 +92,7 @@ class BrainTraining:
     """The nested network, its scenes and its losses."""
 
     name = "brain"
-    suits_graphs = False  # replaying its steps was not tested
+    suits_graphs = True
     has_one_shape = True
 
     def __init__(self, config: BrainConfig, scans: BrainScans, accelerator: Accelerator):

@@ -118,11 +118,11 @@ class DiscoveryTraining:
 
     @property
     def suits_graphs(self) -> bool:
-        """Whether steps are replayed as CUDA graphs by default. For assigned parts this was not tested.
+        """Whether steps are replayed as CUDA graphs by default.
 
         Robust scaling selects the foreground's voxels, whose number differs.
         """
-        return self.assignments is None and self.model.config.scaling == "min_max"
+        return self.model.config.scaling == "min_max"
 
     @cached_property
     def _division(self) -> tuple[torch.Tensor, torch.Tensor | None]:

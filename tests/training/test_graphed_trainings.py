@@ -1,0 +1,180 @@
+"""Whole trainings on a simulated GPU: their steps replayed as CUDA graphs are the eager ones."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffdiscover3d.data.datasets.brain_phantom import brain_phantom
+from diffdiscover3d.hub.registry import load_discovery
+from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
+from diffdiscover3d.models.unet_3d import UNet3DModel
+from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
+from diffdiscover3d.training.brain_config import BrainConfig
+from diffdiscover3d.training.brain_run import train_brain
+from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
+from diffdiscover3d.training.diffusion import DiffusionTraining
+from diffdiscover3d.training.discovery import DiscoveryTraining
+from diffdiscover3d.training.launch import make_accelerator
+from diffdiscover3d.training.loop import train
+from tests.helpers.simulated_gpu import simulated_gpu
+
+TINY = {"width": 8, "channel_multipliers": (1, 2, 4), "attention": ("linear", "linear", None), "norm_groups": 4}
+GRID = (16, 24, 8)
+STEPS = 6
+REPLAYED = 3  # the first three steps are eager
+
+
+class Volumes:
+    """Six volumes: a smooth background with two bright boxes."""
+
+    def __init__(self):
+        coarse = torch.rand(6, 1, 4, 6, 2, generator=torch.Generator().manual_seed(0))
+        found = F.interpolate(coarse, GRID, mode="trilinear")
+        found[:, :, 2:7, 3:9, 1:4] += 1.5
+        found[:, :, 10:14, 12:20, 3:7] += 2
+        low, high = found.amin(dim=(2, 3, 4), keepdim=True), found.amax(dim=(2, 3, 4), keepdim=True)
+        self.volumes = (found - low) / (high - low)
+        self.shapes = [GRID] * 6
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return {"volume": self.volumes[range(6)[index]]}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    with simulated_gpu(monkeypatch) as found:
+        yield found
+
+
+def losses_in(folder):
+    return torch.tensor([json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()])
+
+
+def run(kind, folder, make_task, **options):
+    """The losses of a training, and its weights."""
+    fixed = {"preset": "small", "max_steps": STEPS, "log_every": 1, "preview_every": 0, "batch_size": 2}
+    config = make_config(kind, **{**fixed, "mixed_precision": "no", "output_dir": str(folder), **options})
+    accelerator = make_accelerator(config)
+    task = make_task(config, accelerator)
+    train(task, config, Volumes(), accelerator)
+    return losses_in(folder), torch.cat([p.detach().cpu().flatten() for p in task.model.parameters()])
+
+
+def compare(gpu, folder, kind, make_task, **options):
+    """Train eagerly and as by default, and compare; one graph is captured and replayed."""
+    eager = run(kind, folder / "eager", make_task, cuda_graphs=False, **options)
+    assert not gpu.graphs and eager[0].isfinite().all()
+    graphed = run(kind, folder / "graphed", make_task, **options)
+    assert [graph.replays for graph in gpu.graphs] == [REPLAYED]
+    torch.testing.assert_close(graphed, eager)
+
+
+def make_diffusion(config, accelerator):
+    return DiffusionTraining(config, GRID)
+
+
+def make_discovery(config, accelerator, **models):
+    torch.manual_seed(0)
+    teacher = DiffusionFeaturePipeline(UNet3DModel(**TINY), make_scheduler(250))
+    return DiscoveryTraining(config, teacher, Volumes(), [Volumes()[0]], accelerator, **models)
+
+
+def make_nested(config, accelerator):
+    torch.manual_seed(1)
+    parent = StructureDiscoveryModel(2, norm="instance", dropout=0.0)
+    return make_discovery(config, accelerator, parent=parent)
+
+
+def make_robust(config, accelerator):
+    torch.manual_seed(1)
+    start = StructureDiscoveryModel(3, norm="instance", dropout=0.0, scaling="robust")
+    return make_discovery(config, accelerator, start=start)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory_format": "channels_last", "mixed_precision": "bf16"},
+        {"memory_format": "contiguous", "prediction_type": "v_prediction", "snr_gamma": 5.0},
+    ],
+)
+def test_diffusion(tmp_path, gpu, options):
+    compare(gpu, tmp_path, DiffusionConfig, make_diffusion, width=8, sample_size=GRID, **options)
+
+
+SPACE = {"lambda_spatial": 0.1, "lambda_smooth": 0.1}
+NESTED = {"num_parts": 4, "children": (1, 3), "parent": "given", "norm": "instance"}
+
+
+@pytest.mark.parametrize(
+    ("make_task", "options"),
+    [
+        (make_discovery, {"teacher_noise": "fresh", "dropout": 0.2}),
+        (make_discovery, {"teacher_noise": "fixed", "dropout": 0.2, "mixed_precision": "bf16"}),
+        (make_nested, {**NESTED, "lambda_denoised": 0.5, "relative_consistency": True, **SPACE}),
+        (make_nested, {**NESTED, "mixed_precision": "bf16"}),
+    ],
+)
+def test_consistency_losses(tmp_path, gpu, make_task, options):
+    compare(gpu, tmp_path, DiscoveryConfig, make_task, teacher="given", **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"sibling_order": "free", **SPACE}, {"sibling_order": "size", "mixed_precision": "bf16"}]
+)
+def test_assigned_parts(tmp_path, gpu, options):
+    fixed = {"objective": "assignment", "selection": "last", "reliable_share": 1.0, "teacher": "given"}
+    compare(gpu, tmp_path, DiscoveryConfig, make_nested, **fixed, **NESTED, **options)
+
+
+def test_robust_scaling_is_not_captured(tmp_path, gpu, caplog):
+    """It selects the foreground's voxels, whose number a GPU tells the host."""
+    options = {"teacher": "given", "num_parts": 3, "init_from": "given", "norm": "instance"}
+    eager = run(DiscoveryConfig, tmp_path / "default", make_robust, **options)
+    assert "cannot be captured" not in caplog.text
+    wanted = run(DiscoveryConfig, tmp_path / "wanted", make_robust, cuda_graphs=True, **options)
+    assert not gpu.graphs and "cannot be captured as a CUDA graph (CUDA error: operation not permitted" in caplog.text
+    torch.testing.assert_close(wanted, eager)
+
+
+def test_brains(tmp_path, gpu, make_nifti):
+    for index in (0, 3):
+        volume = brain_phantom("test", index).volume[::2, ::2, ::2]
+        make_nifti(tmp_path / "scans" / f"{index}.nii.gz", (volume * 200).astype(np.float32), np.diag([3.0, 3, 3, 1]))
+    options = {
+        "preset": "tiny", "dataset": str(tmp_path / "scans"), "frame": (32, 40, 36), "phantoms": 0, "max_steps": STEPS,
+        "diffusion_steps": STEPS, "batch_size": 2, "reassign_every": 5, "preview_every": 0, "log_every": 1,
+        "mixed_precision": "no", "memory_format": "contiguous", "lambda_invariance": 0.1, "lambda_visual": 0.1,
+    }  # fmt: skip
+    eager, graphed = tmp_path / "eager", tmp_path / "graphed"
+    train_brain(BrainConfig(output_dir=str(eager), cuda_graphs=False, **options))
+    assert not gpu.graphs
+    train_brain(BrainConfig(output_dir=str(graphed), **options))
+    assert [graph.replays for graph in gpu.graphs] == [REPLAYED, REPLAYED]
+    for phase in ("discovery", "diffusion"):
+        torch.testing.assert_close(losses_in(graphed / phase), losses_in(eager / phase))
+    ours, theirs = (load_discovery(str(folder)).state_dict() for folder in (graphed, eager))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_step_that_depends_on_the_host_would_be_told_apart(tmp_path, gpu):
+    class Changing(DiffusionTraining):
+        """A training whose loss is multiplied by a number that Python changes."""
+
+        steps = 0
+
+        def losses(self, model, batch):
+            self.steps += 1
+            return {"loss": self.steps * super().losses(model, batch)["loss"]}
+
+    with pytest.raises(AssertionError, match="not close"):
+        compare(
+            gpu, tmp_path, DiffusionConfig, lambda config, _: Changing(config, GRID), width=8, sample_size=GRID,
+            memory_format="contiguous",
+        )  # fmt: skip
