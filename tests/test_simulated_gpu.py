@@ -80,12 +80,24 @@ def test_operators_refuse_tensors_of_both_devices():
         lambda x: 1 if (x > 0).all() else 2,
     ],
 )
-def test_a_capture_refuses_reads_and_copies(reading):
+def test_reads_and_copies_wait_and_a_capture_refuses_them(reading, gpu):
     x = torch.tensor([1.0, 2.0, 3.0]).to("cuda")
+    before = len(gpu.waits)
     reading(x)
+    assert len(gpu.waits) == before + 1
     with pytest.raises(RuntimeError, match="failed due to a previous error during capture") as error:
         captured(lambda: reading(x))
     assert "not permitted when stream is capturing" in str(error.value.__context__)
+
+
+def test_copies_in_the_background_do_not_wait(gpu):
+    x = torch.ones(3).to("cuda", non_blocking=True)
+    x.copy_(torch.zeros(3), non_blocking=True)
+    x.to("cpu", non_blocking=True)
+    x[x > 0] = 5.0
+    assert x.sum().device == GPU and not gpu.waits
+    with pytest.raises(RuntimeError):
+        captured(lambda: x.to("cpu", non_blocking=True))
 
 
 def test_a_replay_computes_anew_from_the_memory_of_the_capture():

@@ -291,7 +291,8 @@ def recolor(
         rest = (volume[:, 0] - torch.einsum("bk,bkxyz->bxyz", old, masks)) * within
         spread = (rest.square().sum(dim=(1, 2, 3)) / sizes.sum(dim=1).clamp(min=1)).sqrt()
         centre = (old * sizes).sum(dim=1) / sizes.sum(dim=1).clamp(min=1)
-        new = centre[:, None] + spread[:, None] * means[:, list(family)]
+        drawn = torch.stack([means[:, part] for part in family], dim=1)  # a list as an index would be copied to a GPU
+        new = centre[:, None] + spread[:, None] * drawn
         shift = torch.einsum("bk,bkxyz->bxyz", new - old, masks)
         out = out + shift * chosen[:, None, None, None]
     return out[:, None]

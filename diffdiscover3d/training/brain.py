@@ -80,12 +80,14 @@ class SceneBank:
     def scenes(self, index: torch.Tensor, seeds: torch.Tensor) -> Scene:
         """A scene from each scan of `index`; a function of the seeds, on one kind of device."""
         generator = torch.Generator(self.device).manual_seed(int(seeds.sum()) % 2**62)
-        index = index.to(self.device)
+        chosen = index.tolist()  # an index on the host would be copied to a GPU, and the host wait
         own = torch.rand(len(index), generator=generator, device=self.device) < self.real_share
         own = own.view(-1, 1, 1, 1, 1)
-        tissue = torch.where(own, self.tissue[index], self.healthy[index])
-        carried = (self.lesions[index] & own).float()
-        return draw_scene(tissue, self.brains[index].float(), carried, generator)
+        tissue, healthy, lesions, brains = (
+            torch.stack([scans[i] for i in chosen]) for scans in (self.tissue, self.healthy, self.lesions, self.brains)
+        )
+        carried = (lesions & own).float()
+        return draw_scene(torch.where(own, tissue, healthy), brains.float(), carried, generator)
 
 
 class BrainTraining:

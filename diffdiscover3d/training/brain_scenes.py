@@ -8,6 +8,7 @@ assignments computed from the conspicuous one (`assignments.py`). Masks of impla
 Everything is drawn on the device of the scans, for a batch at once.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from diffdiscover3d.data.foreground import robust_scale
 MEDIAN = 0.5  # about where robust scaling puts the median of a brain
 CONSPICUOUS = 2.0  # value of implants in the conspicuous rendering; tissue lies in [0, 1]
 _KNOTS = (0.0, 0.05, 0.2, 0.35, 0.45, 0.55, 0.65, 0.8, 1.0)  # of the tone curve
+_STEPS = tuple(torch.tensor(_KNOTS).diff().tolist())  # in float32
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class _Draw:
         """Centres (B, 3, 1, 1, 1) and radii (B, 1, 1, 1, 1) of three large implants; a radius of 0: there is none."""
         options, (low, high) = self.options, self.options.radius
         count = torch.multinomial(
-            torch.tensor(options.implants, device=self.device), self.batch, replacement=True, generator=self.generator
+            _constant(tuple(options.implants), self.device), self.batch, replacement=True, generator=self.generator
         ).view(-1, 1, 1, 1, 1)
         centres, radii = [], []
         for slot in range(3):
@@ -154,8 +156,7 @@ class _Draw:
             direction = direction / direction.norm(dim=1, keepdim=True)
             away = self.uniform(0, 1, 1) ** 0.5 * 0.75
             centres.append((direction * away).view(-1, 3, 1, 1, 1))
-            ratio = torch.tensor(high / low, device=self.device)
-            radius = low * ratio ** self.uniform(0, 1)
+            radius = low * (high / low) ** self.uniform(0, 1)
             radii.append(radius * (count > slot))
         return centres, radii
 
@@ -199,13 +200,13 @@ class _Draw:
 
     def tone(self, t: torch.Tensor) -> torch.Tensor:
         """A random increasing curve over the intensities of the tissue."""
-        steps = torch.tensor(_KNOTS, device=self.device).diff()
+        steps = _constant(_STEPS, self.device)
         slopes = torch.exp(0.45 * self.normal(len(steps)))
         # at times grey and white matter differ much less than in the scans
         slopes[:, 2:6] *= self.uniform(0.25, 1.2, 1)
         slopes = slopes / (slopes * steps).sum(dim=1, keepdim=True)
         out = torch.zeros_like(t)
-        for k, step in enumerate(steps.tolist()):
+        for k, step in enumerate(_STEPS):
             out = out + slopes[:, k].view(-1, 1, 1, 1, 1) * (t - _KNOTS[k]).clamp(0, step)
         return out
 
@@ -274,6 +275,13 @@ class _Draw:
             t = F.interpolate(thick, size=self.grid, mode="trilinear", align_corners=False)
         white = self.normal(1, *self.grid)
         return (t + self.uniform(0, options.noise) * white).clamp(min=0) * inside
+
+
+@functools.lru_cache(maxsize=16)
+def _constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """A tensor that is copied to a GPU once, since the host waits for the copy."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)
 
 
 def _warp(volume: torch.Tensor, points: torch.Tensor) -> torch.Tensor:

@@ -33,11 +33,18 @@ class SimulatedGPU:
 
     Attributes:
         graphs: what was captured, in order.
+        waits: what made the host wait for the GPU.
     """
 
     def __init__(self):
         self.graphs: list[Graph] = []
+        self.waits: list[str] = []
         self.recorder: Recorder | None = None  # of the graph that is being captured
+
+    def wait(self, what: str) -> None:
+        """Of the host for the GPU, which a capture does not allow."""
+        self.waits.append(what)
+        self.forbid_in_capture(what)
 
     def forbid_in_capture(self, what: str) -> None:
         if self.recorder is not None:
@@ -94,25 +101,26 @@ class GPUTensor(torch.Tensor):
         kwargs = kwargs or {}
         flat, layout = tree_flatten((args, kwargs))
         name = function._overloadpacket.__name__
-        _check_operator(name, args, [x for x in flat if isinstance(x, torch.Tensor)])
+        _check_operator(name, args, kwargs, [x for x in flat if isinstance(x, torch.Tensor)])
         inner_args, inner_kwargs = tree_unflatten([_inner(x) for x in flat], layout)
         found = _gpu.compute(function, *inner_args, **inner_kwargs)
         wrapped = tree_map(lambda x: GPUTensor(x) if isinstance(x, torch.Tensor) else x, found)
         return return_and_correct_aliasing(function, args, kwargs, wrapped)
 
 
-def _check_operator(name: str, args: tuple, tensors: list[torch.Tensor]) -> None:
+def _check_operator(name: str, args: tuple, kwargs: dict, tensors: list[torch.Tensor]) -> None:
     """What a GPU refuses: tensors of both devices; in a capture also reads by the host and copies between devices."""
     on_host = [x for x in tensors if not isinstance(x, GPUTensor) and x.dim()]
     if name in READS:
-        _gpu.forbid_in_capture(name)
+        _gpu.wait(name)
     elif name in INDEXING:
         by_mask = any(x.dtype in (torch.bool, torch.uint8) for x in tensors[1:])
         fills = name != "index" and args[2].numel() == 1  # with one value a GPU does not count the mask
         if on_host or (by_mask and not fills):
-            _gpu.forbid_in_capture(f"{name} by {'a tensor of the host' if on_host else 'a mask'}")
+            _gpu.wait(f"{name} by {'a tensor of the host' if on_host else 'a mask'}")
     elif on_host and name in COPIES:
-        _gpu.forbid_in_capture("a copy between host and device")
+        in_background = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+        (_gpu.forbid_in_capture if in_background else _gpu.wait)("a copy between host and device")
     elif on_host:
         raise RuntimeError(f"{name}: expected all tensors to be on the same device, but found cuda:0 and cpu")
 
@@ -194,7 +202,7 @@ class OnGPU(TorchFunctionMode):
             elif name in ("data_ptr", "storage", "untyped_storage"):
                 return getattr(first.inner, name)()
             elif name == "tolist":
-                _gpu.forbid_in_capture(name)
+                _gpu.wait(name)
                 return first.inner.tolist()
             elif name in ("numpy", "__array__"):
                 raise TypeError("can't convert cuda:0 device type tensor to numpy; use Tensor.cpu() first")
@@ -207,7 +215,7 @@ class OnGPU(TorchFunctionMode):
         if name == "_parse_to" or GPU.type not in (_device_type(x) for x in (*args, *kwargs.values())):
             return function(*args, **kwargs)
         if name in ("tensor", "as_tensor"):
-            _gpu.forbid_in_capture("a copy from host to device")
+            _gpu.wait("a copy from host to device")
         if function is torch.device:
             return function(*args, **kwargs)
         found = _gpu.compute(function, *map(_on_cpu, args), **{k: _on_cpu(v) for k, v in kwargs.items()})
@@ -216,20 +224,23 @@ class OnGPU(TorchFunctionMode):
 
 def _move(name: str, x: torch.Tensor, *args, copy: bool = False, **kwargs) -> torch.Tensor:
     """`Tensor.to`, `cpu` or `cuda`, or `torch.as_tensor` of a tensor."""
-    layout = kwargs.get("memory_format")
+    layout, in_background = kwargs.get("memory_format"), kwargs.get("non_blocking", False)
     if name in ("cpu", "cuda"):
         device, dtype = (CPU if name == "cpu" else GPU), None
     elif args and isinstance(args[0], torch.Tensor):
         device, dtype = args[0].device, args[0].dtype
     else:
-        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, in_background, layout = torch._C._nn._parse_to(*args, **kwargs)
     options = {"dtype": dtype or x.dtype, "copy": copy}
     if layout is not None:
         options["memory_format"] = layout
     on_gpu = isinstance(x, GPUTensor)
     if device is None or (device.type == GPU.type) == on_gpu:
         return torch.Tensor.to(x, **options)
-    _gpu.forbid_in_capture("a copy between host and device")
+    if in_background:
+        _gpu.forbid_in_capture("a copy between host and device")
+    else:
+        _gpu.wait("a copy between host and device")
     if on_gpu:
         return torch.Tensor.to(x.inner.clone(), **options)
     return GPUTensor(torch.Tensor.to(x.detach().clone(), **options), x.requires_grad)
@@ -289,6 +300,12 @@ def _for_backend(real):
     return lambda device_type: real(_backend(device_type))
 
 
+def _grouped(tensors: list, with_indices: bool = False, real=torch._C._group_tensors_by_device_and_dtype) -> dict:
+    """Groups of tensors by device and type, for optimisers and clipping."""
+    on_gpu = any(isinstance(x, GPUTensor) for table in tensors for x in table)
+    return {(GPU if on_gpu else place, dtype): found for (place, dtype), found in real(tensors, with_indices).items()}
+
+
 @contextlib.contextmanager
 def simulated_gpu(monkeypatch) -> Iterator[SimulatedGPU]:
     """A GPU within a block."""
@@ -305,6 +322,7 @@ def simulated_gpu(monkeypatch) -> Iterator[SimulatedGPU]:
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.Tensor, "record_stream", nothing)
+    monkeypatch.setattr(torch._C, "_group_tensors_by_device_and_dtype", _grouped)
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch, "autocast", Autocast)
     monkeypatch.setattr(torch, "is_autocast_enabled", _for_backend(torch.is_autocast_enabled))

@@ -163,6 +163,30 @@ def test_brains(tmp_path, gpu, make_nifti):
     torch.testing.assert_close(ours, theirs)
 
 
+TAUGHT = {"teacher": "given", "selection": "last"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "make_task", "options"),
+    [
+        (DiffusionConfig, make_diffusion, {"width": 8, "sample_size": GRID}),
+        (DiscoveryConfig, make_discovery, {**TAUGHT, "teacher_noise": "fresh", "dropout": 0.2}),
+        (DiscoveryConfig, make_discovery, {**TAUGHT, "teacher_noise": "fixed", "dropout": 0.2}),
+        (DiscoveryConfig, make_nested, {**TAUGHT, **NESTED, **SPACE}),
+        (DiscoveryConfig, make_nested, {**TAUGHT, **NESTED, "objective": "assignment", "reliable_share": 1.0}),
+    ],
+)
+def test_the_host_does_not_wait_in_a_step(tmp_path, gpu, kind, make_task, options):
+    """Forward and backward pass, clipping, optimiser, averages and metrics."""
+    waits = []
+    for steps in (4, 5, 8):  # the first training fills caches; all volumes have been seen after three steps
+        before = len(gpu.waits)
+        shared = {"max_steps": steps, "memory_format": "channels_last", "log_every": 100, "cuda_graphs": False}
+        run(kind, tmp_path / str(steps), make_task, **shared, **options)
+        waits.append(len(gpu.waits) - before)
+    assert waits[1] == waits[2] > 0
+
+
 def test_a_step_that_depends_on_the_host_would_be_told_apart(tmp_path, gpu):
     class Changing(DiffusionTraining):
         """A training whose loss is multiplied by a number that Python changes."""
