@@ -255,11 +255,6 @@ def learning(run: Run, preset: str, seconds: float, **options) -> None:
     curve: list[tuple[int, float, float]] = []
 
     class Learning(Timed):
-        def losses(self, model, batch):
-            losses = self._task.losses(model, batch)
-            self._last = losses["loss"].detach()
-            return losses
-
         def after_step(self, step: int) -> dict[str, float]:
             shown = self._task.after_step(step)
             now = time.perf_counter() - self._clock

@@ -11,7 +11,9 @@ of Triton's. Autocast has the lists of the CPU.
 """
 
 import contextlib
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
@@ -258,7 +260,7 @@ def _on_cpu(value):
 
 
 class Stream:
-    """Stands in for a stream or an event."""
+    """Stands in for a stream, to which nothing is still to be done."""
 
     def __init__(self, *_, **__):
         pass
@@ -266,11 +268,21 @@ class Stream:
     def wait_stream(self, other) -> None:
         pass
 
-    def record(self, *_) -> None:
+
+class Event:
+    """Stands in for an event, which happens when it is recorded."""
+
+    def __init__(self, *_, **__):
         pass
+
+    def record(self, *_) -> None:
+        self.seconds = time.perf_counter()
 
     def synchronize(self) -> None:
         pass
+
+    def elapsed_time(self, later: "Event") -> float:
+        return 1e3 * (later.seconds - self.seconds)
 
 
 class Generator(torch.Generator):
@@ -315,10 +327,12 @@ def simulated_gpu(monkeypatch) -> Iterator[SimulatedGPU]:
         return contextlib.nullcontext()
 
     for name, value in {
-        "Stream": Stream, "Event": Stream, "CUDAGraph": Graph, "graph": capture, "device": nothing, "stream": nothing,
+        "Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph": capture, "device": nothing, "stream": nothing,
         "current_stream": lambda *_: Stream(), "set_stream": nothing, "synchronize": nothing, "empty_cache": nothing,
         "is_available": lambda: True, "device_count": lambda: 1, "is_bf16_supported": lambda *_: True,
         "mem_get_info": lambda *_: (MEMORY, MEMORY), "memory_reserved": lambda *_: 0, "memory_allocated": lambda *_: 0,
+        "max_memory_allocated": lambda *_: 0, "reset_peak_memory_stats": nothing, "set_sync_debug_mode": nothing,
+        "get_device_properties": lambda *_: SimpleNamespace(name="a simulated GPU", total_memory=MEMORY),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.Tensor, "record_stream", nothing)
