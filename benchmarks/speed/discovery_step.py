@@ -3,8 +3,9 @@
     python -m benchmarks.speed.discovery_step
 
 Direct: float32 throughout, the whole teacher with forward hooks, all channels on the voxels, Eq. 5 as written, two
-passes of the segmentation network. The package's step is the one `train` takes, with loading, noise, checks and
-whatever precision its preset has. Before anything is timed, both give the same losses for the same batch in float32.
+passes of the segmentation network. The package's step is the one `train` takes, with loading, noise and checks, in the
+precision and memory layout that `train` chooses by a measurement, once for each case. Before anything is timed, both
+give the same losses for the same batch in float32.
 
 Cases: the three losses of the paper (Eq. 4), and the `small` preset as it is, whose consistencies are relative and
 which also asks the teacher for its clean prediction. The teacher is the `small` UNet, or the paper's (width 64, 64^3,
@@ -15,6 +16,7 @@ formulation asks at every step, as the authors' code does.
 """
 
 import functools
+from pathlib import Path
 
 import torch
 
@@ -30,6 +32,7 @@ from diffdiscover3d.training.config import DiscoveryConfig
 from diffdiscover3d.training.data_order import draw_generator
 from diffdiscover3d.training.discovery import DiscoveryTraining
 from diffdiscover3d.training.launch import make_accelerator
+from diffdiscover3d.training.precision import settle_precision
 
 COMMON = {"preset": "small", "num_parts": 8, "stages": (3,), "batch_size": 4}
 PAPER, FIXED = {"relative_consistency": False, "lambda_denoised": 0.0}, {"teacher_noise": "fixed"}
@@ -47,6 +50,7 @@ EPOCHS = 100  # of the paper, over which asking once is spread
 WARMUP = 2
 TOLERANCE = {"fresh": 1e-4, "fixed": 2e-3}  # relative; what is kept is kept in half precision
 DIRECT = "the direct formulation"
+SHOWN = {"no": "float32", "bf16": "bf16", "fp16": "fp16"}
 
 
 def make_teacher(preset: str, seed: int) -> DiffusionFeaturePipeline:
@@ -65,6 +69,12 @@ def make_config(case: str, steps: int, seed: int, **options) -> DiscoveryConfig:
     teacher, changed, *_ = CASES[case]
     options = {**COMMON, **changed, **options}
     return training_config(DiscoveryConfig, steps, teacher=teacher, seed=seed, **options)
+
+
+def choose_precision(case: str, seed: int) -> dict[str, str]:
+    """Precision and memory layout as `train` would choose them."""
+    config = settle_precision(make_config(case, 1, seed, output_dir="unused"), Path("unused"))
+    return {"mixed_precision": config.mixed_precision, "memory_format": config.memory_format}
 
 
 def ask_for_all(task: DiscoveryTraining, volumes: Repeated) -> float:
@@ -124,9 +134,11 @@ def fresh_batch(case: str, side: int, seed: int, device: str) -> dict[str, torch
     return draw_batch(make_task(config, make_accelerator(config), side, seed), side, seed, device)
 
 
-def measure(case: str, side: int, rounds: int, seed: int, device: str, baselines: bool) -> tuple[dict, dict]:
+def measure(
+    case: str, side: int, rounds: int, seed: int, device: str, baselines: bool, chosen: dict[str, str]
+) -> tuple[dict, dict]:
     """Seconds of the package's steps, and of the baseline's if wanted; and what else was found."""
-    config = make_config(case, WARMUP + rounds + 1, seed)
+    config = make_config(case, WARMUP + rounds + 1, seed, **chosen)
     volumes, found = Repeated(random_volumes(config.batch_size, (side,) * 3, seed)), {}
 
     def make(config: DiscoveryConfig, accelerator) -> DiscoveryTraining:
@@ -142,7 +154,7 @@ def measure(case: str, side: int, rounds: int, seed: int, device: str, baselines
     return training_steps(make, config, volumes, steps, WARMUP, device), found
 
 
-def measure_memory(case: str, way: str, side: int, seed: int, device: str) -> dict:
+def measure_memory(case: str, way: str, side: int, seed: int, device: str, chosen: dict[str, str]) -> dict:
     """Peak memory of a few steps of one way, of its networks and optimiser as well."""
 
     def run_direct() -> None:
@@ -152,7 +164,7 @@ def measure_memory(case: str, way: str, side: int, seed: int, device: str) -> di
         for _ in range(WARMUP + 2):
             step()
 
-    run_package = functools.partial(measure, case, side, 1, seed, device, baselines=False)
+    run_package = functools.partial(measure, case, side, 1, seed, device, baselines=False, chosen=chosen)
     return {"peak_above_inputs_mib": peak_above(run_direct if way == DIRECT else run_package, device)}
 
 
@@ -162,10 +174,12 @@ def main() -> None:
     options = benchmark.parse()
     side = 24 if options.quick else GRID
     if options.worker:
-        kind, case, *way = options.worker
+        kind, case, *more = options.worker
         if kind == "losses":
             return benchmark.answer(both_losses(case, side, options.seed, options.device))
-        return benchmark.answer(measure_memory(case, *way, side, options.seed, options.device))
+        way, *chosen = more
+        chosen = dict(zip(("mixed_precision", "memory_format"), chosen, strict=True))
+        return benchmark.answer(measure_memory(case, way, side, options.seed, options.device, chosen))
     rows, details = [], {}
     for case, (teacher, changed, target, usual) in CASES.items():
         kind = changed.get("teacher_noise", "fresh")
@@ -174,15 +188,17 @@ def main() -> None:
         for name, value in losses["direct"].items():
             if abs(losses["package"][name] - value) > TOLERANCE[kind] * abs(value):
                 raise SystemExit(f"{case}: the losses differ: {losses}.")
-        seconds, found = measure(case, side, rounds, options.seed, options.device, baselines=True)
+        chosen = choose_precision(case, options.seed)
+        seconds, found = measure(case, side, rounds, options.seed, options.device, baselines=True, chosen=chosen)
         asking = found.get("seconds_to_ask_for_a_volume", 0.0) * COMMON["batch_size"] / EPOCHS
         seconds["package"] = [s + asking for s in seconds["package"]]
         memory = {}
         if teacher == "small":  # the paper's holds more in its weights than either way needs beside them
             memory = {
-                way: benchmark.worker("memory", case, way)["peak_above_inputs_mib"] for way in ("package", DIRECT)
+                way: benchmark.worker("memory", case, way, *chosen.values())["peak_above_inputs_mib"]
+                for way in ("package", DIRECT)
             }
-        what = f"discovery step, {case}, {side}^3"
+        what = f"discovery step, {case}, {side}^3, {SHOWN[chosen['mixed_precision']]}"
         rows.append(compare(what, DIRECT, seconds[DIRECT], seconds["package"], target))
         if memory:
             rows.append(compare_memory(what, DIRECT, memory[DIRECT], memory["package"]))
@@ -192,6 +208,7 @@ def main() -> None:
             "losses_in_float32": losses,
             "peak_above_inputs_mib": memory,
             "rounds": rounds,
+            **chosen,
             **found,
         }
     settings = {**COMMON, "grid": side, "warmup": WARMUP, "tolerance": TOLERANCE, "epochs": EPOCHS}
