@@ -13,10 +13,11 @@ from diffdiscover3d import __version__
 from diffdiscover3d.errors import ModelError
 from diffdiscover3d.training.brain_config import BrainConfig
 from diffdiscover3d.training.config import PRESETS, DiffusionConfig, DiscoveryConfig, as_dict, make_config
-from diffdiscover3d.utils.files import read_model_json, sha256
+from diffdiscover3d.utils.files import read_model_json, sha256, write_text
 
 CARD_NAME, SCORES_NAME, PICTURE_NAME = "README.md", "scores.json", "preview.png"
-DATASETS = ("synthetic-regular", "synthetic-irregular", "synthetic", "brats")  # any other is own data
+SYNTHETIC = ("synthetic-regular", "synthetic-irregular", "synthetic")
+DATASETS = (*SYNTHETIC, "brats")  # any other is own data
 _OURS = "diffdiscover3d"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _MARKUP = re.compile(r"[\\`*_\[\]<>|#~$]")
@@ -38,6 +39,10 @@ _FORMATS = {"hd95_mm": ".1f", "parts": "d"}
 _MODALITIES = {"flair": "FLAIR", "t1": "T1", "t1ce": "T1ce", "t2": "T2"}
 _MODALITIES |= {"t2f": "FLAIR", "t1n": "T1", "t1c": "T1ce", "t2w": "T2"}  # the names of 2023
 _BRATS_CROP = (200, 200, 155)  # the default of the BraTS data
+# types of the values of `train_config.json`, and of `scores.json` and its rows
+_OPTION_KINDS = {"dataset": str, "preset": str, "modality": str, "crop": list, "clip_percentiles": list}
+_SCORE_KINDS = {"dataset": str, "preset": str, "split": str, "weights_sha256": dict, "rows": list}
+_ROW_KINDS = {"method": str, "parts": int}
 _TAGS = ["3d", "diffusion", "unsupervised-segmentation", "biomedical-imaging"]
 
 
@@ -67,15 +72,15 @@ def render_card(folder: str | Path, repo_id: str) -> str:
         repo_id: `user/name`, for the lines that load the model.
 
     Raises:
-        ModelError: if the folder holds no model, or `scores.json` is of other weights.
+        ModelError: if the folder holds no model, `scores.json` is of other weights, or a file is damaged.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     folder = Path(folder)
     kind = folder_kind(folder)
-    options = _read_optional(folder / "train_config.json")
+    options = _read_optional(folder / "train_config.json", _OPTION_KINDS)
     rows = _score_rows(folder, kind)
-    scores = _read_optional(folder / SCORES_NAME)
+    scores = _read_optional(folder / SCORES_NAME, _SCORE_KINDS)
     dataset, scored = _dataset_of(options), _dataset_of(scores)
     environment = Environment(
         loader=PackageLoader("diffdiscover3d.hub", "templates"),
@@ -126,7 +131,7 @@ def _escape_values(value):
 def write_card(folder: str | Path, repo_id: str) -> Path:
     """Render the card of a folder into its README.md."""
     path = Path(folder) / CARD_NAME
-    path.write_text(render_card(folder, repo_id), encoding="utf-8")
+    write_text(path, render_card(folder, repo_id))
     return path
 
 
@@ -179,7 +184,7 @@ def _metadata(kind: str, dataset: str, repo_id: str, rows: list[dict], scored: s
     return ModelCardData(
         library_name="diffdiscover3d",
         license="apache-2.0",
-        tags=[*_TAGS, kind] + (["synthetic"] if dataset.startswith("synthetic") else []),
+        tags=[*_TAGS, kind] + (["synthetic"] if dataset in SYNTHETIC else []),
         datasets=[published] if published else None,
         pipeline_tag="image-segmentation" if kind == "discovery" else "image-feature-extraction",
         model_name=repo_id.split("/")[1] if results else None,
@@ -189,7 +194,7 @@ def _metadata(kind: str, dataset: str, repo_id: str, rows: list[dict], scored: s
 
 def _score_rows(folder: Path, kind: str) -> list[dict]:
     """Rows of `scores.json` at the numbers of parts of this model; `ours` marks the rows of its own weights."""
-    scores = _read_optional(folder / SCORES_NAME)
+    scores = _read_optional(folder / SCORES_NAME, _SCORE_KINDS)
     if not scores:
         return []
     recorded = scores.get("weights_sha256") or {}
@@ -201,9 +206,11 @@ def _score_rows(folder: Path, kind: str) -> list[dict]:
         again = f"run `diffdiscover3d evaluate --model {folder} --output {folder / SCORES_NAME} --overwrite` again, or "
         again = again if kind == "discovery" else ""  # nothing else is evaluated
         raise ModelError(f"{folder / SCORES_NAME}: is of other weights (their sha256 differ); {again}remove it.")
-    rows = scores.get("rows")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.get("method") for row in rows):
+    rows = scores.get("rows") or []
+    if not rows or not all(isinstance(row, dict) and row.get("method") for row in rows):
         raise ModelError(f"{folder / SCORES_NAME}: has no `rows` with a `method` each; it is not from `evaluate`.")
+    for row in rows:
+        _check_kinds(folder / SCORES_NAME, row, _ROW_KINDS)
     parts = _numbers_of_parts(read_model_json(folder / "config.json")) if kind == "discovery" else None
     rows = [row for row in rows if parts is None or row.get("parts") is None or row["parts"] in parts]
     return [{**row, "ours": row["method"] in (names if recorded else {_OURS})} for row in rows]
@@ -211,8 +218,9 @@ def _score_rows(folder: Path, kind: str) -> list[dict]:
 
 def _numbers_of_parts(config: dict) -> set[int]:
     """The numbers of parts of a network and of its coarser levels."""
-    parent = config.get("parent")
-    return {config.get("num_parts")} | (_numbers_of_parts(parent) if isinstance(parent, dict) else set())
+    parent, number = config.get("parent"), config.get("num_parts")
+    own = {number} if isinstance(number, int) else set()
+    return own | (_numbers_of_parts(parent) if isinstance(parent, dict) else set())
 
 
 def _dataset_of(source: dict) -> str:
@@ -234,5 +242,22 @@ def _format_score(row: dict, column: str) -> str:
     return format(row[column], _FORMATS.get(column, ".3f")) if _is_number(row.get(column)) else ""
 
 
-def _read_optional(path: Path) -> dict:
-    return read_model_json(path) if path.is_file() else {}
+def _read_optional(path: Path, kinds: dict[str, type]) -> dict:
+    """A JSON object whose known values are of their types or null; empty if there is no file.
+
+    Raises:
+        ModelError: if it is damaged.
+    """
+    if not path.is_file():
+        return {}
+    value = read_model_json(path)
+    _check_kinds(path, value, kinds)
+    return value
+
+
+def _check_kinds(path: Path, value: dict, kinds: dict[str, type]) -> None:
+    for name, kind in kinds.items():
+        found = value.get(name)
+        if found is not None and not isinstance(found, kind):
+            shown = repr(found)[:60]
+            raise ModelError(f"{path}: `{name}` must be of type {kind.__name__}, got {shown}; correct or remove it.")

@@ -1,5 +1,6 @@
 """Find models: the embedded ones by name, others by folder or Hub id; push them, pull them."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,7 +107,7 @@ def pull(
         The folder, or the snapshot in the cache.
 
     Raises:
-        OutputError: if the folder exists or cannot be written, or holds a training's checkpoints.
+        OutputError: if the folder exists or cannot be written, or holds other files than those of a model.
         ModelError: if the repository, or a folder to be replaced, holds no model of this package.
         NetworkError: if it cannot be downloaded completely.
     """
@@ -114,25 +115,39 @@ def pull(
     if target is not None:
         check_folder(target.parent)
         recover_folder(target.parent)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
-            raise OutputError(f"{target}: exists already; --overwrite replaces it.")
-        if target.is_dir() and any(target.iterdir()):
-            folder_kind(target)  # it will be deleted, so it must be a model
-            if (target / "checkpoints").exists():
-                raise OutputError(
-                    f"{target}: holds the checkpoints of a training, which would be lost; choose another."
-                )
+        _check_replaceable(target, overwrite)
     snapshot = fetch_snapshot(repo_id, revision=revision, local_files_only=local_files_only)
     _load_once(snapshot, folder_kind(snapshot))
     if target is None:
         return snapshot
-    with replaced_folder(target) as temporary:
+    with replaced_folder(target.resolve()) as temporary:  # a link to a folder stays
         for path in snapshot.rglob("*"):  # other programs may have cached further files
             name = path.relative_to(snapshot)
             if path.is_file() and is_data_file(name.as_posix()):
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, temporary / name)
     return target
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    """Check that only files of a model are lost if a folder is replaced.
+
+    Raises:
+        OutputError: if it exists and `overwrite` is not set, is a file, or holds other files.
+        ModelError: if it holds no model.
+    """
+    if os.path.lexists(target) and not target.is_dir():
+        raise OutputError(f"{target}: is not a folder; choose another.")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"{target}: exists already; --overwrite replaces it.")
+    folder_kind(target)
+    if (target / "checkpoints").exists():
+        raise OutputError(f"{target}: holds the checkpoints of a training, which would be lost; choose another.")
+    files = sorted(path.relative_to(target) for path in target.rglob("*") if not path.is_dir())
+    if other := next((name for name in files if not is_data_file(name.as_posix())), None):
+        raise OutputError(f"{target}: holds {other}, which is no file of a model and would be lost; choose another.")
 
 
 def _load_once(folder: str | Path, kind: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffdiscover3d.errors import ModelError, NetworkError, first_line
-from diffdiscover3d.hub.cards import CARD_NAME, DATASETS, PICTURE_NAME, SCORES_NAME, folder_kind, write_card
+from diffdiscover3d.hub.cards import CARD_NAME, DATASETS, PICTURE_NAME, SCORES_NAME, SYNTHETIC, folder_kind, write_card
 from diffdiscover3d.hub.download import MODEL_FILES, is_model_file, is_repo_id
 from diffdiscover3d.models.embedded import embedded_card
 from diffdiscover3d.utils.checksums import update_checksums
@@ -21,6 +21,8 @@ from diffdiscover3d.utils.files import read_model_json
 logger = logging.getLogger("diffdiscover3d")
 _MODEL_ENTRIES = ("_name_or_path", "teacher", "init_from", "parent", "model")  # they may hold Hub ids
 _PATH_ENTRIES = (*_MODEL_ENTRIES, "dataset", "output_dir", "resume")
+_FILE_ENTRIES = ("series", "include")  # a DICOM UID and patterns of names, which may identify a patient
+_OWN_SCANS = "own-scans"
 
 
 def push_folder(
@@ -127,21 +129,21 @@ def _files_to_push(folder: Path) -> Iterator[Path]:
 def _is_synthetic(folder: Path) -> bool:
     """Whether the model was trained on generated volumes alone, of which pictures may be published."""
     options = folder / "train_config.json"
-    return options.is_file() and str(read_model_json(options).get("dataset")).startswith("synthetic")
+    return options.is_file() and read_model_json(options).get("dataset") in SYNTHETIC
 
 
 def _hide_paths(staged: Path) -> None:
-    """Shorten local paths in JSON files to their last component."""
+    """Shorten local paths in JSON files to their last component, and remove which files of a folder were chosen."""
     for path in staged.rglob("*.json"):
-        text = path.read_text(encoding="utf-8")
-        if any(f'"{name}"' in text for name in _PATH_ENTRIES):
+        content = path.read_bytes()
+        if any(f'"{name}"'.encode() in content for name in (*_PATH_ENTRIES, *_FILE_ENTRIES)):
             path.write_text(json.dumps(_without_paths(read_model_json(path)), indent=2) + "\n", encoding="utf-8")
 
 
 def _without_paths(value, name: str = ""):
     """A JSON value with shortened paths at every depth; `name` is the key of the value."""
     if isinstance(value, dict):
-        return {key: _without_paths(inner, key) for key, inner in value.items()}
+        return {key: None if key in _FILE_ENTRIES else _without_paths(inner, key) for key, inner in value.items()}
     if isinstance(value, list):
         return [_without_paths(inner, name) for inner in value]
     if not isinstance(value, str) or name not in _PATH_ENTRIES:
@@ -149,7 +151,11 @@ def _without_paths(value, name: str = ""):
     public = value in DATASETS or value.startswith("hf://") if name == "dataset" else False
     # a Hub id looks like a relative path of two components
     public = public or (name in _MODEL_ENTRIES and is_repo_id(value) and not Path(value).exists())
-    return value if public else re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    if public:
+        return value
+    shown = re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    # a folder that is called like a published dataset is not it
+    return _OWN_SCANS if name == "dataset" and shown in DATASETS else shown
 
 
 def _add_picture(folder: Path, staged: Path) -> None:

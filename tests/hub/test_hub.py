@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 
-from diffdiscover3d.errors import ModelError, NetworkError
+from diffdiscover3d.errors import ModelError, NetworkError, OutputError
 from diffdiscover3d.hub.download import _find_damage, _list_files
-from diffdiscover3d.hub.registry import embedded_models, load_teacher
+from diffdiscover3d.hub.registry import embedded_models, load_teacher, pull
 from diffdiscover3d.hub.upload import _hide_paths
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
@@ -367,6 +367,31 @@ def test_pull_to_a_folder(pulled):
     assert answer["cached"][0] == 0
     assert [answer[k][0] for k in ("uncached", "revision", "missing")] == [6, 6, 6]
     assert "v9" in answer["revision"][2] and "private" in answer["missing"][2]
+
+
+def test_what_a_pull_may_replace(tiny_discovery, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffdiscover3d.hub.registry.fetch_snapshot", lambda *_, **__: tiny_discovery)
+    names = {path.name for path in tiny_discovery.iterdir()}
+    model, file, link = tmp_path / "model", tmp_path / "thesis.pdf", tmp_path / "link"
+    file.write_bytes(b"years of work")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    for place in (file, tmp_path / "nowhere"):
+        with pytest.raises(OutputError, match="is not a folder"):
+            pull("user/parts", place, overwrite=True)
+    assert file.read_bytes() == b"years of work"
+    pull("user/parts", model)
+    link.symlink_to(model)
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    assert pull("user/parts", link, overwrite=True) == link and link.is_symlink()
+    assert (model / "config.json").read_bytes() == (tiny_discovery / "config.json").read_bytes()
+    monkeypatch.chdir(model)
+    pull("user/parts", ".", overwrite=True)
+    assert {path.name for path in model.iterdir()} == names
+    (model / "parts").mkdir()
+    (model / "parts" / "scan_dseg.nii.gz").write_bytes(b"a result")
+    with pytest.raises(OutputError, match=r"holds parts.scan_dseg\.nii\.gz, which is no file of a model"):
+        pull("user/parts", model, overwrite=True)
+    assert (model / "parts" / "scan_dseg.nii.gz").read_bytes() == b"a result"
 
 
 FETCH = """

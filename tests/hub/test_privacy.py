@@ -7,16 +7,20 @@ import shutil
 
 import pytest
 
-from diffdiscover3d.hub.cards import escape_markdown, render_card
-from diffdiscover3d.hub.upload import _files_to_push, _is_synthetic
+from diffdiscover3d.errors import ModelError
+from diffdiscover3d.hub.cards import DATASETS, escape_markdown, render_card
+from diffdiscover3d.hub.upload import _files_to_push, _hide_paths, _is_synthetic
 from tests.helpers.loopback_hub import LoopbackHub
+
+UID = "1.2.840.113619.2.55.3"  # of a DICOM series
 
 
 @pytest.fixture
 def own_model(tmp_path, tiny_discovery):
     """A network trained on somebody's scans, with previews and a picture of them."""
     folder = shutil.copytree(tiny_discovery, tmp_path / "model")
-    (folder / "train_config.json").write_text(json.dumps({"dataset": "/home/jane/patients", "preset": "small"}))
+    options = {"dataset": "/home/jane/patients", "preset": "small", "series": UID, "include": ["jane*"]}
+    (folder / "train_config.json").write_text(json.dumps(options))
     (folder / "previews").mkdir()
     (folder / "previews" / "parts-00000100.png").write_bytes(b"a patient")
     (folder / "preview.png").write_bytes(b"a patient")
@@ -42,7 +46,17 @@ def test_files_of_the_hub_cache_are_links_into_it(own_model, tmp_path):
     assert [path.name for path in _files_to_push(snapshot)] == ["config.json"]
 
 
-@pytest.mark.parametrize(("dataset", "expected"), [("synthetic-regular", True), ("brats", False), ("scans/", False)])
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        ("synthetic-regular", True),
+        ("synthetic", True),
+        ("synthetic_patients", False),
+        ("synthetic-regular/", False),
+        ("brats", False),
+        ("scans/", False),
+    ],
+)
 def test_whose_pictures_may_be_published(own_model, dataset, expected):
     (own_model / "train_config.json").write_text(json.dumps({"dataset": dataset}))
     assert _is_synthetic(own_model) is expected
@@ -63,7 +77,41 @@ def test_pushed_files(own_model, tmp_path, with_pictures):
         assert done.returncode == 0, done.stderr
         files = hub.repos["models", "user/own"].files("main")
     assert ("preview.png" in files) is with_pictures
-    assert not any(b"jane" in content for content in files.values())
+    assert not any(secret in content for content in files.values() for secret in (b"jane", UID.encode()))
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_folder_called_like_a_published_dataset(own_model, name):
+    (own_model / "train_config.json").write_text(json.dumps({"dataset": f"/home/jane/{name}", "preset": "small"}))
+    _hide_paths(own_model)
+    card = render_card(own_model, "user/own")
+    assert (
+        "a collection of volumes that is not published" in card
+        and "datasets:" not in card
+        and "- synthetic" not in card
+    )
+    assert json.loads((own_model / "train_config.json").read_text())["dataset"] == "own-scans"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train_config.json", b"\xff\xfe{", "cannot be read as JSON"),
+        ("train_config.json", b'{"dataset": "x"', "cannot be read as JSON"),
+        ("train_config.json", b'{"preset": {"a": 1}}', "`preset` must be of type str"),
+        ("train_config.json", b'{"dataset": ["x"]}', "`dataset` must be of type str"),
+        ("train_config.json", b'{"crop": 5}', "`crop` must be of type list"),
+        ("scores.json", b'{"rows": 5}', "`rows` must be of type list"),
+        ("scores.json", b'{"rows": [{"method": ["a"]}]}', "`method` must be of type str"),
+        ("scores.json", b'{"rows": [{"method": "a", "parts": [2]}]}', "`parts` must be of type int"),
+        ("scores.json", b'{"rows": [{"method": "a"}], "weights_sha256": [1]}', "`weights_sha256` must be of type dict"),
+    ],
+)
+def test_damaged_files_are_named(own_model, name, content, message):
+    (own_model / name).write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        _hide_paths(own_model)
+        render_card(own_model, "user/own")
 
 
 HOSTILE = "](http://evil) <script>alert(1)</script> | `x`\n# heading"
