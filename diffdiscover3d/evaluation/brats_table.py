@@ -23,7 +23,7 @@ from diffdiscover3d.hub.resolve import resolve_model
 from diffdiscover3d.reporting.markdown import markdown_table
 from diffdiscover3d.reporting.score_tables import LABEL_AMOUNTS
 from diffdiscover3d.training.recipes import Training
-from diffdiscover3d.utils.files import read_record, write_json
+from diffdiscover3d.utils.files import read_record, write_json, write_text
 from diffdiscover3d.utils.provenance import describe_environment, weights_sha256
 
 logger = logging.getLogger("diffdiscover3d")
@@ -284,7 +284,7 @@ def fill_table3(
         "split_ids": table.volumes.split_ids,
     }
     write_json(table.output / "table3.json", result)
-    (table.output / "table3.md").write_text(format_table3(rows) + "\n", encoding="utf-8")
+    write_text(table.output / "table3.md", format_table3(rows) + "\n")
     return result
 
 

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from diffdiscover3d.reporting.label_maps import is_result_of
 from diffdiscover3d.reporting.page import csp_hash
-from diffdiscover3d.utils.files import atomic_file, read_json
+from diffdiscover3d.utils.files import read_json, write_text
 from diffdiscover3d.utils.terminal import printable
 
 _PAGE = """<!doctype html>
@@ -56,8 +56,7 @@ def write_index(path: str | Path, reports: Sequence[str | Path], *, title: str =
     page = _PAGE.format(
         title=html.escape(title), count=len(items), items="\n".join(items), style=_STYLE, style_hash=csp_hash(_STYLE)
     )
-    with atomic_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _link(target: Path, page: Path) -> str:

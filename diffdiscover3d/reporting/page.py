@@ -18,7 +18,7 @@ from diffdiscover3d.data.formats.units import VOXELS
 from diffdiscover3d.reporting.colours import part_colour, part_rgb
 from diffdiscover3d.reporting.frames import Frame
 from diffdiscover3d.reporting.parts import PartStatistics
-from diffdiscover3d.utils.files import atomic_file
+from diffdiscover3d.utils.files import write_text
 
 MAX_VOXELS = 160**3  # a larger scan is resampled for the page, with a line about it
 _VIEWER = Path(__file__).parent / "viewer"
@@ -109,8 +109,7 @@ def write_page(path: str | Path, scan: ShownScan, levels: Sequence[ShownLevel], 
     fields["SCRIPTHASH"] = f"{csp_hash(fields['SCRIPT'])} {_niivue_hash()}"
     template = (_VIEWER / "report.html").read_text(encoding="utf-8")
     page = re.sub("@([A-Z]+)@", lambda match: fields[match.group(1)], template)
-    with atomic_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def csp_hash(text: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffdiscover3d.reporting.markdown import markdown_table
-from diffdiscover3d.utils.files import atomic_file
+from diffdiscover3d.utils.files import atomic_file, write_text
 
 _NOTE = "Mean Dice, parts matched in each volume; ±: spread over seeds; in brackets: one matching for all volumes."
 
@@ -36,8 +36,7 @@ def format_table(summary: Sequence[dict]) -> str:
 
 def write_table(target: Path, summary: Sequence[dict]) -> None:
     """Write [`format_table`] to a file."""
-    with atomic_file(target) as temporary:
-        temporary.write_text(format_table(summary), encoding="utf-8")
+    write_text(target, format_table(summary))
 
 
 def plot_table(target: Path, summary: Sequence[dict]) -> None:

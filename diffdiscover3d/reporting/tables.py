@@ -8,7 +8,8 @@ from diffdiscover3d.data.formats.units import VOXELS
 from diffdiscover3d.reporting.colours import part_colour, part_rgb
 from diffdiscover3d.reporting.frames import Frame
 from diffdiscover3d.reporting.parts import PartStatistics
-from diffdiscover3d.utils.files import atomic_file
+from diffdiscover3d.utils.files import write_text
+from diffdiscover3d.utils.terminal import printable
 
 _DEFAULT = Frame()
 
@@ -94,7 +95,7 @@ def write_itksnap_labels(path: str | Path, num_parts: int, background: str | Non
 
 def write_slicer_colours(path: str | Path, num_parts: int, background: str | None = None) -> None:
     """Write a colour table of 3D Slicer: index, name without spaces, red, green, blue, opacity (0 of a background)."""
-    lines = [f"# Color table file {Path(path).name}", f"# {num_parts} values"]
+    lines = [f"# Color table file {printable(Path(path).name)}", f"# {num_parts} values"]
     for part in range(num_parts):
         red, green, blue = _rgb255(part)
         name = part_name(part, background).replace(" ", "_")
@@ -112,5 +113,4 @@ def _number(value: float) -> str:
 
 
 def _write(path: str | Path, lines: Sequence[str]) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")

@@ -15,7 +15,8 @@ from pathlib import Path
 from diffdiscover3d.data.formats.registry import display_name
 from diffdiscover3d.errors import DiffDiscoverError, OutputError
 from diffdiscover3d.segmentation.outputs import CaseFiles
-from diffdiscover3d.utils.files import atomic_file, read_json_object, write_json
+from diffdiscover3d.utils.files import read_json_object, write_json, write_text
+from diffdiscover3d.utils.terminal import printable
 
 MANIFEST, PARTS = "manifest.tsv", "parts.tsv"
 MANIFEST_COLUMNS = ("scan", "status", "input", "input_sha256", "labels", "seconds", "notes", "error")
@@ -25,6 +26,7 @@ PARTS_COLUMNS = (
     *(*_MEASURES, "centroid_unit", "components", "neighbours"),
 )
 _MISSING = "n/a"  # as in BIDS
+_ESCAPE = re.compile(r"\\(?:x[0-9a-f]{2}|u[0-9a-f]{4}|U000[0-9a-f]{5}|[nrt])")
 _SECONDS_BETWEEN = 30.0
 _COST_SHARE = 0.02  # of the time that may be spent on the tables while scans are segmented
 _TRIES = 5
@@ -88,8 +90,7 @@ class Cohort:
             if found == self._on_disk():
                 break
             for name, text in found.items():
-                with atomic_file(self.folder / name) as temporary:
-                    temporary.write_text(text, encoding="utf-8", newline="")
+                write_text(self.folder / name, text)
         now = time.monotonic()
         self._next = now + max(_SECONDS_BETWEEN, (now - clock) / _COST_SHARE)
 
@@ -106,7 +107,7 @@ class Cohort:
             parts[scan] = _part_rows(scan, case, sidecars) if sidecars else []
         for row in _read_rows(self.folder / MANIFEST):  # scans of earlier commands
             complete = row.get("scan") and row.get("labels") and row.get("error")
-            if complete and row["scan"] not in rows and (self.folder / row["labels"]).exists():
+            if complete and row["scan"] not in rows and (self.folder / _unescaped(row["labels"])).exists():
                 rows[row["scan"]], parts[row["scan"]] = row, []
         earlier = parts.keys() - {self._scan(case) for case in self.cases}
         for row in _read_rows(self.folder / PARTS):
@@ -118,10 +119,10 @@ class Cohort:
         }
 
     def _scan(self, case: CaseFiles) -> str:
-        """The name of a scan: that of its results, without what is common to all."""
+        """The name of a scan in the tables: that of its results, without what is common to all."""
         first, *others = case.levels.values()
         end = r"_level-[^_]*_dseg\.[^/]*$" if others else r"(_dseg)?\.[^/]*$"
-        return re.sub(end, "", self._relative(first.table))
+        return printable(re.sub(end, "", self._relative(first.table)))
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
@@ -176,13 +177,18 @@ def _part_rows(scan: str, case: CaseFiles, sidecars: Sequence[dict]) -> list[dic
     return found
 
 
+def _unescaped(text: str) -> str:
+    """A name of which the tables hold [`printable`] text."""
+    return _ESCAPE.sub(lambda match: match[0].encode().decode("unicode_escape"), text)
+
+
 def _table(columns: Sequence[str], rows: Iterable[Mapping]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
         values = [row.get(column) for column in columns]
-        writer.writerow([_MISSING if v is None or v == "" else " ".join(str(v).split()) for v in values])
+        writer.writerow([_MISSING if v is None or v == "" else printable(v) for v in values])
     return text.getvalue()
 
 

@@ -25,7 +25,7 @@ from diffdiscover3d.training.precision import FORMATS, measured_convolutions
 from diffdiscover3d.training.resume import CONFIG_FILE, resume_training, save_training
 from diffdiscover3d.training.schedules import learning_rate_at
 from diffdiscover3d.training.step_metrics import StepMetrics
-from diffdiscover3d.utils.files import atomic_file, output_errors, read_log, write_json
+from diffdiscover3d.utils.files import output_errors, read_log, write_json, write_text
 from diffdiscover3d.utils.progress import ProgressBar
 from diffdiscover3d.utils.signals import StopRequest, TrainingInterrupted, ignore_signals
 from diffdiscover3d.utils.staging import staged_folder
@@ -269,8 +269,7 @@ def _begin_log(output: Path, config: TrainingConfig, start: int) -> None:
     if log.exists():
         with output_errors(log):
             rows = [row for row in read_log(log) if row["step"] <= start]
-        with atomic_file(log) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_text(log, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _public_config(config: TrainingConfig) -> dict:

@@ -175,10 +175,14 @@ def check_targets(targets: Iterable[Path], overwrite: bool) -> None:
 
 def write_json(target: str | Path, value) -> None:
     """Write a value as indented JSON, atomically."""
+    # bytes of names that are not UTF-8 become JSON escapes, which are read back as these bytes
+    write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(target: str | Path, text: str) -> None:
+    """Write a text in UTF-8, atomically, with its line ends as they are; what UTF-8 lacks is escaped."""
     with atomic_file(target) as temporary:
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        # bytes of names that are not UTF-8 become JSON escapes, which are read back as these bytes
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def check_regular(path: str | Path) -> None:

@@ -129,6 +129,26 @@ def test_a_later_command_adds_scans(scans, tiny_discovery, tmp_path, make_nifti)
     assert after[: len(before)] == before and len(after) == 15
 
 
+def test_names_that_are_no_plain_text(scans, tiny_discovery, tmp_path):
+    """A name that is not UTF-8, with a line break, or with two blanks: a row each, which later commands keep."""
+    names = [b"a\xff", b"b\nc", b"d e", b"d  e"]
+    for i, name in enumerate(names):
+        (scans / f"s{i}.nii.gz").rename(scans / os.fsdecode(name + b".nii.gz"))
+    options = {"model": str(tiny_discovery), "summary": True, "tables": True}
+    segment(scans, tmp_path / "out", **options)
+    found = {os.fsencode(path.name) for path in (tmp_path / "out").glob("*_dseg.ctbl")}
+    assert found == {name + b"_dseg.ctbl" for name in [*names, b"s4"]}
+    for table in (tmp_path / "out").glob("*_dseg.ctbl"):  # two lines of comments, then one for each of the parts
+        lines = table.read_text(encoding="utf-8").splitlines()
+        assert all(line.startswith("#") for line in lines[:2]) and [ln.split()[0] for ln in lines[2:]] == list("012")
+    before = rows(tmp_path / "out" / "manifest.tsv")
+    assert [r["scan"] for r in before] == ["a\\udcff", "b\\nc", "d  e", "d e", "s4"]
+    segment(scans / "s4.nii.gz", tmp_path / "out", resume=True, **options)
+    segment(scans, tmp_path / "out", resume=True, **options)
+    assert rows(tmp_path / "out" / "manifest.tsv") == before
+    assert len(rows(tmp_path / "out" / "parts.tsv")) == 15
+
+
 def test_tables_need_a_folder(scans, tiny_discovery, tmp_path):
     options = {"model": str(tiny_discovery), "summary": True}
     for place in ({"beside_inputs": True}, {"output": tmp_path / "one.nii.gz"}):
