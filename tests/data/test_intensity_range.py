@@ -3,15 +3,17 @@
 import gzip
 import logging
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 from diffdiscover3d.data.datasets.folder import VolumeFolder
 from diffdiscover3d.data.formats.nifti.reading import read_nifti
+from diffdiscover3d.data.formats.reading import read_volume
 from diffdiscover3d.data.intensity_range import describe_range
 from diffdiscover3d.errors import InputError
 from diffdiscover3d.training.data_check import read_all
-from tests.helpers.opened_scans import open_slabs
+from tests.helpers.opened_scans import open_scan, open_slabs
 
 SHAPE = (20, 16, 24)
 
@@ -69,7 +71,8 @@ def test_a_fill_value_and_an_outlier():
     [(np.int32, 2**30, False), (np.uint32, 2**31, False), (np.float64, 1e9, False), (np.int32, 2**30, True)],
 )
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
-def test_a_large_offset_is_read_exactly(tmp_path, make_nifti, dtype, offset, scaled, ending):
+@pytest.mark.parametrize("nan_to_zero", [False, True])  # there are no NaN voxels
+def test_a_large_offset_is_read_exactly(tmp_path, make_nifti, dtype, offset, scaled, ending, nan_to_zero):
     values = np.round(bumps()) - 300
 
     path = make_nifti(tmp_path / "scan.nii", (values + offset).astype(dtype), np.eye(4))
@@ -80,15 +83,49 @@ def test_a_large_offset_is_read_exactly(tmp_path, make_nifti, dtype, offset, sca
     if ending == ".nii.gz":
         path = path.with_name("scan.nii.gz")
         path.write_bytes(gzip.compress((tmp_path / "scan.nii").read_bytes()))
-    whole = read_nifti(path)
+    whole = read_nifti(path, nan_to_zero=nan_to_zero)
     expected = (values - values.min()) * (0.5 if scaled else 1)
     np.testing.assert_array_equal(whole.data, expected)
     (note,) = [n for n in whole.notes if "was subtracted" in n]
     lowest = (values.min() + offset) * (0.5 if scaled else 1) + (7 if scaled else 0)
     assert f"{lowest:.10g}" in note
-    with open_slabs(path, tmp_path) as scan:
+    with open_slabs(path, tmp_path, nan_to_zero=nan_to_zero) as scan:
         np.testing.assert_array_equal(scan.read(tuple(slice(0, n) for n in SHAPE)), expected)
         assert note in scan.notes and (scan.low, scan.high) == (0, expected.max())
+
+
+def write_float64(folder, ending, values):
+    path = folder / f"scan{ending}"
+    if ending == ".npy":
+        np.save(path, values)
+    else:
+        nib.save(nib.Nifti1Image(values, np.eye(4)), path)
+    return path
+
+
+@pytest.mark.parametrize("ending", [".nii", ".npy"])
+def test_an_offset_is_kept_where_nan_becomes_0(tmp_path, ending):
+    values = np.round(bumps()) - 300 + 1e9
+    values[3, 4, 5] = np.nan
+    path = write_float64(tmp_path, ending, values)
+    expected = np.nan_to_num(values, nan=0).astype(np.float32)
+    np.testing.assert_array_equal(read_volume(path, nan_to_zero=True).data, expected)
+    with open_scan(path, tmp_path, nan_to_zero=True) as scan:
+        np.testing.assert_array_equal(scan.read(tuple(slice(0, n) for n in SHAPE)), expected)
+
+
+@pytest.mark.parametrize("ending", [".nii", ".npy"])
+@pytest.mark.parametrize("nan_to_zero", [False, True])
+def test_values_beyond_float32_are_named(tmp_path, ending, nan_to_zero):
+    values = bumps()
+    values[0, 0, :7], values[1, 1, 1] = 1e300, np.nan
+    path = write_float64(tmp_path, ending, values)
+    message = "7 voxels exceed the range of 32-bit numbers, 3.4e38; rescale the scan"
+    with pytest.raises(InputError, match=message):
+        read_volume(path, nan_to_zero=nan_to_zero)
+    reading = {"nan_to_zero": nan_to_zero}
+    with pytest.raises(InputError, match=message), open_scan(path, tmp_path, **reading):
+        pass
 
 
 def test_values_that_float32_holds_are_read_as_they_are(tmp_path, make_nifti):

@@ -16,7 +16,10 @@ from diffdiscover3d.data.formats.nifti.source import NiftiFile, open_nifti
 from diffdiscover3d.data.formats.nifti.voxels import (
     check_contrast,
     check_finite,
+    check_overflows,
     checked_values,
+    count_overflows,
+    has_non_finite,
     may_lose_precision,
     stored_range,
     to_float32,
@@ -105,12 +108,22 @@ def read_source(
     path, shape = source.path, source.shape
     check_memory(path, shape, source.reading_bytes)
     notes, scaling = list(source.notes), source.scaling
-    if may_lose_precision(source.dtype) and not (allow_constant or nan_to_zero):
-        ranges = np.array([stored_range(source.read_planes(*slab)) for slab in _slabs(shape)])
-        scaling = without_offset(scaling, (ranges[:, 0].min(), ranges[:, 1].max()), source.dtype, notes)
+    if may_lose_precision(source.dtype) and not allow_constant:
+        ranges, bad = [], False
+        for slab in _slabs(shape):
+            stored = source.read_planes(*slab)
+            ranges.append(stored_range(stored))
+            bad = bad or has_non_finite(stored)
+        if not (nan_to_zero and bad):  # NaN voxels become 0, which must stay apart from the values
+            lows, highs = zip(*ranges, strict=True)
+            scaling = without_offset(scaling, (min(lows), max(highs)), source.dtype, notes)
     planes = np.empty(shape[::-1], np.float32)
+    overflows = 0
     for start, stop in _slabs(shape):
-        planes[start:stop] = to_float32(source.read_planes(start, stop), scaling)
+        stored = source.read_planes(start, stop)
+        planes[start:stop] = to_float32(stored, scaling)
+        overflows += count_overflows(stored, planes[start:stop])
+    check_overflows(path, overflows)
     planes = checked_values(path, planes, nan_to_zero, allow_constant, notes)
     return NiftiVolume(
         np.ascontiguousarray(apply_orientation(planes.T, source.orientation)),
@@ -163,7 +176,8 @@ def stream_source(
                 write_all(file.raw, planes)
             values.add(planes)
         notes = list(source.notes)
-        scaling = source.scaling if nan_to_zero else values.without_offset(notes)
+        scaling = source.scaling if nan_to_zero and values.bad else values.without_offset(notes)
+        check_overflows(path, values.overflows)
         check_finite(path, values.bad, count, nan_to_zero, notes)
         check_contrast(path, float(values.low), float(values.high))
         yield SlabScan(

@@ -13,7 +13,10 @@ from diffdiscover3d.data.formats.nifti.header import check_fits, length_unit, re
 from diffdiscover3d.data.formats.nifti.output import nifti_stream, output_header
 from diffdiscover3d.data.formats.nifti.source import NiftiFile, open_nifti
 from diffdiscover3d.data.formats.nifti.voxels import (
+    check_overflows,
     checked_values,
+    count_overflows,
+    has_non_finite,
     may_lose_precision,
     pick_volume,
     read_scaling,
@@ -127,9 +130,12 @@ def read_voxels(
     sha256 = file.payload.sha256()
     stored = np.frombuffer(payload, dtype=dtype).reshape(*shape[:3], -1, order="F")
     stored = stored[..., pick_volume(path, shape, volume, notes)]
-    if may_lose_precision(dtype) and not (allow_constant or nan_to_zero):
+    # NaN voxels become 0, which must stay apart from the values
+    if may_lose_precision(dtype) and not allow_constant and not (nan_to_zero and has_non_finite(stored)):
         scaling = without_offset(scaling, stored_range(stored), dtype, notes)
-    data = checked_values(path, to_float32(stored, scaling), nan_to_zero, allow_constant, notes)
+    values = to_float32(stored, scaling)
+    check_overflows(path, count_overflows(stored, values))
+    data = checked_values(path, values, nan_to_zero, allow_constant, notes)
 
     orientation = io_orientation(affine)
     canonical_affine = affine @ inv_ornt_aff(orientation, data.shape)

@@ -17,6 +17,8 @@ from diffdiscover3d.data.formats.nifti.source import NiftiFile
 from diffdiscover3d.data.formats.nifti.voxels import (
     check_contrast,
     check_finite,
+    check_overflows,
+    count_overflows,
     may_lose_precision,
     pick_volume,
     read_scaling,
@@ -140,8 +142,9 @@ def stream_volume(
             values.add(own)
             at += len(piece)
         notes += chosen
-        if not nan_to_zero:
+        if not (nan_to_zero and values.bad):
             scaling = values.without_offset(notes)
+        check_overflows(path, values.overflows)
         check_finite(path, values.bad, int(np.prod(shape[:3])), nan_to_zero, notes)
         check_contrast(path, float(values.low), float(values.high))
         raw, start = (unpacked.raw, 0) if unpacked else (file.payload.raw, offset + selection.start)
@@ -162,11 +165,12 @@ def stream_volume(
 
 
 class ValueRange:
-    """Running minimum and maximum, and number of NaN and Inf voxels."""
+    """Running minimum and maximum, and numbers of NaN and Inf voxels and of those outside the range of float32."""
 
     def __init__(self, dtype: np.dtype, scaling: tuple[float, float] | None):
         self._dtype, self._scaling = dtype, scaling
         self.low, self.high, self.bad = np.float32(np.inf), np.float32(-np.inf), 0
+        self.overflows = 0
         self._stored = (np.inf, -np.inf)
 
     def add(self, stored: memoryview) -> None:
@@ -181,6 +185,7 @@ class ValueRange:
             finite = np.isfinite(values)
             if not finite.all():
                 self.bad += values.size - int(np.count_nonzero(finite))
+                self.overflows += count_overflows(stored, values)
                 values = np.where(finite, values, np.float32(0))
             self.low, self.high = min(self.low, values.min()), max(self.high, values.max())
 

@@ -30,6 +30,29 @@ def may_lose_precision(dtype: np.dtype) -> bool:
     return dtype.itemsize > (4 if dtype.kind == "f" else 2)
 
 
+def has_non_finite(stored: np.ndarray) -> bool:
+    """Whether there are NaN or infinite values."""
+    return stored.dtype.kind == "f" and not np.isfinite(stored).all()
+
+
+def count_overflows(stored: np.ndarray, values: np.ndarray) -> int:
+    """The number of finite stored values that [`to_float32`] made infinite."""
+    infinite = np.isinf(values)
+    if infinite.any() and stored.dtype.kind == "f":
+        infinite &= np.isfinite(stored)
+    return int(np.count_nonzero(infinite))
+
+
+def check_overflows(path: Path, count: int) -> None:
+    """Raise if values exceed the range of float32.
+
+    Raises:
+        InputError: if there are such values.
+    """
+    if count:
+        raise InputError(f"{path}: {count:,} voxels exceed the range of 32-bit numbers, 3.4e38; rescale the scan.")
+
+
 def stored_range(values: np.ndarray) -> tuple[float, float]:
     """Minimum and maximum of the finite values, in float64; (inf, -inf) if there are none."""
     if values.dtype.kind == "f":
