@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ def content_hashes(paths: Sequence[Path], folder: str | Path | None = None) -> l
     Raises:
         InputError: if a file cannot be read.
     """
-    places = [str(path.resolve()) for path in paths]
+    places = [os.path.realpath(path) for path in paths]
     name = hashlib.sha256(json.dumps(sorted(set(places))).encode()).hexdigest()[:24]
     store = Path(folder or cache_folder() / "sha256") / f"{name}.json"
     known = read_json_object(store)

@@ -175,7 +175,7 @@ def check_cases(cases: Sequence[CaseFiles], mine: Sequence[CaseFiles], overwrite
         OutputError: if one cannot be written.
     """
     seen: dict[Path, Path] = {}
-    inputs = {split(case.input)[0].resolve() for case in cases}
+    inputs = {os.path.realpath(split(case.input)[0]) for case in cases}  # of a link to itself, too
     for case in cases:
         place = split(case.input)[0]
         for target in case:
@@ -186,7 +186,7 @@ def check_cases(cases: Sequence[CaseFiles], mine: Sequence[CaseFiles], overwrite
                 raise OutputError(f"{target}: the name is too long for a file; rename the input.")
             if target.exists() and place.exists() and target.samefile(place):
                 raise OutputError(f"{target}: is the input itself; choose another --output folder.")
-            if target.resolve() in inputs:
+            if os.path.realpath(target) in inputs:
                 raise OutputError(f"{target}: is one of the inputs; choose another --output folder.")
     check_targets((target for case in mine for target in case), overwrite)
     for case in () if resume else mine:

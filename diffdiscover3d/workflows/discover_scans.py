@@ -1,5 +1,6 @@
 """The scans of a `discover` run: read once, planned for, and compared with those of an earlier run."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -150,7 +151,7 @@ def _read_all(
 def _location(scan: str) -> tuple[Path, str]:
     """Where a scan is on disk, however its path is written."""
     place, inner = scan.partition(SEPARATOR)[::2]
-    return Path(place).resolve(), inner
+    return Path(os.path.realpath(place)), inner
 
 
 def _target_in_mm(spacing: str | Sequence[float] | None) -> tuple[float, ...] | None:

@@ -91,6 +91,26 @@ def test_own_results_are_no_scans(tmp_path, tiny_discovery, make_nifti):
         expand_all([folder / "a_dseg.nii.gz", folder / "mine.nii.gz"])
 
 
+def test_a_scan_that_is_named_twice_is_taken_once(tmp_path, make_nifti, monkeypatch):
+    a, b = (make_nifti(tmp_path / "scans" / name, values(1)) for name in ("a.nii", "b.nii"))
+    other = make_nifti(tmp_path / "elsewhere" / "a.nii", values(2))
+    (tmp_path / "elsewhere" / "below").mkdir()
+    (tmp_path / "scans" / "link").symlink_to(other.parent / "below")
+    far = tmp_path / "scans" / "link" / ".." / "a.nii"  # is the other one, as links are followed first
+    monkeypatch.chdir(tmp_path)
+    found = expand_all([str(b), "scans/b.nii", f"{tmp_path}/scans/../scans/b.nii", "scans/*.nii", str(far), str(a)])
+    assert [str(volume) for volume in found.volumes] == [str(b), "scans/a.nii", str(far)]
+
+
+def test_a_link_to_itself_is_an_error_of_its_own(tmp_path, make_nifti, tiny_discovery):
+    make_nifti(tmp_path / "scans" / "a.nii.gz", values(1))
+    (tmp_path / "scans" / "b.nii.gz").symlink_to("b.nii.gz")
+    errors = []
+    segment(tmp_path / "scans", tmp_path / "out", model=str(tiny_discovery), on_error=errors.append)
+    assert files(tmp_path / "out") == [f"a_dseg.{ending}" for ending in ("json", "nii.gz", "tsv")]
+    assert len(errors) == 1 and isinstance(errors[0], InputError) and "b.nii.gz" in str(errors[0])
+
+
 def test_a_json_list_holds_any_name(tmp_path, make_nifti):
     names = ["study #1/a.nii.gz", " spaced /b.nii.gz", "c\n.nii.gz"]
     for name in names:

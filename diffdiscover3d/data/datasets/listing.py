@@ -95,7 +95,7 @@ def expand(source: str | Path, include: Sequence[str] = (), series: str | None =
 
 
 def expand_all(sources: Sequence[str | Path], include: Sequence[str] = (), series: str | None = None) -> Contents:
-    """The volumes that all arguments of a command name, in their order.
+    """The volumes that all arguments of a command name, in their order, each once.
 
     Of several arguments, which a shell may have made of a glob, results of this program are left out.
 
@@ -124,7 +124,11 @@ def expand_all(sources: Sequence[str | Path], include: Sequence[str] = (), serie
     if not volumes:
         first = f"{left_out[0][0]}: {left_out[0][1]}" if left_out else "no volumes; give scans"
         raise InputError(f"{first}.")
-    return Contents(tuple(volumes), tuple(left_out))
+    unique: dict[str, str | Path] = {}
+    for volume in volumes:  # a folder and a file in it, or one path written in two ways
+        folder, name = os.path.split(volume)
+        unique.setdefault(os.path.join(os.path.realpath(folder), name), volume)
+    return Contents(tuple(unique.values()), tuple(left_out))
 
 
 def look_into(source: str | Path, include: Sequence[str] = (), series: str | None = None) -> Contents:
