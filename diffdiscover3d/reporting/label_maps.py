@@ -81,6 +81,9 @@ def read_label_map(path: str | Path, scan: NiftiVolume) -> LabelMap:
 def _describe_mismatch(path: Path, provenance: dict, scan: NiftiVolume, labels: NiftiVolume) -> list[str]:
     """Notes where the sidecar of a label map records another scan or another label map."""
     notes = []
+    sidecar = path.with_name(f"{stem(path)}.json")
+    if not provenance and sidecar.exists():
+        notes.append(f"{sidecar.name} is damaged, so it is not known what {path.name} was made of")
     source, outputs = (provenance.get(key, {}) for key in _RECORDED)
     if scan.sha256 is not None and source.get("sha256", scan.sha256) != scan.sha256:
         notes.append(f"{path.name} was made of another file than this scan, or the scan has changed since")

@@ -14,6 +14,7 @@ from diffdiscover3d.data.formats.registry import split, volume_sha256
 from diffdiscover3d.errors import InputError
 
 OUTSIDE = "outside the mask"
+_MOST_SMOOTH = 100  # voxels; a wider filter makes a volume of ordinary size constant
 _MOST_ROUNDS = 10  # of merging small pieces; two or three suffice for most maps
 
 
@@ -27,8 +28,10 @@ class Finish:
     background: int | None = None
 
     def __post_init__(self):
-        if self.smooth < 0 or self.min_size < 0:
-            raise ValueError(f"`smooth` and `min_size` must be >= 0, got {self.smooth} and {self.min_size}.")
+        if not 0 <= self.smooth <= _MOST_SMOOTH:
+            raise ValueError(f"`smooth` must be in 0..{_MOST_SMOOTH} voxels, got {self.smooth}.")
+        if self.min_size < 0:
+            raise ValueError(f"`min_size` must be >= 0, got {self.min_size}.")
         if self.mask is not None and self.background is not None:
             raise ValueError("`background` cannot be given with `mask`, whose outside is the background.")
 

@@ -171,7 +171,8 @@ class DiffusionConfig(TrainingConfig):
             object.__setattr__(self, "sample_size", (self.sample_size,))
         size = self.sample_size
         require(size is None or len(size) in (1, 3), "sample_size", "one or three integers", size)
-        require(self.num_train_timesteps >= 2, "num_train_timesteps", "at least 2", self.num_train_timesteps)
+        steps = self.num_train_timesteps  # the limits of a saved model, see models/config_schema.py
+        require(2 <= steps <= 100_000, "num_train_timesteps", "in 2..100000", steps)
         require(not (self.pad and self.sample_size), "sample_size", "left out with --pad", self.sample_size)
         require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
         require(self.snr_gamma is None or self.snr_gamma > 0, "snr_gamma", "positive", self.snr_gamma)
@@ -259,7 +260,7 @@ class DiscoveryConfig(TrainingConfig):
         object.__setattr__(self, "denoised_timesteps", tuple(self.denoised_timesteps))
         if self.children is not None:
             object.__setattr__(self, "children", tuple(self.children))
-        require(self.num_parts >= 2, "num_parts", "at least 2", self.num_parts)
+        require(2 <= self.num_parts <= 65_536, "num_parts", "in 2..65536", self.num_parts)
         require(len(self.stages) >= 1 and min(self.stages) >= 1, "stages", "one or more of 1, 2, ...", self.stages)
         require(self.timestep >= 0, "timestep", "at least 0", self.timestep)
         require(self.num_noise >= 1, "num_noise", "at least 1", self.num_noise)

@@ -42,7 +42,8 @@ def prepare_streams() -> None:
     Called once, when a program starts.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):  # replaced by an object without an encoding
+        # replaced by an object without an encoding, or closed
+        with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(errors="backslashreplace")
     handler = _QuietHandler()
     handler.setFormatter(PrintableFormatter())

@@ -163,3 +163,10 @@ def test_a_level_by_its_number_of_parts(scan, tmp_path):
     assert len(result.fractions) == 2
     with pytest.raises(ValueError, match=r"must be one of 2, 4, 8 for synthetic-regular, got 5"):
         segment(scan, tmp_path / "five", num_parts=5)
+
+
+@pytest.mark.parametrize("smooth", [-1, 101, 1e9, float("inf"), float("nan")])
+def test_a_filter_wider_than_volumes_is_refused(smooth):
+    with pytest.raises(ValueError, match=r"`smooth` must be in 0\.\.100 voxels, got"):
+        Finish(smooth=smooth)
+    assert Finish(smooth=100).in_memory

@@ -8,6 +8,7 @@ import pytest
 
 from diffdiscover3d.data.datasets.brats import BraTSOptions
 from diffdiscover3d.errors import InputError
+from diffdiscover3d.models.config_schema import SCHEMAS
 from diffdiscover3d.train import main
 from diffdiscover3d.training.aliases import ABSENT, ALIASES, SAME_NAMES
 from diffdiscover3d.training.brain_config import BrainConfig
@@ -216,3 +217,19 @@ def test_later_options_are_recorded_only_if_they_are_set():
 def test_an_option_of_a_later_version_is_recorded_where_it_differs():
     assert "reliability" not in as_dict(make_config(DiscoveryConfig))
     assert as_dict(make_config(DiscoveryConfig, reliability="separation"))["reliability"] == "separation"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "model"),
+    [
+        (DiffusionConfig, "num_train_timesteps", "DDPMScheduler"),
+        (DiscoveryConfig, "num_parts", "StructureDiscoveryModel"),
+    ],
+)
+def test_what_can_be_trained_can_be_loaded(kind, name, model):
+    """The largest value of an option is the largest in the configuration of a saved model."""
+    rule = SCHEMAS[model][name]
+    largest = next(n for n in (65_536, 100_000) if rule(n) is None and rule(n + 1) is not None)
+    kind(**{name: largest})
+    with pytest.raises(ValueError, match=rf"`{name}` must be in 2\.\.{largest}, got"):
+        kind(**{name: largest + 1})

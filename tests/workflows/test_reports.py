@@ -44,7 +44,13 @@ def test_a_changed_scan_or_map_is_noted(scan, make_nifti):
     assert len(lines) == 2 and "has changed since" in lines[1] and lines[1].split("note: ")[1] in page.read_text()
     for damaged in ("[" * 100_000, "[1]", '{"model": 3}', '{"parts": {}}', '{"input": [], "outputs": 3}', "\0"):
         sidecar.write_text(damaged)
-        assert make_reports(scan, overwrite=True) == [page]
+        lines.clear()
+        assert make_reports(scan, overwrite=True, on_note=lines.append) == [page]
+        (line,) = lines
+        assert "a_dseg.json is damaged" in line and line.split("note: ")[1] in page.read_text()
+    sidecar.unlink()
+    make_reports(scan, overwrite=True, on_note=lines.append)
+    assert len(lines) == 1  # without a sidecar there is nothing to say
 
 
 def test_the_map_of_another_scan_is_never_taken(scan, make_nifti):
