@@ -19,13 +19,9 @@ from diffdiscover3d.evaluation.paper_tables import Cell, PaperTable
 
 
 def run_here(arguments: list[str]) -> None:
-    """Run a training in this process; the precision of the one before does not hold for it."""
-    from accelerate.state import AcceleratorState, PartialState
-
+    """Run a training in this process."""
     from diffdiscover3d.train import main
 
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
     if code := main(list(arguments)):
         raise ModelError(f"a training ended with exit code {code}: {' '.join(arguments)}")
 

@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, PartialState
 
 from benchmarks.speed.baselines import PlainStep, add_noise, hooked_features, monai_diffusion_unet, upsample
 from benchmarks.speed.discovery_step import FIXED, PAPER, make_teacher
@@ -248,8 +247,6 @@ def learning(run: Run, preset: str, seconds: float, **options) -> None:
     """Train the denoiser on synthetic volumes for some time: a curve of losses, and steps per second."""
     from diffdiscover3d.data.loading import load_volumes
 
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
     volumes = load_volumes("synthetic-regular")
     grid = tuple(volumes[0]["volume"].shape[1:])
     curve: list[tuple[int, float, float]] = []

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState, PartialState
 
 from benchmarks.speed.timing import synchronize
 from diffdiscover3d.training.launch import make_accelerator
@@ -240,8 +239,6 @@ def exact_float32():
 
 def time_training(run: Run, name: str, make_task: Callable, config, volumes, target=None, profiled=False) -> dict:
     """A row of the milliseconds of a step of the package's own loop; its details if it is profiled."""
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(config, max_steps=10**6, output_dir=str(Path(folder) / "training"))
         accelerator = make_accelerator(config)
