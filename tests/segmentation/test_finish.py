@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -155,7 +156,7 @@ def test_a_label_map_has_a_name_of_its_own(scan, tmp_path, tiny_discovery):
     with pytest.raises(ValueError, match=r"must end in \.nii\.gz"):
         segment(scan, tmp_path / "x.tif", model=str(tiny_discovery))
     with pytest.raises(ValueError, match="one file for 2 inputs"):
-        segment([scan, scan], tmp_path / "x.nii.gz", model=str(tiny_discovery))
+        segment([scan, shutil.copy(scan, tmp_path / "other.nii.gz")], tmp_path / "x.nii.gz", model=str(tiny_discovery))
 
 
 def test_a_level_by_its_number_of_parts(scan, tmp_path):
