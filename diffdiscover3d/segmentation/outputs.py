@@ -23,7 +23,7 @@ from diffdiscover3d.data.formats.registry import (
 from diffdiscover3d.data.formats.volume_file import NiftiGrid
 from diffdiscover3d.errors import InputError, ModelError, OutputError
 from diffdiscover3d.reporting.colours import part_rgb
-from diffdiscover3d.utils.files import check_targets, read_json
+from diffdiscover3d.utils.files import check_regular, check_targets, read_json
 from diffdiscover3d.utils.processes import rank_and_world_size
 
 
@@ -169,7 +169,7 @@ def check_cases(cases: Sequence[CaseFiles], mine: Sequence[CaseFiles], overwrite
     Args:
         cases: all scans; no two may write the same file, and none may overwrite a scan.
         mine: those of this process, whose files must not exist unless `overwrite`.
-        resume: accept results with a damaged or missing sidecar, which are made again.
+        resume: accept results with a damaged sidecar, or without one but with their table; they are made again.
 
     Raises:
         OutputError: if one cannot be written.
@@ -189,22 +189,35 @@ def check_cases(cases: Sequence[CaseFiles], mine: Sequence[CaseFiles], overwrite
             if os.path.realpath(target) in inputs:
                 raise OutputError(f"{target}: is one of the inputs; choose another --output folder.")
     check_targets((target for case in mine for target in case), overwrite)
-    for case in () if resume else mine:
+    for case in mine:
         for files in case.levels.values():
-            if files.labels.exists() and not _is_own(files.sidecar):
+            if files.labels.exists() and not _is_own(files, resume):
                 raise OutputError(
                     f"{files.labels}: was not made by diffdiscover3d, as {files.sidecar.name} does not name it; "
                     "choose another --output folder."
                 )
 
 
-def _is_own(sidecar: Path) -> bool:
-    """Whether a sidecar was written by this program."""
+def _is_own(files: LevelFiles, incomplete: bool) -> bool:
+    """Whether a label map was written by this program; with `incomplete`, its sidecar may be damaged or missing."""
     try:
-        written = read_json(sidecar)
+        written = read_json(files.sidecar)
+    except FileNotFoundError:
+        return incomplete and _is_own_table(files.table)
+    except (OSError, ValueError):
+        return incomplete
+    return "diffdiscover3d" in written if isinstance(written, dict) else incomplete
+
+
+def _is_own_table(path: Path) -> bool:
+    """Whether a table has columns that only this program writes."""
+    try:
+        check_regular(path)
+        with open(path, encoding="utf-8") as file:
+            columns = file.readline(4096).rstrip("\n").split("\t")
     except (OSError, ValueError):
         return False
-    return isinstance(written, dict) and "diffdiscover3d" in written
+    return {"index", "color", "voxels", "mean_intensity"} <= set(columns)
 
 
 def is_finished(case: CaseFiles, provenance: dict[int | None, dict], sha256: str) -> bool:

@@ -277,6 +277,19 @@ def test_resume_takes_no_mixed_or_truncated_results(tmp_path, make_nifti, levell
         assert {path: path.read_bytes() for path in expected} == expected, damage
 
 
+@pytest.mark.parametrize("sidecar", [None, "{}", '{"Manual": true}'])
+@pytest.mark.parametrize("replacing", ["resume", "overwrite"])
+def test_label_maps_of_others_are_never_replaced(tmp_path, make_nifti, tiny_discovery, sidecar, replacing):
+    scan = make_nifti(tmp_path / "scan.nii.gz", noise())
+    manual = make_nifti(tmp_path / "out" / "scan_dseg.nii.gz", np.ones(noise().shape, np.uint8)).read_bytes()
+    (tmp_path / "out" / "scan_dseg.tsv").write_text("index\tname\n1\tliver\n")  # as BIDS asks for
+    if sidecar is not None:
+        (tmp_path / "out" / "scan_dseg.json").write_text(sidecar)
+    with pytest.raises(OutputError, match=r"scan_dseg\.nii\.gz: was not made by diffdiscover3d"):
+        segment(scan, tmp_path / "out", model=str(tiny_discovery), **{replacing: True})
+    assert (tmp_path / "out" / "scan_dseg.nii.gz").read_bytes() == manual
+
+
 def test_nothing_private_is_copied_into_results(tmp_path, make_nifti, levelled):
     def mod(header):
         header["db_name"], header["aux_file"], header["descrip"] = b"Jane Doe", b"/home/jane/x.nii", b"1970-01-02"
