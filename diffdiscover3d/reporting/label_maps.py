@@ -62,7 +62,9 @@ def read_label_map(path: str | Path, scan: NiftiVolume) -> LabelMap:
         InputError: if it cannot be read, or has another shape or affine than the scan.
     """
     path = Path(path)
-    found = read_volume(path, allow_constant=True, ignore_affine=True)
+    found = read_volume(path, allow_constant=True, ignore_affine=True, nan_to_zero=True)
+    if any("NaN or Inf" in note for note in found.notes):
+        raise InputError(f"{path}: holds NaN or Inf voxels; give a label map.")
     if found.shape != scan.shape:
         raise InputError(f"{path}: has shape {found.shape}, its scan {scan.shape}; give the label map of this scan.")
     tolerance = 1e-2 * min(scan.spacing_mm) + 1e-6 * np.abs(scan.affine).max()  # headers hold 32-bit numbers

@@ -52,12 +52,12 @@ class Finish:
 
 
 def read_mask(path: Path, scan: NiftiVolume) -> np.ndarray:
-    """A region on the grid of a scan: (H, W, D) bool, where the file is not 0.
+    """A region on the grid of a scan: (H, W, D) bool, where the file is neither 0 nor NaN.
 
     Raises:
         InputError: if it cannot be read, is of another grid, or marks nothing.
     """
-    found = read_volume(path, allow_constant=True, ignore_affine=True)
+    found = read_volume(path, allow_constant=True, ignore_affine=True, nan_to_zero=True)
     if found.shape != scan.shape:
         raise InputError(f"{path}: has shape {found.shape}, the scan {scan.shape}; give a mask on the scan's grid.")
     if not np.allclose(found.affine[:3, :3], scan.affine[:3, :3], atol=1e-2 * min(scan.spacing_mm)):

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from diffdiscover3d.data.formats.nifti.reading import read_nifti
 from diffdiscover3d.errors import InputError, OutputError
 from diffdiscover3d.segmentation.driver import segment
 from diffdiscover3d.segmentation.finish import (
     Finish,
     bounding_box,
     numbers_with_background,
+    read_mask,
     smoothed,
     without_small_pieces,
 )
@@ -164,6 +166,21 @@ def test_a_level_by_its_number_of_parts(scan, tmp_path):
     assert len(result.fractions) == 2
     with pytest.raises(ValueError, match=r"must be one of 2, 4, 8 for synthetic-regular, got 5"):
         segment(scan, tmp_path / "five", num_parts=5)
+
+
+def test_nan_is_outside_of_a_mask(tmp_path, make_nifti):
+    """As in masks of SPM."""
+    inside = np.zeros(SHAPE, bool)
+    inside[3:9, 4:8, 5:] = True
+    affine = np.diag([1.5, 2, 3, 1])
+    scan = read_nifti(
+        make_nifti(tmp_path / "scan.nii", np.arange(inside.size, dtype=np.float32).reshape(SHAPE), affine)
+    )
+    mask = make_nifti(tmp_path / "mask.nii", np.where(inside, 1, np.nan).astype(np.float32), affine)
+    np.testing.assert_array_equal(read_mask(mask, scan), inside)
+    nothing = make_nifti(tmp_path / "nothing.nii", np.full(SHAPE, np.nan, np.float32), affine)
+    with pytest.raises(InputError, match="marks no voxel"):
+        read_mask(nothing, scan)
 
 
 @pytest.mark.parametrize("smooth", [-1, 101, 1e9, float("inf"), float("nan")])

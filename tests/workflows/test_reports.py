@@ -85,6 +85,15 @@ def test_labels_that_are_no_part_numbers(scan, make_nifti, values, dtype):
         read_label_map(path, read_nifti(scan))
 
 
+def test_a_label_map_with_nan_is_named_without_an_option(scan, make_nifti):
+    """--nan-to-zero is about the scan."""
+    labels = np.zeros(SHAPE, np.float32)
+    labels[1, 2, 3] = np.nan
+    path = make_nifti(scan.parent / "a_dseg.nii.gz", labels)
+    with pytest.raises(InputError, match=r"a_dseg\.nii\.gz: holds NaN or Inf voxels; give a label map\.$"):
+        read_label_map(path, read_nifti(scan))
+
+
 def test_a_label_of_60_000_takes_little_memory(scan, make_nifti):
     for level, values in ((1, (7, 60_000)), (2, (3, 59_999, 60_000))):
         write_map(make_nifti, scan.parent / f"a_level-{level}_dseg.nii.gz", values, np.uint16)
