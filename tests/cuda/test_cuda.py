@@ -13,6 +13,7 @@ from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
 from diffdiscover3d.training import backward, loop
 from diffdiscover3d.training.backward import EagerPass, GraphedPass
+from diffdiscover3d.training.brain_run import train_brain
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
 from diffdiscover3d.training.data_order import draw_noise
 from diffdiscover3d.training.diffusion import DiffusionTraining
@@ -21,6 +22,7 @@ from diffdiscover3d.training.dropout import hashed_masks, slot_keys
 from diffdiscover3d.training.launch import make_accelerator
 from diffdiscover3d.training.loop import train
 from diffdiscover3d.training.step_metrics import StepMetrics
+from tests.training.test_graphed_trainings import NESTED, SPACE, brain_config, losses_in, make_nested
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 TINY = {"width": 8, "channel_multipliers": (1, 2, 4), "attention": ("linear", "linear", None), "norm_groups": 4}
@@ -217,6 +219,25 @@ def test_a_graphed_discovery_training_is_the_eager_one(tmp_path, passes, noise, 
     plain = run(DiscoveryConfig, tmp_path / "eager", make_discovery, cuda_graphs=False, **options)
     graphed = run(DiscoveryConfig, tmp_path / "graphed", make_discovery, **options)
     assert_equal_but_replayed(plain, graphed, passes, 5e-2)
+
+
+@pytest.mark.parametrize("order", ["free", "size"])
+def test_a_graphed_training_of_assigned_parts_is_the_eager_one(tmp_path, passes, order):
+    fixed = {"objective": "assignment", "selection": "last", "reliable_share": 1.0, "teacher": "given"}
+    options = {**fixed, **NESTED, **SPACE, "sibling_order": order}
+    plain = run(DiscoveryConfig, tmp_path / "eager", make_nested, cuda_graphs=False, **options)
+    graphed = run(DiscoveryConfig, tmp_path / "graphed", make_nested, **options)
+    assert_equal_but_replayed(plain, graphed, passes, 5e-2)
+
+
+def test_a_graphed_brain_training_is_the_eager_one(tmp_path, passes, make_nifti):
+    scans, eager, graphed = (tmp_path / name for name in ("scans", "eager", "graphed"))
+    train_brain(brain_config(eager, scans, make_nifti, cuda_graphs=False))
+    assert all(type(made) is EagerPass for made in passes)
+    train_brain(brain_config(graphed, scans, make_nifti))
+    assert [made.replays for made in passes if isinstance(made, GraphedPass)] == [3, 3]
+    for phase in ("discovery", "diffusion"):
+        torch.testing.assert_close(losses_in(graphed / phase), losses_in(eager / phase), rtol=2e-2, atol=1e-3)
 
 
 def test_noise_and_masks_depend_on_slots_alone():

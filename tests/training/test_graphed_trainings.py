@@ -143,19 +143,24 @@ def test_robust_scaling_is_not_captured(tmp_path, gpu, caplog):
     torch.testing.assert_close(wanted, eager)
 
 
-def test_brains(tmp_path, gpu, make_nifti):
-    for index in (0, 3):
+def brain_config(folder, scans, make_nifti, **options):
+    """A training of both phases on two scans, which are written unless they are there."""
+    for index in () if scans.exists() else (0, 3):
         volume = brain_phantom("test", index).volume[::2, ::2, ::2]
-        make_nifti(tmp_path / "scans" / f"{index}.nii.gz", (volume * 200).astype(np.float32), np.diag([3.0, 3, 3, 1]))
-    options = {
-        "preset": "tiny", "dataset": str(tmp_path / "scans"), "frame": (32, 40, 36), "phantoms": 0, "max_steps": STEPS,
+        make_nifti(scans / f"{index}.nii.gz", (volume * 200).astype(np.float32), np.diag([3.0, 3, 3, 1]))
+    fixed = {
+        "preset": "tiny", "dataset": str(scans), "frame": (32, 40, 36), "phantoms": 0, "max_steps": STEPS,
         "diffusion_steps": STEPS, "batch_size": 2, "reassign_every": 5, "preview_every": 0, "log_every": 1,
         "mixed_precision": "no", "memory_format": "contiguous", "lambda_invariance": 0.1, "lambda_visual": 0.1,
     }  # fmt: skip
+    return BrainConfig(output_dir=str(folder), **{**fixed, **options})
+
+
+def test_brains(tmp_path, gpu, make_nifti):
     eager, graphed = tmp_path / "eager", tmp_path / "graphed"
-    train_brain(BrainConfig(output_dir=str(eager), cuda_graphs=False, **options))
+    train_brain(brain_config(eager, tmp_path / "scans", make_nifti, cuda_graphs=False))
     assert not gpu.graphs
-    train_brain(BrainConfig(output_dir=str(graphed), **options))
+    train_brain(brain_config(graphed, tmp_path / "scans", make_nifti))
     assert [graph.replays for graph in gpu.graphs] == [REPLAYED, REPLAYED]
     for phase in ("discovery", "diffusion"):
         torch.testing.assert_close(losses_in(graphed / phase), losses_in(eager / phase))
