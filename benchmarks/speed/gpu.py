@@ -249,7 +249,7 @@ def learning(run: Run, preset: str, seconds: float, **options) -> None:
 
     volumes = load_volumes("synthetic-regular")
     grid = tuple(volumes[0]["volume"].shape[1:])
-    curve: list[tuple[int, float, float]] = []
+    curve: list[tuple[int, float]] = []
 
     class Learning(Timed):
         def after_step(self, step: int) -> dict[str, float]:
