@@ -67,7 +67,8 @@ def run(kind, folder, make_task, **options):
 
 
 def compare(gpu, folder, kind, make_task, **options):
-    """Train eagerly and as by default, and compare; one graph is captured and replayed."""
+    """Train eagerly and as by default, and compare; one graph is captured, and replayed also after a checkpoint."""
+    options = {"checkpoint_every": 5, "preview_every": 5 if kind is DiscoveryConfig else 0, **options}
     eager = run(kind, folder / "eager", make_task, cuda_graphs=False, **options)
     assert not gpu.graphs and eager[0].isfinite().all()
     graphed = run(kind, folder / "graphed", make_task, **options)
@@ -175,6 +176,7 @@ TAUGHT = {"teacher": "given", "selection": "last"}
     ("kind", "make_task", "options"),
     [
         (DiffusionConfig, make_diffusion, {"width": 8, "sample_size": GRID}),
+        (DiffusionConfig, make_diffusion, {"width": 8, "sample_size": GRID, "cuda_graphs": True}),
         (DiscoveryConfig, make_discovery, {**TAUGHT, "teacher_noise": "fresh", "dropout": 0.2}),
         (DiscoveryConfig, make_discovery, {**TAUGHT, "teacher_noise": "fixed", "dropout": 0.2}),
         (DiscoveryConfig, make_nested, {**TAUGHT, **NESTED, **SPACE}),
@@ -187,7 +189,7 @@ def test_the_host_does_not_wait_in_a_step(tmp_path, gpu, kind, make_task, option
     for steps in (4, 5, 8):  # the first training fills caches; all volumes have been seen after three steps
         before = len(gpu.waits)
         shared = {"max_steps": steps, "memory_format": "channels_last", "log_every": 100, "cuda_graphs": False}
-        run(kind, tmp_path / str(steps), make_task, **shared, **options)
+        run(kind, tmp_path / str(steps), make_task, **{**shared, **options})
         waits.append(len(gpu.waits) - before)
     assert waits[1] == waits[2] > 0
 
