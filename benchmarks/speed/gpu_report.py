@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from diffdiscover3d.reporting.markdown import markdown_table
+from diffdiscover3d.training.config import DiffusionConfig, make_config
 
 _KERNELS = 8  # lines of a profile
 
@@ -32,6 +33,7 @@ def _measured(result: dict) -> list[str]:
     header = ["what", "value", "peak of tensors", "held, with graphs", "target", ""]
     text.append(markdown_table(header, rows))
     text.append(f"\n`{result['command']}`. Steps are those of the package's own loop. {result.get('note', '')}\n")
+    text += _whole_training(result["rows"])
     for name, error in result["errors"].items():
         kinds = [line for line in error.splitlines() if re.match(r"[\w.]+(Error|Exception)\b", line)]
         text.append(f"*{name} failed: {(kinds or error.strip().splitlines())[-1][:200]}*\n")
@@ -39,6 +41,14 @@ def _measured(result: dict) -> list[str]:
         if isinstance(detail, dict) and "profile" in detail:
             text += _profile(name, detail["profile"])
     return text
+
+
+def _whole_training(rows: list[dict]) -> list[str]:
+    """How long the diffusion model of the preset `paper` takes at the measured time of a step."""
+    steps = make_config(DiffusionConfig, preset="paper").max_steps
+    times = [r["value"] for r in rows if re.fullmatch("diffusion step, paper,.*: as by default", r["what"])]
+    minutes = [f"{milliseconds * steps / 6e4:.0f} minutes" for milliseconds in times]
+    return [f"At this rate the {steps:,} diffusion steps of the preset `paper` take {found}.\n" for found in minutes]
 
 
 def _profile(name: str, profile: dict) -> list[str]:

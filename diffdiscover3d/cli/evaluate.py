@@ -112,7 +112,7 @@ def benchmark(
     )
     say_lines("\n" + format_table(result["summary"]))
     if result["missing"]:
-        say(f"Missing, for want of MedicalNet's weights (--med3d): {', '.join(result['missing'])}.")
+        say(f"Missing, as they need MedicalNet's weights (--med3d): {', '.join(result['missing'])}.")
 
 
 def _benchmark_brats(

@@ -2,16 +2,19 @@
 
 Window positions and blending weights are those of [`StructureDiscoveryModel.segment`]. Windows are visited slab by slab
 along the last axis of the file, and row by row within a slab. Only two accumulators are kept in memory: one for the
-current row of windows and one for the planes shared with the next slab.
+current row of windows and one for the planes shared with the next slab. While a GPU computes a window, the next one is
+read and the one before is copied to the host and added.
 """
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from diffdiscover3d.data.formats.nifti.raw_grid import RawGrid
+from diffdiscover3d.data.formats.nifti.raw_grid import RawGrid, Region
 from diffdiscover3d.data.formats.nifti.slabs import SlabScan
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.window_layout import shared_planes, window_starts
@@ -57,27 +60,100 @@ def stream_parts(
     band = torch.zeros(d, parts, h, width)  # current row of windows
     shared = torch.zeros(shared_planes(slabs, d), parts, height, width)  # contribution of the previous slab
     added = 0  # planes shared with the previous slab
-    for z, next_z in itertools.pairwise([*slabs, depth]):
-        for y, next_y in itertools.pairwise([*rows, height]):
-            for x in columns:
-                region = scan.grid.region(((x, x + w), (y, y + h), (z, z + d)))
-                # int32, because torch does not compare uint16 tensors
-                above = None if parents is None else _as_batch(parents.read(region).astype(np.int32), network)
-                soft = network.segment_window(_as_batch(scan.normalized(region), network), above, moments)
-                band[..., x : x + w] += _to_file(soft[0].mul_(weight), scan.grid).cpu().transpose(0, 1)
-                on_window()
-            done = next_y - y  # rows not covered by later windows of this slab
-            for plane in range(d):
-                finished = band[plane, :, :done]
-                if plane < added:
-                    finished += shared[plane, :, y:next_y]
-                if z + plane < next_z:
-                    sink(z + plane, y, finished)
-                else:  # the plane of `shared` overwritten here was already read for this row
-                    shared[plane - (next_z - z), :, y:next_y] = finished
-                band[plane, :, : h - done] = band[plane, :, done:].clone()
-                band[plane, :, h - done :] = 0
-        added = d - (next_z - z)
+    regions = [
+        scan.grid.region(((x, x + w), (y, y + h), (z, z + d))) for z, y, x in itertools.product(slabs, rows, columns)
+    ]
+    with contextlib.closing(_soft_windows(network, scan, parents, regions, weight, moments)) as windows:
+        for z, next_z in itertools.pairwise([*slabs, depth]):
+            for y, next_y in itertools.pairwise([*rows, height]):
+                for x in columns:
+                    band[..., x : x + w] += next(windows)
+                    on_window()
+                done = next_y - y  # rows not covered by later windows of this slab
+                for plane in range(d):
+                    finished = band[plane, :, :done]
+                    if plane < added:
+                        finished += shared[plane, :, y:next_y]
+                    if z + plane < next_z:
+                        sink(z + plane, y, finished)
+                    else:  # the plane of `shared` overwritten here was already read for this row
+                        shared[plane - (next_z - z), :, y:next_y] = finished
+                    band[plane, :, : h - done] = band[plane, :, done:].clone()
+                    band[plane, :, h - done :] = 0
+            added = d - (next_z - z)
+
+
+def _soft_windows(
+    network: StructureDiscoveryModel,
+    scan: SlabScan,
+    parents: RawGrid | None,
+    regions: Sequence[Region],
+    weight: torch.Tensor,
+    moments: torch.Tensor | None,
+) -> Iterator[torch.Tensor]:
+    """Weighted probabilities (planes, K, rows, columns) of each region, on the axes of the file and in host memory.
+
+    On a GPU a region is yielded when the next one is being computed.
+    """
+    on_gpu = network.device.type == "cuda"
+    waiting = None
+    with contextlib.closing(_read_boxes(scan, parents, regions, on_gpu)) as boxes:
+        for box in boxes:
+            inputs = [None if x is None else x.to(network.device, non_blocking=on_gpu) for x in box]
+            soft = network.segment_window(*inputs, moments)
+            copied = _begin_copy(_to_file(soft[0].mul_(weight), scan.grid))
+            if waiting is not None:
+                yield waiting().transpose(0, 1)
+            if on_gpu:
+                waiting = copied
+            else:
+                yield copied().transpose(0, 1)
+            del box, inputs, soft, copied  # their memory is needed for the next window
+    if waiting is not None:
+        yield waiting().transpose(0, 1)
+
+
+def _read_boxes(
+    scan: SlabScan, parents: RawGrid | None, regions: Sequence[Region], ahead: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The normalised values of each region and the parts of its parent, (1, 1, h, w, d).
+
+    Args:
+        ahead: read each region in a thread while the one before is in use, into pinned memory.
+    """
+
+    def read(region: Region) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # int32, because torch does not compare uint16 tensors
+        above = None if parents is None else _as_batch(parents.read(region).astype(np.int32))
+        values = _as_batch(scan.normalized(region))
+        if not ahead:
+            return values, above
+        return values.pin_memory(), None if above is None else above.pin_memory()
+
+    if not ahead:
+        yield from map(read, regions)
+        return
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        following = pool.submit(read, regions[0])
+        for region in [*regions[1:], None]:
+            box = following.result()
+            if region is not None:
+                following = pool.submit(read, region)
+            yield box
+
+
+def _begin_copy(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to copy a tensor to the host; the function that is returned waits for the copy."""
+    if x.device.type != "cuda":
+        return x.cpu
+    copied, done = x.to("cpu", non_blocking=True), torch.cuda.Event()  # PyTorch pins the memory of such copies
+    done.record()
+
+    def wait() -> torch.Tensor:
+        done.synchronize()
+        return copied
+
+    return wait
 
 
 def _file_starts(grid: RawGrid, axis: int, window: int) -> list[int]:
@@ -95,9 +171,9 @@ def _importance(grid: RawGrid, box: tuple[int, int, int], device: torch.device) 
     return compute_importance_map(shape, mode="gaussian", sigma_scale=0.125, device=device)
 
 
-def _as_batch(box: np.ndarray, network: StructureDiscoveryModel) -> torch.Tensor:
+def _as_batch(box: np.ndarray) -> torch.Tensor:
     # torch supports neither negative strides nor non-native byte orders
-    return torch.from_numpy(box.astype(box.dtype.newbyteorder("="), order="C"))[None, None].to(network.device)
+    return torch.from_numpy(box.astype(box.dtype.newbyteorder("="), order="C"))[None, None]
 
 
 def _to_file(soft: torch.Tensor, grid: RawGrid) -> torch.Tensor:

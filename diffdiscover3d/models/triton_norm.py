@@ -3,9 +3,8 @@
 PyTorch's group norm needs contiguous volumes, computes the statistics of each group on one multiprocessor, and leaves
 the SiLU and the additions before and after it to further kernels. These kernels read channels-last volumes, as
 convolutions write them, split the statistics over all multiprocessors, and add the bias of the convolution before and
-the residual after in the same pass. They read and write the type of the volume; all arithmetic is in float32. Sums are
-split in the same way on every run, so results are deterministic. Statistics are sums of values and of squares, whose
-rounding is below that of a volume in half precision.
+the residual after in the same pass. All arithmetic is in float32. Sums are split in the same way on every run, so
+results are deterministic. Statistics are sums of values and squares, rounded less than a volume in half precision.
 """
 
 import functools
@@ -27,6 +26,7 @@ logger = logging.getLogger("diffdiscover3d")
 _TILE = 4096  # elements of a volume that a program holds at a time
 _CHANNELS = 64  # channels of a tile; more channels take more programs
 _PROGRAMS = 1024  # wanted for a batch: several for each multiprocessor
+_COMPILER = {"enable_fp_fusion": True}  # of products and sums; the default depends on Triton's version
 _NO_ADDEND, _SHIFT, _VOLUME = range(3)
 
 
@@ -122,7 +122,7 @@ class _Plan:
     """How a volume is divided among programs.
 
     Attributes:
-        tile: rows (voxels) and channels of a program's tile.
+        tile: rows (voxels) and channels of a program's tile, and options of the compiler.
         sums: grid of the programs that sum: parts of the voxels, samples, parts of the channels.
         steps: tiles that each of them sums.
         tiles: grid of one program for each tile.
@@ -136,11 +136,11 @@ class _Plan:
         rows, parts = max(1, tile // width), triton.cdiv(channels, width)
         self.splits = max(1, min(_PROGRAMS // (batch * parts), voxels // rows))
         self.steps = triton.cdiv(voxels, self.splits * rows)
-        self.tile = {"ROWS": rows, "CHANNELS": width}
+        self.tile = {"ROWS": rows, "CHANNELS": width, **_COMPILER}
         self.sums, self.tiles = (self.splits, batch, parts), (triton.cdiv(voxels, rows), batch, parts)
-        self.groups, size = (batch, groups), channels // groups
-        self.group = {"SPLITS": min(64, triton.next_power_of_2(self.splits)), "SIZE": triton.next_power_of_2(size)}
-        self.sizes = voxels, channels, groups, size
+        splits, size = min(64, triton.next_power_of_2(self.splits)), channels // groups
+        self.groups, self.sizes = (batch, groups), (voxels, channels, groups, size)
+        self.group = {"SPLITS": splits, "SIZE": triton.next_power_of_2(size), **_COMPILER}
 
 
 def _forward(x, weight, bias, groups, eps, addend, offset, kind):

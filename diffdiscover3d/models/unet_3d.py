@@ -1,4 +1,4 @@
-"""The diffusion model: a ladder-like 3D UNet whose decoder stages are the features of the method (Fig. 1)."""
+"""The diffusion model: a 3D UNet whose decoder stages are the features of the method (Fig. 1)."""
 
 import itertools
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class UNet3DOutput(BaseOutput):
 
 
 class _Level(nn.Module):
-    """Residual blocks, then attention: one rung of the ladder, going down or up."""
+    """Residual blocks, then attention, at one resolution of the encoder or the decoder."""
 
     def __init__(self, in_channels, out_channels, time_channels, attention, blocks, heads, head_dim, norm_groups):
         super().__init__()
@@ -60,25 +60,25 @@ class _Level(nn.Module):
 class UNet3DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
     """3D UNet that predicts a clean volume from a noisy one and returns its decoder features.
 
-    Decoder stage 1 is the coarsest (for four levels: 1/8 of the internal grid), the last stage the finest (1/2).
+    Decoder stage 1 is the coarsest (with four resolutions: 1/8 of the internal grid), the last stage the finest (1/2).
     With the defaults of `UNET_PRESETS["paper"]` it is the network released with the paper, layer by layer.
 
     Args:
         in_channels, out_channels: image channels.
-        width: channels of the finest level; even and at least 4.
-        channel_multipliers: channels of each level, finest first, as multiples of `width`.
-        blocks_per_level: residual blocks of each level, in the encoder and in the decoder.
-        attention: one of `None`, "linear", "full" for each level, finest first.
+        width: channels at the finest resolution; even and at least 4.
+        channel_multipliers: channels at each resolution, finest first, as multiples of `width`.
+        blocks_per_level: residual blocks at each resolution, in the encoder and in the decoder.
+        attention: one of `None`, "linear", "full" for each resolution, finest first.
         attention_heads, attention_head_dim: heads of every attention and channels of each head.
-        norm_groups: groups of GroupNorm; divides the channels of every level.
+        norm_groups: groups of GroupNorm; divides the channels of every resolution.
         sample_size: internal grid, an int or three. Inputs are resized to it and the prediction back (trilinear),
             as the authors do. `None`: inputs are padded to a multiple of `stride` instead.
         resize_before_noise: pipelines and trainings bring clean volumes to `sample_size` before they add
             noise, so that no noise is resampled. `False` is the authors' order: noise first.
 
     Raises:
-        ValueError: if a level's channels are not a multiple of `norm_groups`, if `attention` does not name every
-            level, or if `sample_size` is no multiple of the stride.
+        ValueError: if the channels of a resolution are not a multiple of `norm_groups`, if `attention` does not name
+            every resolution, or if `sample_size` is no multiple of the stride.
 
     Example:
         >>> import torch
@@ -165,11 +165,11 @@ class UNet3DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         x, extent = self._to_internal_grid(sample)
         with self._mixed_precision(x):
-            x, features = self._climb(x, timestep, stages, return_sample)
+            x, features = self._encode_and_decode(x, timestep, stages, return_sample)
         prediction = self._to_input_grid(x, sample.shape[2:]) if return_sample else None
         return UNet3DOutput(sample=prediction, features=tuple(features[s] for s in stages), extent=extent)
 
-    def _climb(self, x, timestep, stages, return_sample) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    def _encode_and_decode(self, x, timestep, stages, return_sample) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """Encoder and decoder: the prediction on the internal grid, and the features of the decoder stages computed."""
         time = self.time_embedding(timestep)
         shifts = self._time_shifts(time)
@@ -246,7 +246,7 @@ class UNet3DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         return convolve_unfolded(self.conv_in, x, torch.channels_last_3d if is_last else torch.contiguous_format)
 
     def _time_shifts(self, time: torch.Tensor) -> dict[nn.Module, Sequence[torch.Tensor]]:
-        """The time embedding's projection for each block, by level; empty on a CPU, where each block computes its own.
+        """The time embedding's projection for each block, by resolution; empty on a CPU, where blocks compute it.
 
         One product for all blocks sums in another order, and on a CPU it is not faster.
         """
@@ -293,9 +293,9 @@ def _check_config(width, channels, attention, norm_groups, sample_size, resize_b
         raise ValueError(f"`width` must be even and at least 4, got {width}.")
     uneven = [c for c in channels if c % norm_groups]
     if uneven:
-        raise ValueError(f"every level's channels must be a multiple of `norm_groups`={norm_groups}, got {uneven}.")
+        raise ValueError(f"all channels must be a multiple of `norm_groups`={norm_groups}, got {uneven}.")
     if len(attention) != len(channels):
-        raise ValueError(f"`attention` must name each of the {len(channels)} levels, got {len(attention)} entries.")
+        raise ValueError(f"`attention` needs an entry for each of {len(channels)} resolutions, got {len(attention)}.")
     unknown = [a for a in attention if a is not None and a not in ATTENTIONS]
     if unknown:
         raise ValueError(f"`attention` entries must be None or one of {sorted(ATTENTIONS)}, got {unknown}.")

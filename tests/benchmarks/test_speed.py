@@ -254,6 +254,9 @@ def test_the_report_shows_what_a_gpu_took_and_counts(tmp_path):
         },
         {"what": "features", "value": 3.5, "unit": "times", "target": 3.0, "met": True, "at_least": True},
     ]
+    for options, value in (("as by default", 60.0), ("tf32 True", 9.0)):
+        what = f"diffusion step, paper, 64^3: {options}"
+        rows.append({"what": what, "value": value, "unit": "ms", "target": None, "met": None})
     profile = {"ms": 96.53, "launches": 1717.0, "longest": [{"name": "gemm<8>", "ms": 12.918, "count": 34.0}]}
     found = {
         "command": "python -m benchmarks.speed.gpu",
@@ -273,6 +276,10 @@ def test_the_report_shows_what_a_gpu_took_and_counts(tmp_path):
     assert "| features | 3.5 times |  |  | at least 3 | met |" in page
     assert "| `gemm<8>` | 12.92 | 34 |" in page and "96.5 ms of kernels, 1717 launches" in page
     assert "*segment failed: ValueError: no scan*" in page
+    assert (
+        "At this rate the 50,000 diffusion steps of the preset `paper` take 50 minutes." in page
+        and page.count("minutes") == 1
+    )
     assert "| paper | 1583 | 1 | 0 | 8.84 |" in page
     assert "| small | 2 | 0.465 | 0.0531 | 8.75 |" in page and "Nothing was measured" in page
 

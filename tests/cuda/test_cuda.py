@@ -2,6 +2,8 @@
 
 import json
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from diffdiscover3d.models.attention import LinearAttention
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
 from diffdiscover3d.models.unet_3d import UNet3DModel
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
+from diffdiscover3d.segmentation.driver import segment
 from diffdiscover3d.training import backward, loop
 from diffdiscover3d.training.backward import EagerPass, GraphedPass
 from diffdiscover3d.training.brain_run import train_brain
@@ -22,7 +25,7 @@ from diffdiscover3d.training.dropout import hashed_masks, slot_keys
 from diffdiscover3d.training.launch import make_accelerator
 from diffdiscover3d.training.loop import train
 from diffdiscover3d.training.step_metrics import StepMetrics
-from tests.training.test_graphed_trainings import NESTED, SPACE, brain_config, losses_in, make_nested
+from tests.training.test_graphed_trainings import brain_config, losses_in
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 TINY = {"width": 8, "channel_multipliers": (1, 2, 4), "attention": ("linear", "linear", None), "norm_groups": 4}
@@ -221,10 +224,17 @@ def test_a_graphed_discovery_training_is_the_eager_one(tmp_path, passes, noise, 
     assert_equal_but_replayed(plain, graphed, passes, 5e-2)
 
 
-@pytest.mark.parametrize("order", ["free", "size"])
-def test_a_graphed_training_of_assigned_parts_is_the_eager_one(tmp_path, passes, order):
-    fixed = {"objective": "assignment", "selection": "last", "reliable_share": 1.0, "teacher": "given"}
-    options = {**fixed, **NESTED, **SPACE, "sibling_order": order}
+def make_nested(config, accelerator):
+    torch.manual_seed(0)
+    parent = StructureDiscoveryModel(2, norm="instance", dropout=0.0)
+    teacher = DiffusionFeaturePipeline(UNet3DModel(**TINY), make_scheduler(250))
+    return DiscoveryTraining(config, teacher, Volumes(), [Volumes()[0]], accelerator, parent=parent)
+
+
+@pytest.mark.parametrize("order", ["size", "free"])
+def test_a_graphed_training_on_assigned_parts_is_the_eager_one(tmp_path, passes, order):
+    options = {"objective": "assignment", "num_parts": 4, "children": (1, 3), "parent": "given", "norm": "instance"}
+    options |= {"teacher": "none", "selection": "last", "reliable_share": 1.0, "sibling_order": order}
     plain = run(DiscoveryConfig, tmp_path / "eager", make_nested, cuda_graphs=False, **options)
     graphed = run(DiscoveryConfig, tmp_path / "graphed", make_nested, **options)
     assert_equal_but_replayed(plain, graphed, passes, 5e-2)
@@ -258,3 +268,18 @@ def test_labels_are_those_of_a_cpu():
     volume = Volumes()[0]["volume"][None]
     expected = model.segment(volume).labels
     assert (model.cuda().segment(volume).labels.cpu() == expected).float().mean() > 0.999
+
+
+def test_windows_of_a_large_scan_are_those_of_a_cpu(tmp_path):
+    torch.manual_seed(0)
+    network = StructureDiscoveryModel(3, window_size=16, norm="instance").eval()
+    network.save_pretrained(tmp_path / "model")
+    values = np.random.default_rng(0).normal(size=(40, 34, 28)).astype(np.float32)
+    nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "scan.nii.gz")
+    found = {}
+    for device in ("cpu", "cuda"):
+        options = {"model": str(tmp_path / "model"), "probabilities": True, "device": device}
+        segment(tmp_path / "scan.nii.gz", tmp_path / device, **options)
+        (path,) = (tmp_path / device).glob("*probseg*")
+        found[device] = np.asarray(nib.load(path).dataobj)
+    np.testing.assert_allclose(found["cuda"], found["cpu"], atol=1e-3)

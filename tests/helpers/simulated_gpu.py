@@ -143,8 +143,6 @@ class OnGPU(TorchFunctionMode):
                 raise TypeError("can't convert cuda:0 device type tensor to numpy; use Tensor.cpu() first")
             elif name == "one_hot":  # compares with a tensor that it makes on the CPU
                 return GPUTensor(the_gpu.compute(function, first.inner, *args[1:], **kwargs))
-        if name == "pin_memory":
-            return first
         if name in ("to", "cpu", "cuda") or (name == "as_tensor" and isinstance(first, torch.Tensor)):
             return _move(name, *args, **kwargs)
         if name == "_parse_to" or GPU.type not in (_device_type(x) for x in (*args, *kwargs.values())):
@@ -270,6 +268,7 @@ def simulated_gpu(monkeypatch) -> Iterator[SimulatedGPU]:
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.Tensor, "record_stream", nothing)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x, *_: x)
     monkeypatch.setattr(torch._C, "_group_tensors_by_device_and_dtype", _grouped)
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch, "autocast", Autocast)

@@ -1,5 +1,6 @@
 """Out-of-core sliding-window inference against MONAI's in-memory inference."""
 
+import contextlib
 import itertools
 
 import nibabel as nib
@@ -22,6 +23,7 @@ from diffdiscover3d.models.window_layout import (
     window_starts,
 )
 from tests.helpers.opened_scans import open_slabs
+from tests.helpers.simulated_gpu import simulated_gpu
 
 CHANNELS, STRIDES = (4, 8), (2,)
 PIR = np.array([[0, 0, 3, 0], [-1.5, 0, 0, 0], [0, -2, 0, 0], [0, 0, 0, 1.0]])
@@ -109,6 +111,43 @@ def test_levels_of_a_nested_network(tmp_path, codes):
     soft = found.canonical()
     torch.testing.assert_close(soft, network.segment(values).probabilities[0], rtol=1e-3, atol=1e-4)
     assert torch.equal(torch.tensor(network.parents)[soft.argmax(dim=0)], above.long())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gpu_computes_the_next_window_while_one_is_added(tmp_path, device, monkeypatch):
+    network, values = nested(), values_of((22, 18, 37))
+    nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "a.nii")
+    labels = (values > 150).astype(np.uint8)
+    moments = torch.tensor([[0.2, 0.1], [0.6, 0.1]])
+    computed, at_window = [], []
+    real = StructureDiscoveryModel.segment_window
+
+    def segment_window(*given):
+        computed.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(StructureDiscoveryModel, "segment_window", segment_window)
+    with open_slabs(tmp_path / "a.nii", tmp_path) as scan, open(tmp_path / "parents", "w+b", buffering=0) as file:
+        parents = RawGrid(file, scan.grid.shape, np.uint8, scan.grid.orientation)
+        for plane in range(labels.shape[2]):
+            parents.write_rows(plane, 0, labels[:, :, plane].T)
+        expected = Collected(scan.grid, 5)
+        stream_parts(network, scan, 16, expected, parents=parents, moments=moments)
+        computed.clear()
+        found = Collected(scan.grid, 5)
+        with simulated_gpu(monkeypatch) if device == "cuda" else contextlib.nullcontext() as gpu:
+            network.to(device)
+            before = gpu and len(gpu.waits)
+            stream_parts(
+                network, scan, 16, found, parents=parents, moments=moments.to(device),
+                on_window=lambda: at_window.append(len(computed)),
+            )  # fmt: skip
+            # moments, and the weights of the windows, which are computed once
+            assert gpu is None or len(gpu.waits) - before <= 2
+    count = len(computed)
+    ahead = 1 if device == "cuda" else 0
+    assert count > 4 and at_window == [min(i + 1 + ahead, count) for i in range(count)]
+    torch.testing.assert_close(found.soft, expected.soft)
 
 
 @pytest.mark.parametrize(("length", "window"), itertools.product([5, 16, 17, 28, 29, 100, 101], [1, 3, 16, 24]))

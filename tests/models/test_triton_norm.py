@@ -2,6 +2,11 @@
 
 import contextlib
 import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,3 +94,17 @@ def test_a_network_is_the_same_with_them(interpreted, monkeypatch):
 
 def test_they_are_used_on_a_gpu_only():
     assert not triton_norm.is_supported(channels_last(1, 8, 4, 4, 4).bfloat16())
+
+
+def test_kernels_compile_for_gpus(tmp_path):
+    """To machine code, by the compiler that comes with Triton; no GPU is needed."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-m", "tests.helpers.compile_kernels", "80", "90"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    found = json.loads(done.stdout)
+    for sizes in (found["80"], found["90"]):
+        assert len(sizes) == 12 and len({name for name, _ in sizes}) == 6 and all(size > 1000 for _, size in sizes)

@@ -125,7 +125,7 @@ def test_paper_preset_is_the_paper_network():
     [
         ({"width": 7}, "width"),
         ({"width": 10}, "norm_groups"),
-        ({"attention": (None,)}, "each of the 3 levels"),
+        ({"attention": (None,)}, "each of 3 resolutions"),
         ({"attention": (None, None, "quadratic")}, "quadratic"),
         ({"sample_size": 10}, "multiple of 4, got 10; try 12"),
         ({"sample_size": 0}, "multiple of 4, got 0; try 4"),
