@@ -66,13 +66,18 @@ def run(kind, folder, make_task, **options):
     return losses_in(folder), torch.cat([p.detach().cpu().flatten() for p in task.model.parameters()])
 
 
-def compare(gpu, folder, kind, make_task, **options):
-    """Train eagerly and as by default, and compare; one graph is captured, and replayed also after a checkpoint."""
+def compare(gpu, folder, kind, make_task, operators, **options):
+    """Train eagerly and as by default, and compare; one graph of so many operators is captured and replayed.
+
+    The last replay follows a checkpoint.
+    """
     options = {"checkpoint_every": 5, "preview_every": 5 if kind is DiscoveryConfig else 0, **options}
     eager = run(kind, folder / "eager", make_task, cuda_graphs=False, **options)
     assert not gpu.graphs and eager[0].isfinite().all()
     graphed = run(kind, folder / "graphed", make_task, **options)
-    assert [graph.replays for graph in gpu.graphs] == [REPLAYED]
+    (graph,) = gpu.graphs
+    assert graph.replays == REPLAYED
+    assert 0.9 * operators < len(graph.calls) <= operators  # kernels that a GPU launches, more or less
     torch.testing.assert_close(graphed, eager)
 
 
@@ -99,14 +104,14 @@ def make_robust(config, accelerator):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "operators"),
     [
-        {"memory_format": "channels_last", "mixed_precision": "bf16"},
-        {"memory_format": "contiguous", "prediction_type": "v_prediction", "snr_gamma": 5.0},
+        ({"memory_format": "channels_last", "mixed_precision": "bf16"}, 1230),
+        ({"memory_format": "contiguous", "prediction_type": "v_prediction", "snr_gamma": 5.0}, 790),
     ],
 )
-def test_diffusion(tmp_path, gpu, options):
-    compare(gpu, tmp_path, DiffusionConfig, make_diffusion, width=8, sample_size=GRID, **options)
+def test_diffusion(tmp_path, gpu, options, operators):
+    compare(gpu, tmp_path, DiffusionConfig, make_diffusion, operators, width=8, sample_size=GRID, **options)
 
 
 SPACE = {"lambda_spatial": 0.1, "lambda_smooth": 0.1}
@@ -114,24 +119,25 @@ NESTED = {"num_parts": 4, "children": (1, 3), "parent": "given", "norm": "instan
 
 
 @pytest.mark.parametrize(
-    ("make_task", "options"),
+    ("make_task", "options", "operators"),
     [
-        (make_discovery, {"teacher_noise": "fresh", "dropout": 0.2}),
-        (make_discovery, {"teacher_noise": "fixed", "dropout": 0.2, "mixed_precision": "bf16"}),
-        (make_nested, {**NESTED, "lambda_denoised": 0.5, "relative_consistency": True, **SPACE}),
-        (make_nested, {**NESTED, "mixed_precision": "bf16"}),
+        (make_discovery, {"teacher_noise": "fresh", "dropout": 0.2}, 1670),
+        (make_discovery, {"teacher_noise": "fixed", "dropout": 0.2, "mixed_precision": "bf16"}, 1080),
+        (make_nested, {**NESTED, "lambda_denoised": 0.5, "relative_consistency": True, **SPACE}, 1520),
+        (make_nested, {**NESTED, "mixed_precision": "bf16"}, 1190),
     ],
 )
-def test_consistency_losses(tmp_path, gpu, make_task, options):
-    compare(gpu, tmp_path, DiscoveryConfig, make_task, teacher="given", **options)
+def test_consistency_losses(tmp_path, gpu, make_task, options, operators):
+    compare(gpu, tmp_path, DiscoveryConfig, make_task, operators, teacher="given", **options)
 
 
 @pytest.mark.parametrize(
-    "options", [{"sibling_order": "free", **SPACE}, {"sibling_order": "size", "mixed_precision": "bf16"}]
+    ("options", "operators"),
+    [({"sibling_order": "free", **SPACE}, 1220), ({"sibling_order": "size", "mixed_precision": "bf16"}, 880)],
 )
-def test_assigned_parts(tmp_path, gpu, options):
+def test_assigned_parts(tmp_path, gpu, options, operators):
     fixed = {"objective": "assignment", "selection": "last", "reliable_share": 1.0, "teacher": "given"}
-    compare(gpu, tmp_path, DiscoveryConfig, make_nested, **fixed, **NESTED, **options)
+    compare(gpu, tmp_path, DiscoveryConfig, make_nested, operators, **fixed, **NESTED, **options)
 
 
 def test_robust_scaling_is_not_captured(tmp_path, gpu, caplog):
@@ -206,6 +212,6 @@ def test_a_step_that_depends_on_the_host_would_be_told_apart(tmp_path, gpu):
 
     with pytest.raises(AssertionError, match="not close"):
         compare(
-            gpu, tmp_path, DiffusionConfig, lambda config, _: Changing(config, GRID), width=8, sample_size=GRID,
+            gpu, tmp_path, DiffusionConfig, lambda config, _: Changing(config, GRID), 760, width=8, sample_size=GRID,
             memory_format="contiguous",
         )  # fmt: skip
