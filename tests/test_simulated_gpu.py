@@ -4,9 +4,11 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from diffdiscover3d.models.mixed_precision import free_memory
-from tests.helpers.simulated_gpu import GPU, MEMORY, Graph, capture, simulated_gpu
+from tests.helpers.simulated_gpu import GPU, MEMORY, simulated_gpu
+from tests.helpers.simulated_graphs import Graph, capture
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +61,8 @@ def test_operators_refuse_tensors_of_both_devices():
         x + torch.ones(3)
     with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
         torch.nn.Linear(3, 2)(x)
+    with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+        torch.stack([x[0], torch.tensor(1.0)])
     with pytest.raises(TypeError, match="can't convert cuda:0"):
         x.numpy()
     assert (x + torch.tensor(2.0)).tolist() == [3, 3, 3]  # numbers of the host are allowed
@@ -75,6 +79,10 @@ def test_operators_refuse_tensors_of_both_devices():
         lambda x: x.nonzero(),
         lambda x: x[torch.tensor([0, 1])],
         lambda x: x.copy_(torch.ones(3)),
+        lambda x: x.copy_(torch.tensor(2.0)),
+        lambda x: torch.bincount(x.long()),
+        lambda x: torch.linalg.matrix_exp(x.diag()),
+        lambda x: torch.cuda.synchronize(),
         lambda x: torch.tensor([1.0], device="cuda"),
         lambda x: torch.ones(3).to("cuda"),
         lambda x: 1 if (x > 0).all() else 2,
@@ -129,6 +137,59 @@ def test_a_replay_repeats_what_python_computed():
     host.fill_(5.0)
     graph.replay()
     assert found.tolist() == before
+
+
+def test_a_replay_draws_new_numbers_from_the_default_generator_only():
+    graph, found = captured(lambda: torch.rand(3, device="cuda"))
+    values = []
+    for _ in range(3):
+        values.append(found.tolist())
+        graph.replay()
+    assert values[0] != values[1] != values[2]
+    generator = torch.Generator("cuda")
+    with pytest.raises(RuntimeError, match="not in capture mode"):
+        captured(lambda: torch.rand(3, device="cuda", generator=generator))
+
+
+def test_a_replay_computes_what_an_operator_returns_beside_what_it_changes():
+    x = torch.tensor([-4.0, 2.0]).to("cuda")
+    graph, found = captured(lambda: F.rrelu(x, 0.25, 0.25, training=True))
+    assert found.tolist() == [-1, 2]
+    x.copy_(torch.tensor([3.0, -8.0]))
+    graph.replay()
+    assert found.tolist() == [3, -2]
+
+
+def test_a_replay_refuses_memory_that_was_freed():
+    x, held = torch.ones(3, device="cuda"), [torch.full((3,), 2.0, device="cuda")]
+    graph, found = captured(lambda: (x + held[0][:2].sum()) * torch.tensor(2.0))
+    graph.replay()
+    assert found.tolist() == [10, 10, 10]
+    view = held[0][1:]  # keeps the memory
+    held[0] = torch.full((3,), 2.0, device="cuda")
+    graph.replay()
+    del view
+    with pytest.raises(RuntimeError, match="reads memory that was freed"):
+        graph.replay()
+
+
+def test_other_errors_end_a_capture_as_they_are(gpu):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        captured(full)
+
+    def caught():
+        x = torch.ones(2, device="cuda")
+        try:
+            float(x.sum())
+        except RuntimeError:
+            return x * 2
+
+    with pytest.raises(RuntimeError, match="failed due to a previous error during capture"):
+        captured(caught)
+    assert not gpu.graphs
 
 
 def test_gradients_are_captured_with_the_loss():

@@ -249,7 +249,7 @@ def learning(run: Run, preset: str, seconds: float, **options) -> None:
 
     volumes = load_volumes("synthetic-regular")
     grid = tuple(volumes[0]["volume"].shape[1:])
-    curve: list[tuple[int, float, float]] = []
+    curve: list[tuple[int, float]] = []
 
     class Learning(Timed):
         def after_step(self, step: int) -> dict[str, float]:
@@ -258,7 +258,7 @@ def learning(run: Run, preset: str, seconds: float, **options) -> None:
             if step % (1 if run.quick else 50) == 0:
                 curve.append((step, now))
                 keep()  # a run that is stopped keeps what it has
-            if now > seconds:
+            if now > seconds and len(curve) > 1:  # with what the first step has logged
                 raise Finished
             return shown
 

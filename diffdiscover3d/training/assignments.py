@@ -117,13 +117,17 @@ class Assignments:
         index, flips = batch["index"].tolist(), batch["flips"].cpu()
         maps = [flip(self.labels[i][0], f) for i, f in zip(index, flips, strict=True)]
         inside = [flip(self.labels[i][1], f) for i, f in zip(index, flips, strict=True)]
-        labels = torch.stack(maps).to(self.device, non_blocking=True).long()
-        reliable = torch.stack(inside).to(self.device, non_blocking=True)
+        labels = self._on_device(torch.stack(maps)).long()
+        reliable = self._on_device(torch.stack(inside))
         gamma, inverted = (batch[name][:, None, None, None, None] for name in ("gamma", "inverted"))
         changed = torch.where(inverted, 1 - volume**gamma, volume**gamma)
         changed = recolor(changed, labels, self.families, batch["recolor"] * self.contrast, batch["recolored"])
         parent_labels = None if self._parents is None else self._parents[labels][:, None]
         return {"volume": changed, "parent_labels": parent_labels, "targets": labels.masked_fill(~reliable, _IGNORED)}
+
+    def _on_device(self, x: torch.Tensor) -> torch.Tensor:
+        """A copy that a GPU makes in the background, for which the host's memory must be pinned."""
+        return (x.pin_memory() if self.device.type == "cuda" else x).to(self.device, non_blocking=True)
 
     def losses(self, model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
         """The loss against the assignments of a prepared batch."""

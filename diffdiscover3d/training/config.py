@@ -55,7 +55,7 @@ class TrainingConfig(BraTSConfig, ReadingConfig):
     )
     compile: bool = option(False, "compile the networks with torch.compile: slower start, faster steps")
     cuda_graphs: bool | None = option(
-        None, "replay steps as CUDA graphs; without the option where they can be, see the tutorial on training"
+        None, "replay steps as CUDA graphs (default: wherever possible, see the tutorial on training)"
     )
     tf32: bool = option(False, "compute float32 matrix products on a GPU in TF32, with 10 bits of mantissa")
     volume_size: tuple[int, ...] | None = option(None, "resample all volumes to this grid (one or three integers)")

@@ -57,8 +57,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
                 "before it is made."
             ) from error
         raise ValueError(f"`report_to` is {config.report_to!r}, which cannot be used here: {error}") from error
-    if is_ours:
-        state[_MARK] = True
+    finally:
+        if is_ours and "_mixed_precision" in state:  # accelerate sets it before it looks for trackers
+            state[_MARK] = True
     if accelerator.num_processes > 1:
         keep_process_group()
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":

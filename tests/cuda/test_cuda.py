@@ -16,6 +16,7 @@ from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline,
 from diffdiscover3d.segmentation.driver import segment
 from diffdiscover3d.training import backward, loop
 from diffdiscover3d.training.backward import EagerPass, GraphedPass
+from diffdiscover3d.training.brain_run import train_brain
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
 from diffdiscover3d.training.data_order import draw_noise
 from diffdiscover3d.training.diffusion import DiffusionTraining
@@ -24,6 +25,7 @@ from diffdiscover3d.training.dropout import hashed_masks, slot_keys
 from diffdiscover3d.training.launch import make_accelerator
 from diffdiscover3d.training.loop import train
 from diffdiscover3d.training.step_metrics import StepMetrics
+from tests.training.test_graphed_trainings import brain_config, losses_in
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 TINY = {"width": 8, "channel_multipliers": (1, 2, 4), "attention": ("linear", "linear", None), "norm_groups": 4}
@@ -236,6 +238,16 @@ def test_a_graphed_training_on_assigned_parts_is_the_eager_one(tmp_path, passes,
     plain = run(DiscoveryConfig, tmp_path / "eager", make_nested, cuda_graphs=False, **options)
     graphed = run(DiscoveryConfig, tmp_path / "graphed", make_nested, **options)
     assert_equal_but_replayed(plain, graphed, passes, 5e-2)
+
+
+def test_a_graphed_brain_training_is_the_eager_one(tmp_path, passes, make_nifti):
+    scans, eager, graphed = (tmp_path / name for name in ("scans", "eager", "graphed"))
+    train_brain(brain_config(eager, scans, make_nifti, cuda_graphs=False))
+    assert all(type(made) is EagerPass for made in passes)
+    train_brain(brain_config(graphed, scans, make_nifti))
+    assert [made.replays for made in passes if isinstance(made, GraphedPass)] == [3, 3]
+    for phase in ("discovery", "diffusion"):
+        torch.testing.assert_close(losses_in(graphed / phase), losses_in(eager / phase), rtol=2e-2, atol=1e-3)
 
 
 def test_noise_and_masks_depend_on_slots_alone():

@@ -2,12 +2,17 @@
 
 Tensors "on the GPU" wrap tensors of the CPU and have the device `cuda:0`, so Python code takes its branches for CUDA.
 Operators compute on the CPU. As on a GPU, an operator does not take tensors of both devices, and while a graph is
-captured the host may neither read a value nor copy between the devices. A captured graph is the list of operators that
-were run. A replay runs them again on the same memory, and no Python code, so whatever Python computed at the capture,
-such as random numbers of the host, is repeated.
+captured (`simulated_graphs`) the host may neither read a value nor copy between the devices.
 
-Streams, events and Triton are not simulated: work is done when it is launched, and PyTorch's own kernels take the place
-of Triton's. Autocast has the lists of the CPU.
+Differences from a GPU:
+
+- Code in C++ takes its branches for the CPU, autocast has the lists of the CPU, and the backward pass runs in the
+  thread that called it.
+- Streams and events: work is done when it is launched. A missing `wait_stream` is not noticed.
+- Of what the host waits for, these are not counted: events, copies in the background from memory that is not pinned,
+  allocations, and reads within an operator unless `READS` lists it.
+- Any operator takes a number of the host, a tensor without dimensions, except for `cat` and `stack`.
+- PyTorch's own kernels take the place of Triton's.
 """
 
 import contextlib
@@ -18,47 +23,27 @@ from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from diffdiscover3d import losses
 from diffdiscover3d.models import triton_norm
+from diffdiscover3d.training import brain_scenes, dropout, precision
+from tests.helpers.simulated_graphs import Graph, Held, SimulatedGPU, capture, the_gpu
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 MEMORY = 16 * 2**30  # bytes, all of them free
 COPIES = ("copy_", "_foreach_copy_")
-READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "repeat_interleave")
+READS = (
+    "_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive",
+    "repeat_interleave", "bincount", "linalg_matrix_exp", "_linalg_check_errors",
+)  # fmt: skip
+JOINS = ("cat", "stack")
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
-
-
-class SimulatedGPU:
-    """The state of the GPU.
-
-    Attributes:
-        graphs: what was captured, in order.
-        waits: what made the host wait for the GPU.
-    """
-
-    def __init__(self):
-        self.graphs: list[Graph] = []
-        self.waits: list[str] = []
-        self.recorder: Recorder | None = None  # of the graph that is being captured
-
-    def wait(self, what: str) -> None:
-        """Of the host for the GPU, which a capture does not allow."""
-        self.waits.append(what)
-        self.forbid_in_capture(what)
-
-    def forbid_in_capture(self, what: str) -> None:
-        if self.recorder is not None:
-            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {what}")
-
-    def compute(self, function, *args, **kwargs):
-        """Call a function with tensors of the CPU; a capture records its operators."""
-        with self.recorder or contextlib.nullcontext():
-            return function(*args, **kwargs)
-
-
-_gpu = SimulatedGPU()
+CACHES = (  # of tensors, by their device
+    losses._on_device, losses.interpolation_matrix, dropout._hashed_positions, dropout._salts, brain_scenes._constant,
+    precision.measure,
+)  # fmt: skip
 
 
 class GPUTensor(torch.Tensor):
@@ -76,8 +61,9 @@ class GPUTensor(torch.Tensor):
         )
 
     def __init__(self, inner: torch.Tensor, requires_grad: bool = False):
-        self.inner = inner.detach()
+        self.held = Held(inner.detach())
 
+    inner = property(lambda self: self.held.inner)
     device = property(lambda self: GPU)
     is_cuda = property(lambda self: True)
     is_cpu = property(lambda self: False)
@@ -104,25 +90,28 @@ class GPUTensor(torch.Tensor):
         flat, layout = tree_flatten((args, kwargs))
         name = function._overloadpacket.__name__
         _check_operator(name, args, kwargs, [x for x in flat if isinstance(x, torch.Tensor)])
+        if the_gpu.recorder is not None:
+            the_gpu.recorder.note_inputs(x.inner for x in flat if isinstance(x, GPUTensor))
         inner_args, inner_kwargs = tree_unflatten([_inner(x) for x in flat], layout)
-        found = _gpu.compute(function, *inner_args, **inner_kwargs)
+        found = the_gpu.compute(function, *inner_args, **inner_kwargs)
         wrapped = tree_map(lambda x: GPUTensor(x) if isinstance(x, torch.Tensor) else x, found)
         return return_and_correct_aliasing(function, args, kwargs, wrapped)
 
 
 def _check_operator(name: str, args: tuple, kwargs: dict, tensors: list[torch.Tensor]) -> None:
     """What a GPU refuses: tensors of both devices; in a capture also reads by the host and copies between devices."""
-    on_host = [x for x in tensors if not isinstance(x, GPUTensor) and x.dim()]
+    numbers_allowed = name not in COPIES + JOINS
+    on_host = [x for x in tensors if not isinstance(x, GPUTensor) and (x.dim() or not numbers_allowed)]
     if name in READS:
-        _gpu.wait(name)
+        the_gpu.wait(name)
     elif name in INDEXING:
         by_mask = any(x.dtype in (torch.bool, torch.uint8) for x in tensors[1:])
         fills = name != "index" and args[2].numel() == 1  # with one value a GPU does not count the mask
         if on_host or (by_mask and not fills):
-            _gpu.wait(f"{name} by {'a tensor of the host' if on_host else 'a mask'}")
+            the_gpu.wait(f"{name} by {'a tensor of the host' if on_host else 'a mask'}")
     elif on_host and name in COPIES:
         in_background = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
-        (_gpu.forbid_in_capture if in_background else _gpu.wait)("a copy between host and device")
+        (the_gpu.forbid_in_capture if in_background else the_gpu.wait)("a copy between host and device")
     elif on_host:
         raise RuntimeError(f"{name}: expected all tensors to be on the same device, but found cuda:0 and cpu")
 
@@ -130,65 +119,9 @@ def _check_operator(name: str, args: tuple, kwargs: dict, tensors: list[torch.Te
 def _inner(value):
     if isinstance(value, GPUTensor):
         return value.inner
-    if isinstance(value, torch.Tensor) and _gpu.recorder is not None and not value.dim():
+    if isinstance(value, torch.Tensor) and the_gpu.recorder is not None and not value.dim():
         return value.clone()  # a number of the host is an argument of the kernel, which a replay does not read again
     return CPU if isinstance(value, torch.device) else value
-
-
-class Recorder(TorchDispatchMode):
-    """Records the operators of a capture."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls: list[tuple] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, found))
-        return found
-
-
-class Graph:
-    """Stands in for `torch.cuda.CUDAGraph`.
-
-    Attributes:
-        replays: how often it was replayed.
-    """
-
-    def __init__(self):
-        self.calls: list[tuple] = []
-        self.replays = 0
-
-    def pool(self) -> tuple:
-        return ()
-
-    @torch.no_grad()
-    def replay(self) -> None:
-        self.replays += 1
-        for function, args, kwargs, outputs in self.calls:
-            aliases = [a.alias_info for a in function._schema.arguments if a.alias_info]
-            if any(not alias.is_write for alias in aliases):
-                continue  # a view shares the memory that is computed anew
-            again = function(*args, **kwargs)
-            if aliases:
-                continue  # in place
-            for old, new in zip(tree_flatten(outputs)[0], tree_flatten(again)[0], strict=True):
-                if isinstance(old, torch.Tensor):
-                    old.copy_(new)
-
-
-@contextlib.contextmanager
-def capture(graph: Graph, pool=None, stream=None, capture_error_mode: str = "global") -> Iterator[None]:
-    """Stands in for `torch.cuda.graph`; a capture that failed ends with an error of its own, as on a GPU."""
-    _gpu.recorder, succeeded = Recorder(), False
-    try:
-        yield
-        succeeded = True
-    finally:
-        graph.calls, _gpu.recorder = _gpu.recorder.calls, None
-        if not succeeded:
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
-    _gpu.graphs.append(graph)
 
 
 class OnGPU(TorchFunctionMode):
@@ -200,25 +133,25 @@ class OnGPU(TorchFunctionMode):
         first = args[0] if args else None
         if isinstance(first, GPUTensor):
             if function == torch.Tensor.data.__set__:
-                first.inner = args[1].inner
+                first.held = Held(args[1].inner)
             elif name in ("data_ptr", "storage", "untyped_storage"):
                 return getattr(first.inner, name)()
             elif name == "tolist":
-                _gpu.wait(name)
+                the_gpu.wait(name)
                 return first.inner.tolist()
             elif name in ("numpy", "__array__"):
                 raise TypeError("can't convert cuda:0 device type tensor to numpy; use Tensor.cpu() first")
             elif name == "one_hot":  # compares with a tensor that it makes on the CPU
-                return GPUTensor(_gpu.compute(function, first.inner, *args[1:], **kwargs))
+                return GPUTensor(the_gpu.compute(function, first.inner, *args[1:], **kwargs))
         if name in ("to", "cpu", "cuda") or (name == "as_tensor" and isinstance(first, torch.Tensor)):
             return _move(name, *args, **kwargs)
         if name == "_parse_to" or GPU.type not in (_device_type(x) for x in (*args, *kwargs.values())):
             return function(*args, **kwargs)
         if name in ("tensor", "as_tensor"):
-            _gpu.wait("a copy from host to device")
+            the_gpu.wait("a copy from host to device")
         if function is torch.device:
             return function(*args, **kwargs)
-        found = _gpu.compute(function, *map(_on_cpu, args), **{k: _on_cpu(v) for k, v in kwargs.items()})
+        found = the_gpu.compute(function, *map(_on_cpu, args), **{k: _on_cpu(v) for k, v in kwargs.items()})
         return found if isinstance(found, GPUTensor) else GPUTensor(found, found.requires_grad)
 
 
@@ -238,9 +171,9 @@ def _move(name: str, x: torch.Tensor, *args, copy: bool = False, **kwargs) -> to
     if device is None or (device.type == GPU.type) == on_gpu:
         return torch.Tensor.to(x, **options)
     if in_background:
-        _gpu.forbid_in_capture("a copy between host and device")
+        the_gpu.forbid_in_capture("a copy between host and device")
     else:
-        _gpu.wait("a copy between host and device")
+        the_gpu.wait("a copy between host and device")
     if on_gpu:
         return torch.Tensor.to(x.inner.clone(), **options)
     return GPUTensor(torch.Tensor.to(x.detach().clone(), **options), x.requires_grad)
@@ -319,14 +252,15 @@ def _grouped(tensors: list, with_indices: bool = False, real=torch._C._group_ten
 @contextlib.contextmanager
 def simulated_gpu(monkeypatch) -> Iterator[SimulatedGPU]:
     """A GPU within a block."""
-    _gpu.__init__()
+    the_gpu.__init__()
 
     def nothing(*_):
         return contextlib.nullcontext()
 
     for name, value in {
         "Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph": capture, "device": nothing, "stream": nothing,
-        "current_stream": lambda *_: Stream(), "set_stream": nothing, "synchronize": nothing, "empty_cache": nothing,
+        "current_stream": lambda *_: Stream(), "set_stream": nothing, "empty_cache": nothing,
+        "synchronize": lambda *_: the_gpu.wait("torch.cuda.synchronize"),
         "is_available": lambda: True, "device_count": lambda: 1, "is_bf16_supported": lambda *_: True,
         "mem_get_info": lambda *_: (MEMORY, MEMORY), "memory_reserved": lambda *_: 0, "memory_allocated": lambda *_: 0,
         "max_memory_allocated": lambda *_: 0, "reset_peak_memory_stats": nothing, "set_sync_debug_mode": nothing,
@@ -345,5 +279,14 @@ def simulated_gpu(monkeypatch) -> Iterator[SimulatedGPU]:
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # its bfloat16 gradients of tiny grids are wrong
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # accelerate would ask the driver
     monkeypatch.setattr(Accelerator, "device", GPU)
-    with OnGPU():
-        yield _gpu
+    _clear_caches()
+    try:
+        with OnGPU():
+            yield the_gpu
+    finally:
+        _clear_caches()
+
+
+def _clear_caches() -> None:
+    for cached in CACHES:
+        cached.cache_clear()

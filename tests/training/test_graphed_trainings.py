@@ -67,7 +67,11 @@ def run(kind, folder, make_task, **options):
 
 
 def compare(gpu, folder, kind, make_task, operators, **options):
-    """Train eagerly and as by default, and compare; one graph of so many operators is captured and replayed."""
+    """Train eagerly and as by default, and compare; one graph of so many operators is captured and replayed.
+
+    The last replay follows a checkpoint.
+    """
+    options = {"checkpoint_every": 5, "preview_every": 5 if kind is DiscoveryConfig else 0, **options}
     eager = run(kind, folder / "eager", make_task, cuda_graphs=False, **options)
     assert not gpu.graphs and eager[0].isfinite().all()
     graphed = run(kind, folder / "graphed", make_task, **options)
@@ -146,19 +150,24 @@ def test_robust_scaling_is_not_captured(tmp_path, gpu, caplog):
     torch.testing.assert_close(wanted, eager)
 
 
-def test_brains(tmp_path, gpu, make_nifti):
-    for index in (0, 3):
+def brain_config(folder, scans, make_nifti, **options):
+    """A training of both phases on two scans, which are written unless they are there."""
+    for index in () if scans.exists() else (0, 3):
         volume = brain_phantom("test", index).volume[::2, ::2, ::2]
-        make_nifti(tmp_path / "scans" / f"{index}.nii.gz", (volume * 200).astype(np.float32), np.diag([3.0, 3, 3, 1]))
-    options = {
-        "preset": "tiny", "dataset": str(tmp_path / "scans"), "frame": (32, 40, 36), "phantoms": 0, "max_steps": STEPS,
+        make_nifti(scans / f"{index}.nii.gz", (volume * 200).astype(np.float32), np.diag([3.0, 3, 3, 1]))
+    fixed = {
+        "preset": "tiny", "dataset": str(scans), "frame": (32, 40, 36), "phantoms": 0, "max_steps": STEPS,
         "diffusion_steps": STEPS, "batch_size": 2, "reassign_every": 5, "preview_every": 0, "log_every": 1,
         "mixed_precision": "no", "memory_format": "contiguous", "lambda_invariance": 0.1, "lambda_visual": 0.1,
     }  # fmt: skip
+    return BrainConfig(output_dir=str(folder), **{**fixed, **options})
+
+
+def test_brains(tmp_path, gpu, make_nifti):
     eager, graphed = tmp_path / "eager", tmp_path / "graphed"
-    train_brain(BrainConfig(output_dir=str(eager), cuda_graphs=False, **options))
+    train_brain(brain_config(eager, tmp_path / "scans", make_nifti, cuda_graphs=False))
     assert not gpu.graphs
-    train_brain(BrainConfig(output_dir=str(graphed), **options))
+    train_brain(brain_config(graphed, tmp_path / "scans", make_nifti))
     assert [graph.replays for graph in gpu.graphs] == [REPLAYED, REPLAYED]
     for phase in ("discovery", "diffusion"):
         torch.testing.assert_close(losses_in(graphed / phase), losses_in(eager / phase))
@@ -173,6 +182,7 @@ TAUGHT = {"teacher": "given", "selection": "last"}
     ("kind", "make_task", "options"),
     [
         (DiffusionConfig, make_diffusion, {"width": 8, "sample_size": GRID}),
+        (DiffusionConfig, make_diffusion, {"width": 8, "sample_size": GRID, "cuda_graphs": True}),
         (DiscoveryConfig, make_discovery, {**TAUGHT, "teacher_noise": "fresh", "dropout": 0.2}),
         (DiscoveryConfig, make_discovery, {**TAUGHT, "teacher_noise": "fixed", "dropout": 0.2}),
         (DiscoveryConfig, make_nested, {**TAUGHT, **NESTED, **SPACE}),
@@ -185,7 +195,7 @@ def test_the_host_does_not_wait_in_a_step(tmp_path, gpu, kind, make_task, option
     for steps in (4, 5, 8):  # the first training fills caches; all volumes have been seen after three steps
         before = len(gpu.waits)
         shared = {"max_steps": steps, "memory_format": "channels_last", "log_every": 100, "cuda_graphs": False}
-        run(kind, tmp_path / str(steps), make_task, **shared, **options)
+        run(kind, tmp_path / str(steps), make_task, **{**shared, **options})
         waits.append(len(gpu.waits) - before)
     assert waits[1] == waits[2] > 0
 

@@ -92,6 +92,18 @@ def test_trainings_in_one_process_each_have_their_precision(monkeypatch):
         assert product.dtype == (torch.bfloat16 if chosen == "bf16" else torch.float32)
 
 
+def test_a_training_follows_one_whose_accelerator_could_not_be_made(monkeypatch):
+    def fail(*_):
+        raise ImportError("the tracker's package is broken")
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with monkeypatch.context() as broken:
+        broken.setattr("accelerate.accelerator.filter_trackers", fail)
+        with pytest.raises(ValueError, match="`report_to` is 'tensorboard', which cannot be used here: the tracker's"):
+            make_accelerator(make_config(DiffusionConfig, mixed_precision="bf16", report_to="tensorboard"))
+    assert make_accelerator(make_config(DiffusionConfig, mixed_precision="no")).mixed_precision == "no"
+
+
 def test_the_accelerator_of_the_caller_is_left(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     own = Accelerator(mixed_precision="bf16")
