@@ -129,7 +129,8 @@ def footnote(result: dict) -> str:
     trial = " A short trial, not a result." if result["quick"] else ""
     threads = result["environment"]["threads"]
     load = f"load average {before:.1f} before, {after:.1f} after"
-    return f"`{result['command']}`; {threads} thread{'s' * (threads > 1)}, {load}.{trial}\n"
+    note = f" {result['note']}" if "note" in result else ""
+    return f"`{result['command']}`; {threads} thread{'s' * (threads > 1)}, {load}.{trial}{note}\n"
 
 
 def budget_section(result: dict, device: str) -> str:
