@@ -19,35 +19,22 @@ from diffdiscover3d.training.backward import EagerPass, GraphedPass
 from diffdiscover3d.training.brain_run import train_brain
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
 from diffdiscover3d.training.data_order import draw_noise
-from diffdiscover3d.training.diffusion import DiffusionTraining
-from diffdiscover3d.training.discovery import DiscoveryTraining
 from diffdiscover3d.training.dropout import hashed_masks, slot_keys
 from diffdiscover3d.training.launch import make_accelerator
 from diffdiscover3d.training.loop import train
 from diffdiscover3d.training.step_metrics import StepMetrics
-from tests.training.test_graphed_trainings import brain_config, losses_in
+from tests.helpers.tiny_trainings import (
+    GRID,
+    TINY,
+    Volumes,
+    brain_config,
+    losses_in,
+    make_diffusion,
+    make_discovery,
+    make_nested,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-TINY = {"width": 8, "channel_multipliers": (1, 2, 4), "attention": ("linear", "linear", None), "norm_groups": 4}
-GRID = (16, 24, 8)
-
-
-class Volumes:
-    """Six smooth random volumes."""
-
-    def __init__(self):
-        generator = torch.Generator().manual_seed(0)
-        coarse = torch.rand(6, 1, 4, 6, 2, generator=generator)
-        found = F.interpolate(coarse, GRID, mode="trilinear")
-        low, high = found.amin(dim=(2, 3, 4), keepdim=True), found.amax(dim=(2, 3, 4), keepdim=True)
-        self.volumes = (found - low) / (high - low)
-        self.shapes = [GRID] * 6
-
-    def __len__(self):
-        return 6
-
-    def __getitem__(self, index):
-        return {"volume": self.volumes[range(6)[index]]}
 
 
 def gradients(unet, device, dtype, bf16=False, memory_format=torch.contiguous_format):
@@ -197,16 +184,6 @@ def assert_equal_but_replayed(plain, graphed, passes, tolerance):
     assert second.replays == 5 and not second._failed
 
 
-def make_diffusion(config, accelerator):
-    return DiffusionTraining(config, GRID)
-
-
-def make_discovery(config, accelerator):
-    torch.manual_seed(0)
-    teacher = DiffusionFeaturePipeline(UNet3DModel(**TINY), make_scheduler(250))
-    return DiscoveryTraining(config, teacher, Volumes(), [Volumes()[0]], accelerator)
-
-
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 def test_a_graphed_diffusion_training_is_the_eager_one(tmp_path, passes, memory_format):
     options = {"width": 8, "sample_size": (16, 24, 8), "memory_format": memory_format}
@@ -222,13 +199,6 @@ def test_a_graphed_discovery_training_is_the_eager_one(tmp_path, passes, noise, 
     plain = run(DiscoveryConfig, tmp_path / "eager", make_discovery, cuda_graphs=False, **options)
     graphed = run(DiscoveryConfig, tmp_path / "graphed", make_discovery, **options)
     assert_equal_but_replayed(plain, graphed, passes, 5e-2)
-
-
-def make_nested(config, accelerator):
-    torch.manual_seed(0)
-    parent = StructureDiscoveryModel(2, norm="instance", dropout=0.0)
-    teacher = DiffusionFeaturePipeline(UNet3DModel(**TINY), make_scheduler(250))
-    return DiscoveryTraining(config, teacher, Volumes(), [Volumes()[0]], accelerator, parent=parent)
 
 
 @pytest.mark.parametrize("order", ["size", "free"])

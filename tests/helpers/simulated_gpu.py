@@ -277,7 +277,7 @@ def simulated_gpu(monkeypatch) -> Iterator[SimulatedGPU]:
     monkeypatch.setattr(torch.amp, "is_autocast_available", _for_backend(torch.amp.is_autocast_available))
     monkeypatch.setattr(triton_norm, "_compiles", lambda device: False)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # its bfloat16 gradients of tiny grids are wrong
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # accelerate would ask the driver
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # or accelerate initialises CUDA
     monkeypatch.setattr(Accelerator, "device", GPU)
     _clear_caches()
     try:

@@ -7,8 +7,7 @@ from diffdiscover3d.models.cuda_graphs import GraphedCalls
 from diffdiscover3d.models.unet_3d import UNet3DModel, UNet3DOutput
 from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
 from tests.helpers.simulated_gpu import simulated_gpu
-
-TINY = {"width": 8, "channel_multipliers": (1, 2, 4), "attention": ("linear", "linear", None), "norm_groups": 4}
+from tests.helpers.tiny_trainings import TINY
 
 
 @pytest.fixture

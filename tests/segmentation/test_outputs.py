@@ -282,7 +282,7 @@ def test_resume_takes_no_mixed_or_truncated_results(tmp_path, make_nifti, levell
 def test_label_maps_of_others_are_never_replaced(tmp_path, make_nifti, tiny_discovery, sidecar, replacing):
     scan = make_nifti(tmp_path / "scan.nii.gz", noise())
     manual = make_nifti(tmp_path / "out" / "scan_dseg.nii.gz", np.ones(noise().shape, np.uint8)).read_bytes()
-    (tmp_path / "out" / "scan_dseg.tsv").write_text("index\tname\n1\tliver\n")  # as BIDS asks for
+    (tmp_path / "out" / "scan_dseg.tsv").write_text("index\tname\n1\tliver\n")  # a table of BIDS
     if sidecar is not None:
         (tmp_path / "out" / "scan_dseg.json").write_text(sidecar)
     with pytest.raises(OutputError, match=r"scan_dseg\.nii\.gz: was not made by diffdiscover3d"):

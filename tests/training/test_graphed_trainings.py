@@ -1,59 +1,34 @@
 """Whole trainings on a simulated GPU: their steps replayed as CUDA graphs are the eager ones."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-from diffdiscover3d.data.datasets.brain_phantom import brain_phantom
 from diffdiscover3d.hub.registry import load_discovery
 from diffdiscover3d.models.structure_discovery import StructureDiscoveryModel
-from diffdiscover3d.models.unet_3d import UNet3DModel
-from diffdiscover3d.pipelines.diffusion_feature import DiffusionFeaturePipeline, make_scheduler
-from diffdiscover3d.training.brain_config import BrainConfig
 from diffdiscover3d.training.brain_run import train_brain
 from diffdiscover3d.training.config import DiffusionConfig, DiscoveryConfig, make_config
 from diffdiscover3d.training.diffusion import DiffusionTraining
-from diffdiscover3d.training.discovery import DiscoveryTraining
 from diffdiscover3d.training.launch import make_accelerator
 from diffdiscover3d.training.loop import train
 from tests.helpers.simulated_gpu import simulated_gpu
+from tests.helpers.tiny_trainings import (
+    GRID,
+    STEPS,
+    Volumes,
+    brain_config,
+    losses_in,
+    make_diffusion,
+    make_discovery,
+    make_nested,
+)
 
-TINY = {"width": 8, "channel_multipliers": (1, 2, 4), "attention": ("linear", "linear", None), "norm_groups": 4}
-GRID = (16, 24, 8)
-STEPS = 6
 REPLAYED = 3  # the first three steps are eager
-
-
-class Volumes:
-    """Six volumes: a smooth background with two bright boxes."""
-
-    def __init__(self):
-        coarse = torch.rand(6, 1, 4, 6, 2, generator=torch.Generator().manual_seed(0))
-        found = F.interpolate(coarse, GRID, mode="trilinear")
-        found[:, :, 2:7, 3:9, 1:4] += 1.5
-        found[:, :, 10:14, 12:20, 3:7] += 2
-        low, high = found.amin(dim=(2, 3, 4), keepdim=True), found.amax(dim=(2, 3, 4), keepdim=True)
-        self.volumes = (found - low) / (high - low)
-        self.shapes = [GRID] * 6
-
-    def __len__(self):
-        return 6
-
-    def __getitem__(self, index):
-        return {"volume": self.volumes[range(6)[index]]}
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     with simulated_gpu(monkeypatch) as found:
         yield found
-
-
-def losses_in(folder):
-    return torch.tensor([json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()])
 
 
 def run(kind, folder, make_task, **options):
@@ -79,22 +54,6 @@ def compare(gpu, folder, kind, make_task, operators, **options):
     assert graph.replays == REPLAYED
     assert 0.9 * operators < len(graph.calls) <= operators  # kernels that a GPU launches, more or less
     torch.testing.assert_close(graphed, eager)
-
-
-def make_diffusion(config, accelerator):
-    return DiffusionTraining(config, GRID)
-
-
-def make_discovery(config, accelerator, **models):
-    torch.manual_seed(0)
-    teacher = DiffusionFeaturePipeline(UNet3DModel(**TINY), make_scheduler(250))
-    return DiscoveryTraining(config, teacher, Volumes(), [Volumes()[0]], accelerator, **models)
-
-
-def make_nested(config, accelerator):
-    torch.manual_seed(1)
-    parent = StructureDiscoveryModel(2, norm="instance", dropout=0.0)
-    return make_discovery(config, accelerator, parent=parent)
 
 
 def make_robust(config, accelerator):
@@ -141,26 +100,13 @@ def test_assigned_parts(tmp_path, gpu, options, operators):
 
 
 def test_robust_scaling_is_not_captured(tmp_path, gpu, caplog):
-    """It selects the foreground's voxels, whose number a GPU tells the host."""
+    """It selects the foreground's voxels; reading their number from a GPU is not allowed in a capture."""
     options = {"teacher": "given", "num_parts": 3, "init_from": "given", "norm": "instance"}
     eager = run(DiscoveryConfig, tmp_path / "default", make_robust, **options)
     assert "cannot be captured" not in caplog.text
     wanted = run(DiscoveryConfig, tmp_path / "wanted", make_robust, cuda_graphs=True, **options)
     assert not gpu.graphs and "cannot be captured as a CUDA graph (CUDA error: operation not permitted" in caplog.text
     torch.testing.assert_close(wanted, eager)
-
-
-def brain_config(folder, scans, make_nifti, **options):
-    """A training of both phases on two scans, which are written unless they are there."""
-    for index in () if scans.exists() else (0, 3):
-        volume = brain_phantom("test", index).volume[::2, ::2, ::2]
-        make_nifti(scans / f"{index}.nii.gz", (volume * 200).astype(np.float32), np.diag([3.0, 3, 3, 1]))
-    fixed = {
-        "preset": "tiny", "dataset": str(scans), "frame": (32, 40, 36), "phantoms": 0, "max_steps": STEPS,
-        "diffusion_steps": STEPS, "batch_size": 2, "reassign_every": 5, "preview_every": 0, "log_every": 1,
-        "mixed_precision": "no", "memory_format": "contiguous", "lambda_invariance": 0.1, "lambda_visual": 0.1,
-    }  # fmt: skip
-    return BrainConfig(output_dir=str(folder), **{**fixed, **options})
 
 
 def test_brains(tmp_path, gpu, make_nifti):

@@ -50,7 +50,7 @@ def test_a_changed_scan_or_map_is_noted(scan, make_nifti):
         assert "a_dseg.json is damaged" in line and line.split("note: ")[1] in page.read_text()
     sidecar.unlink()
     make_reports(scan, overwrite=True, on_note=lines.append)
-    assert len(lines) == 1  # without a sidecar there is nothing to say
+    assert len(lines) == 1  # no note on a missing sidecar
 
 
 def test_the_map_of_another_scan_is_never_taken(scan, make_nifti):
